@@ -1,0 +1,489 @@
+"""A Generalizable Reward Model: one decoder whose last hidden state feeds two heads, the reward head `score` and the
+language-model head that came with the base (Yang et al., arXiv 2406.10216).
+
+The model owns the base's *complete* causal language model as `lm`, so that every family's own head (tied or not, soft
+capped, scaled, with bias) stays exact. The reward is read at the last real token of each row, found in the attention
+mask, never by comparing token ids with a padding id.
+
+This file is shipped to the Hub as it is: it imports torch, transformers and its two neighbours, nothing else.
+"""
+
+import copy
+import inspect
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file
+
+from .configuration_grm import GRMConfig
+from .heads_grm import build_head
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+@dataclass
+class GRMOutput(ModelOutput):
+    """
+    Output of [`GRMForSequenceClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+            Mean squared error between rewards and `labels`.
+        logits (`torch.FloatTensor` of shape `(batch_size, 1)`):
+            Rewards, raw (no sigmoid).
+        lm_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+            Next-token scores of the language-model head, with `return_lm_logits=True`.
+        lm_output (`Any`, *optional*):
+            What `lm_fn` returned.
+        past_key_values, hidden_states, attentions:
+            As the decoder returns them.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    lm_logits: torch.FloatTensor | None = None
+    lm_output: object | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+
+
+def last_token_positions(attention_mask):
+    """Column of the last real token of each row, for left, right and no padding: `(B, T)` to `(B,)`."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (columns * (attention_mask != 0)).argmax(-1)
+
+
+class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
+    r"""
+    A reward model that can still speak. Make one with [`~GRMForSequenceClassification.from_base`], load one with
+    [`~GRMForSequenceClassification.from_pretrained`].
+
+    Args:
+        config ([`GRMConfig`]):
+            Configuration.
+        lm ([`~transformers.PreTrainedModel`], *optional*):
+            A live causal language model to own. Made from `config.text_config` if left out.
+
+    Attributes:
+        lm: the base's complete causal language model.
+        model: its decoder (the name that `base_model_prefix` gives, for TRL's PPO and PEFT).
+        score: the reward head, `(..., hidden_size)` to `(..., 1)`, in float32 whatever the dtype of `lm`.
+    """
+
+    config_class = GRMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules = ["score"]
+    _keep_in_fp32_modules_strict = ["score"]
+
+    def __init__(self, config, lm=None):
+        super().__init__(config)
+        if lm is None:
+            lm = AutoModelForCausalLM.from_config(config.text_config)
+            _refuse_nested(lm)
+        else:
+            for part in (*lm.modules(), *lm.parameters()):
+                part._is_hf_initialized = True  # `post_init` would draw new weights for what lacks the mark
+        self.lm = lm
+        self.generation_config = lm.generation_config
+        self._no_split_modules = list(lm._no_split_modules or [])  # transformers 5.0 does not collect them
+        # Not `hidden_size`: OPT's decoder may project to another width before its head.
+        self.score = build_head(config, lm.get_output_embeddings().weight.shape[-1])
+        self.post_init()
+
+    @property
+    def model(self):
+        return self.lm.base_model
+
+    # ------------------------------------------------------------------------------------------------ making, loading
+
+    @classmethod
+    def from_base(
+        cls,
+        base,
+        head_type="mlp",
+        head_hidden_size=1024,
+        head_num_layers=1,
+        head_dropout=0.0,
+        **load_kwargs,
+    ):
+        r"""
+        Make a reward model from a causal language model: its weights and language-model head are kept as they are, the
+        reward head is new (random: train it).
+
+        Args:
+            base (`str` or [`~transformers.PreTrainedModel`]):
+                Hub id or folder of a causal language model of any decoder family, or a live one (which the reward
+                model then owns).
+            head_type (`str`, *optional*, defaults to `"mlp"`):
+                See [`GRMConfig`], also for `head_hidden_size`, `head_num_layers` and `head_dropout`.
+            **load_kwargs:
+                Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `device_map`,
+                `quantization_config`, `attn_implementation`, ...).
+
+        Returns:
+            [`GRMForSequenceClassification`].
+
+        Raises:
+            `ValueError`: the base is a reward model already, a multimodal model, no causal language model, or lacks
+            weights.
+        """
+        base_model = None
+        if isinstance(base, PreTrainedModel):
+            if load_kwargs:
+                raise ValueError(
+                    f"`base` is a live model, so {sorted(load_kwargs)} cannot be applied. Pass them when you load it."
+                )
+            lm = base
+        else:
+            base_model = os.fspath(base)
+            lm = _load_base(base_model, load_kwargs)
+        if isinstance(lm, GRMForSequenceClassification):
+            raise ValueError("`base` is a reward model already. Train it as it is, or pass its `.lm`.")
+        if not hasattr(lm, "lm_head") and (
+            not hasattr(lm, "get_output_embeddings") or lm.get_output_embeddings() is None
+        ):
+            raise ValueError(
+                f"{type(lm).__name__} has no language-model head, which GRM keeps and trains. Load the base with "
+                "AutoModelForCausalLM, not with AutoModel or a classification class."
+            )
+        _refuse_nested(lm)
+        config = GRMConfig(
+            text_config=lm.config,
+            head_type=head_type,
+            head_hidden_size=head_hidden_size,
+            head_num_layers=head_num_layers,
+            head_dropout=head_dropout,
+            dtype=lm.dtype,
+            base_model=base_model,
+        )
+        # One configuration object for all: a pad id that TRL writes through `get_text_config()` reaches the decoder.
+        config.text_config._name_or_path = ""
+        lm.config = config.text_config
+        lm.base_model.config = config.text_config
+        model = cls(config, lm=lm)
+        model.score.to(lm.device)
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
+            if hasattr(lm, name):
+                setattr(model, name, getattr(lm, name))
+        if getattr(lm.config, "quantization_config", None) is not None:
+            config.quantization_config = lm.config.quantization_config
+        if hasattr(lm, "hf_device_map"):
+            model.hf_device_map = {f"lm.{k}" if k else "lm": v for k, v in lm.hf_device_map.items()}
+        return model.train(lm.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        allow_missing_head=False,
+        output_loading_info=False,
+        **kwargs,
+    ):
+        r"""
+        Load a saved reward model, or an adapter folder trained on one. Takes what
+        [`~transformers.PreTrainedModel.from_pretrained`] takes; unlike it, raises when any weight is missing.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Hub id or folder.
+            allow_missing_head (`bool`, *optional*, defaults to `False`):
+                Accept a checkpoint whose reward head is missing; the head is then random. Missing body weights are
+                refused all the same.
+
+        Raises:
+            `ValueError`: the folder holds another kind of model, or weights are missing or of another shape.
+        """
+        if pretrained_model_name_or_path is not None:
+            _require_grm(os.fspath(pretrained_model_name_or_path), kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+        missing = sorted({*info["missing_keys"], *mismatched})
+        if missing and not (allow_missing_head and all(key.startswith("score.") for key in missing)):
+            raise ValueError(_missing_message(pretrained_model_name_or_path, missing, info, allow_missing_head))
+        return (model, info) if output_loading_info else model
+
+    def _init_weights(self, module):
+        # torch's own defaults, as the original head has; through `torch.nn.init`, which loaded weights are shielded
+        # from. Only the reward head gets here: the language model initialises itself.
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.in_features)
+                nn.init.uniform_(module.bias, -bound, bound)
+
+    # --------------------------------------------------------------------------------------------- embeddings, LM head
+
+    def get_input_embeddings(self):
+        return self.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.lm.set_output_embeddings(value)
+
+    def get_decoder(self):
+        return self.model
+
+    def lm_logits(self, hidden_states):
+        """Next-token scores of hidden states, as the base itself computes them: `(..., hidden_size)` to
+        `(..., vocab_size)`. [`~GRMForSequenceClassification.lm_head_is_exact`] tells whether that holds."""
+        logits = self.get_output_embeddings()(hidden_states)
+        config = self.config.text_config
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.no_grad()
+    def lm_head_is_exact(self):
+        """Whether [`~GRMForSequenceClassification.lm_logits`] gives what the base's own forward gives (one short run)."""
+        device = self.get_input_embeddings().weight.device
+        input_ids = torch.arange(4, device=device)[None] % self.config.vocab_size
+        training = self.training
+        self.eval()
+        out = self.lm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True)
+        logits = self.lm_logits(out.hidden_states[-1].to(out.logits.device))
+        self.train(training)
+        return torch.allclose(logits.float(), out.logits.float(), rtol=1e-2, atol=1e-3)
+
+    def freeze_lm_head(self):
+        """Stop gradients of the language-model head, for losses that do not use it: under DDP a parameter without
+        gradient is an error. A tied head is left alone, since it is the input embedding."""
+        head = self.get_output_embeddings()
+        if head.weight is not self.get_input_embeddings().weight:
+            head.requires_grad_(False)
+
+    def generate(self, *args, **kwargs):
+        """Generate text with the kept language-model head, exactly as the base would."""
+        self.lm.generation_config = self.generation_config
+        return self.lm.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.lm.prepare_inputs_for_generation(*args, **kwargs)
+
+    # -------------------------------------------------------------------------------------------------------- forward
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        token_type_ids=None,
+        read_index=None,
+        return_lm_logits=False,
+        logits_to_keep=0,
+        lm_fn=None,
+        **kwargs,
+    ):
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids; or `inputs_embeds`, `(batch_size, sequence_length, hidden_size)`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Non-zero at real tokens. Without it, a single row is taken as unpadded and a batch is read by the
+                padding id, if there is one that is not also the end-of-sequence id.
+            labels (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+                Target rewards, for regression.
+            read_index (`torch.LongTensor` of shape `(num_sequences,)`, *optional*):
+                Where rewards are read, as positions in the flattened `(batch_size * sequence_length)` hidden states;
+                for layouts that put several sequences in a row. `logits` is then `(num_sequences, 1)`.
+            return_lm_logits (`bool`, *optional*, defaults to `False`):
+                Also compute the language-model logits, of the positions that `logits_to_keep` selects.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`):
+                As in transformers: the last so many positions, or an index; 0 is all.
+            lm_fn (`Callable`, *optional*):
+                Called as `lm_fn(hidden_states, model)` with the last hidden states `(batch_size, sequence_length,
+                hidden_size)`; its result is `lm_output`. Losses on the language-model head are computed here, inside
+                the forward that DDP and FSDP wrap.
+
+        Returns:
+            [`GRMOutput`].
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("Pass `input_ids` or `inputs_embeds`.")
+        if given.shape[0] == 0:
+            return GRMOutput(logits=self.score.forward(given.new_zeros(0, self._read_width(), dtype=torch.float32)))
+        if read_index is None:
+            attention_mask = self._readable_mask(input_ids, inputs_embeds, attention_mask)
+        if past_key_values is None:
+            use_cache = bool(use_cache)
+            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+                if "position_ids" in inspect.signature(self.model.forward).parameters:
+                    # Left padding would shift absolute positions (GPT-2, OPT).
+                    position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+        arguments = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        if return_lm_logits:
+            out = self.lm(**arguments, output_hidden_states=True, logits_to_keep=logits_to_keep, return_dict=True)
+            hidden, lm_logits = out.hidden_states[-1], out.logits
+        else:
+            out = self.model(**arguments, output_hidden_states=output_hidden_states, return_dict=True)
+            hidden, lm_logits = out.last_hidden_state, None
+
+        if read_index is not None:
+            read = hidden.flatten(0, 1)[read_index]
+        else:
+            at = last_token_positions(attention_mask) if attention_mask is not None else hidden.shape[1] - 1
+            read = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
+        rewards = self.score(read)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.mse_loss(rewards.squeeze(-1), labels.to(rewards.dtype).view(-1))
+        return GRMOutput(
+            loss=loss,
+            logits=rewards,
+            lm_logits=lm_logits,
+            lm_output=None if lm_fn is None else lm_fn(hidden, self),
+            past_key_values=getattr(out, "past_key_values", None),
+            hidden_states=out.hidden_states if output_hidden_states else None,
+            attentions=getattr(out, "attentions", None),
+        )
+
+    def _read_width(self):
+        return self.get_output_embeddings().weight.shape[-1]
+
+    def _readable_mask(self, input_ids, inputs_embeds, attention_mask):
+        """The mask that says where each row ends; `None` for a single unpadded row."""
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(
+                    f"`attention_mask` has {attention_mask.dim()} dimensions; to find each row's last token it must be "
+                    "(batch_size, sequence_length). With a mask of another shape, say where to read by `read_index`."
+                )
+            if not torch.compiler.is_compiling() and not bool((attention_mask != 0).any(-1).all()):
+                row = int((attention_mask != 0).any(-1).long().argmin())
+                raise ValueError(f"Row {row} of the batch has no token: `attention_mask` is zero everywhere in it.")
+            return attention_mask
+        rows = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        if rows == 1:
+            return None
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        eos = eos if isinstance(eos, (list, tuple)) else [eos]
+        if input_ids is None or pad is None or pad in eos:
+            raise ValueError(
+                f"A batch of {rows} rows without `attention_mask`: rows may be padded, and there is no padding id to "
+                f"tell padding from text (pad_token_id={pad}, eos_token_id={self.config.eos_token_id}). Pass the "
+                "`attention_mask` that the tokenizer returns."
+            )
+        return (input_ids != pad).long()
+
+
+# ------------------------------------------------------------------------------------------------------ loading checks
+
+
+def _load_base(base, load_kwargs):
+    """Load the causal language model `base` and refuse one that comes with weights missing."""
+    hub = {name: load_kwargs[name] for name in HUB_ARGUMENTS if name in load_kwargs}
+    trust = load_kwargs.get("trust_remote_code")
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **hub)
+    if config.model_type == GRMConfig.model_type:
+        raise ValueError(f"'{base}' is a reward model already: load it with `from_pretrained`.")
+    if config.get_text_config() is not config:
+        raise ValueError(_nested_message(f"'{base}'", config))
+    lm, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **load_kwargs)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+        raise ValueError(
+            f"'{base}' lacks {len(missing)} weights of {type(lm).__name__}, among them {missing[:3]}: they would be "
+            "random. A base must be a complete causal language model; check that the folder holds one and that its "
+            "config.json belongs to its weights."
+        )
+    return lm
+
+
+def _nested_message(name, config):
+    return (
+        f"{name} is a multimodal model ({config.model_type}): its configuration nests that of its text model. A reward "
+        "model is made from a text-only causal language model. Load the text model by its own class (for Gemma 3 "
+        "that is Gemma3ForCausalLM) and pass the live model to `GRMForSequenceClassification.from_base`."
+    )
+
+
+def _refuse_nested(lm):
+    if lm.config.get_text_config() is not lm.config:
+        raise ValueError(_nested_message(type(lm).__name__, lm.config))
+
+
+def _require_grm(path, kwargs):
+    """Refuse, before anything is built, a folder or repository whose configuration is not a GRM's."""
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+    if adapter is None and not os.path.exists(os.path.join(path, "config.json")):
+        adapter_file = find_adapter_config_file(path, **{k: v for k, v in hub.items() if k != "proxies"})
+        if adapter_file is not None:
+            with open(adapter_file, encoding="utf-8") as file:
+                path = json.load(file)["base_model_name_or_path"] or ""
+            hub.pop("revision", None)
+            hub.pop("subfolder", None)
+            if not path:
+                raise ValueError(
+                    "The adapter does not say which reward model it was trained on (`base_model_name_or_path` is "
+                    "empty in adapter_config.json). Load that model with `from_pretrained`, then `load_adapter`."
+                )
+    model_type = GRMConfig.get_config_dict(path, **hub)[0].get("model_type")
+    if model_type != GRMConfig.model_type:
+        raise ValueError(
+            f"'{path}' holds a model of type {model_type!r}, not a reward model of type 'grm': it has no reward head. "
+            f"To make a reward model from it, use `GRMForSequenceClassification.from_base('{path}')` and train it."
+        )
+
+
+def _missing_message(path, missing, info, allow_missing_head):
+    head = [key for key in missing if key.startswith("score.")]
+    body = [key for key in missing if not key.startswith("score.")]
+    unexpected = sorted(info["unexpected_keys"])
+    parts = [f"'{path}' was not loaded: {len(missing)} weights are missing or have another shape and would be random."]
+    if head:
+        parts.append(f"The reward head lacks {head}.")
+    if body:
+        parts.append(f"The language model lacks {body[:5]}{' and more' if len(body) > 5 else ''}.")
+    if unexpected:
+        parts.append(
+            f"The file holds weights that no part of this model takes: {unexpected[:5]}"
+            f"{' and more' if len(unexpected) > 5 else ''}; were the missing ones renamed?"
+        )
+    if body:
+        parts.append("Save the model again with `save_pretrained`, or restore the missing shard.")
+    elif not allow_missing_head:
+        parts.append("To train a new head on this body, pass `allow_missing_head=True`.")
+    return " ".join(parts)
