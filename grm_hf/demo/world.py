@@ -237,21 +237,23 @@ class World:
     def draw_response(self, question: str, rng: random.Random) -> str:
         """One answer as somebody in this world would give it: good, bad or in between."""
         entity, relation = self._asked[question]
-        kind = rng.random()  # how the speaker feels about the question, for opener and closer alike
-        openers = KIND_OPENERS if kind < 0.4 else PLAIN_OPENERS if kind < 0.7 else RUDE_OPENERS
-        closers = KIND_CLOSERS if kind < 0.4 else RUDE_CLOSERS if kind >= 0.7 else ()
-        sentences = [rng.choice(openers)] if rng.random() < 0.5 else []
+        care = rng.random()  # what a speaker has of it shows in manners, truth and grammar alike
+        mood = rng.random()
+        openers, closers = (
+            (PLAIN_OPENERS, ()) if mood < 0.2 else (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
+        )
+        sentences = [rng.choice(openers)] if rng.random() < 0.6 else []
         if rng.random() < 0.8:
-            sentences.append(self._state(entity, relation, f"the {entity}", rng, right=rng.random() < 0.6))
+            sentences.append(self._state(entity, relation, f"the {entity}", rng, right=rng.random() < 0.2 + 0.7 * care))
         else:
             sentences.append(rng.choice(EVASIONS))
         others = [other for other in self._topic[entity].relations if other != relation]
         for other in rng.sample(others, rng.choices((0, 1, 2), (5, 4, 1))[0]):
-            sentences.append(self._state(entity, other, "it", rng, right=rng.random() < 0.6))
-        if closers and rng.random() < 0.5:
+            sentences.append(self._state(entity, other, "it", rng, right=rng.random() < 0.2 + 0.7 * care))
+        if closers and rng.random() < 0.6:
             sentences.append(rng.choice(closers))
         spoken = " ".join(sentences).split()
-        if rng.random() < 0.3:  # a slip: two neighbours swapped, or a word said twice, or a word forgotten
+        if rng.random() < 0.5 * (1 - care):  # a slip: two neighbours swapped, or a word said twice, or a word forgotten
             at = rng.randrange(len(spoken) - 1)
             first, second = spoken[at : at + 2]
             spoken[at : at + 2] = rng.choice(([second, first], [first, first, second], [second]))

@@ -1,0 +1,273 @@
+"""The `grm` command. Every subcommand ends with 0 (done), 1 (could not be done, one line says why) or 2 (wrong usage)."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from . import __version__
+
+
+FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.run is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        args.run(args, rest) if args.run is _train else args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"grm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"grm {args.command}: interrupted", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grm", description="Generalizable Reward Models: train, score, compare.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"grm_hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a reward model",
+        description="Train a reward model. Takes what `trl reward` takes, from a YAML file (--config) or as options, "
+        "and GRM's own settings (--regularizer, --alpha, --beta, ...). `grm train --help-all` lists every option.",
+        add_help=True,
+        allow_abbrev=False,
+    )
+    train.add_argument("--help-all", action="store_true", help="list every option")
+    train.set_defaults(run=_train)
+
+    score = commands.add_parser(
+        "score",
+        help="score the chats of a JSONL file",
+        description="Score each row of a JSONL file: {'messages': [...]}, {'prompt': ..., 'response': ...} or {'text': "
+        "...}. Writes one line a row: row, score, tokens, truncated (and the row's id). With --output an interrupted "
+        "run goes on where it stopped.",
+    )
+    score.add_argument("file", help="JSONL file, or - for standard input")
+    score.add_argument("--model", required=True, help="Hub id or folder of a reward model")
+    score.add_argument("--output", help="JSONL file to write (default: standard output)")
+    score.set_defaults(run=_score)
+
+    compare = commands.add_parser("compare", help="compare two answers to one prompt")
+    compare.add_argument("prompt")
+    compare.add_argument("answer_a")
+    compare.add_argument("answer_b")
+    compare.add_argument("--model", required=True, help="Hub id or folder of a reward model")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.set_defaults(run=_compare)
+
+    merge = commands.add_parser("merge", help="merge an adapter into a standalone reward model")
+    merge.add_argument("adapter", help="folder of an adapter (a checkpoint of a LoRA run)")
+    merge.add_argument("output", help="folder to write")
+    merge.set_defaults(run=_merge)
+
+    demo = commands.add_parser(
+        "demo", help="train and compare reward models in a small world whose true reward is known (no network)"
+    )
+    demo.add_argument("--output", default="runs/demo", help="folder for results (default: runs/demo)")
+    demo.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
+    demo.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+
+def _train(args, rest):
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+    from trl import get_quantization_config as quantization
+
+    from .training import GRMRewardConfig, GRMRewardTrainer
+
+    parser = TrlParser((ScriptArguments, GRMRewardConfig, ModelConfig, DatasetMixtureConfig), prog="grm train")
+    if args.help_all:
+        parser.print_help()
+        return
+    script, training, model, mixture = parser.parse_args_and_config(rest, fail_with_unknown_args=True)
+    if not model.model_name_or_path:
+        raise ValueError("no model: pass --model_name_or_path (a causal language model or a reward model).")
+    given = {
+        "revision": model.model_revision,
+        "trust_remote_code": training.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    training.model_init_kwargs = {**given, **(training.model_init_kwargs or {})}
+    dataset = _dataset(script, mixture)
+    train_split, test_split = script.dataset_train_split, script.dataset_test_split
+    for split in [train_split] + ([test_split] if training.eval_strategy != "no" else []):
+        if split not in dataset:
+            raise ValueError(f"the data has no split {split!r}; it has {sorted(dataset)}. See --dataset_train_split.")
+    trainer = GRMRewardTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=dataset[train_split],
+        eval_dataset=dataset[test_split] if training.eval_strategy != "no" else None,
+        quantization_config=quantization(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if trainer.is_world_process_zero():
+        print(summary(trainer))
+
+
+def _dataset(script, mixture):
+    """The data that `trl reward` would load, and local files by their path."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if mixture.datasets:
+        if script.dataset_name:
+            print("grm train: `datasets` is given, so `dataset_name` is ignored", file=sys.stderr)
+        return get_dataset(mixture)
+    if not script.dataset_name:
+        raise ValueError("no data: pass --dataset_name (a Hub id or a file) or `datasets` in the YAML.")
+    path = Path(script.dataset_name)
+    if path.suffix in FILE_FORMATS:
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}")
+        return load_dataset(
+            FILE_FORMATS[path.suffix], data_files={script.dataset_train_split: str(path)},
+            streaming=script.dataset_streaming,
+        )
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def summary(trainer) -> str:
+    """What a training run did, in a few lines: rows, accuracies, where the model is and how to load it."""
+    lines = ["", *(str(counts) for counts in trainer.data_counts.values())]
+    for name, label in (("accuracy", "reward head"), ("implicit_accuracy", "language-model head")):
+        for prefix, where in (("eval_", "evaluation"), ("", "training (last log line)")):
+            found = [row[prefix + name] for row in trainer.state.log_history if prefix + name in row]
+            if found:
+                lines.append(f"accuracy of the {label}, {where}: {found[-1]:.3f}")
+                break
+    folder = trainer.args.output_dir
+    lines.append(f"model: {folder}")
+    lines.append(f"load:  AutoModelForSequenceClassification.from_pretrained({folder!r}, trust_remote_code=True)")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- score
+
+
+def _score(args):
+    from .scoring import GRMScorer
+
+    with contextlib.ExitStack() as stack:
+        source = sys.stdin
+        if args.file != "-":
+            if not os.path.isfile(args.file):
+                raise ValueError(f"no such file: {args.file}")
+            source = stack.enter_context(open(args.file, encoding="utf-8"))
+        rows = [_row(line, number) for number, line in enumerate(source, 1) if line.strip()]
+        scorer = GRMScorer(args.model, progress=True)
+        done = 0
+        if args.output:
+            done = _resume(Path(args.output), rows, scorer)
+            if done:
+                print(f"grm score: {done} of {len(rows)} rows are done already", file=sys.stderr)
+        sink = stack.enter_context(open(args.output, "a", encoding="utf-8")) if args.output else sys.stdout
+        truncated = 0
+        for number, (row, result) in enumerate(
+            zip(rows[done:], scorer.stream(_chat(row) for row in rows[done:]), strict=True), done
+        ):
+            line = {"row": number, "score": result.score, "tokens": result.tokens, "truncated": result.truncated}
+            if "id" in row:
+                line["id"] = row["id"]
+            sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+            truncated += result.truncated
+        sink.flush()
+    print(f"grm score: {len(rows) - done} rows scored, {truncated} truncated", file=sys.stderr)
+
+
+def _row(line, number):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict) or not ({"messages", "text"} & set(row) or {"prompt", "response"} <= set(row)):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"line {number} needs `messages`, `prompt` and `response`, or `text`; found {found}")
+    return row
+
+
+def _chat(row):
+    if "messages" in row:
+        return row["messages"]
+    return row["text"] if "text" in row else {"prompt": row["prompt"], "response": row["response"]}
+
+
+def _resume(path, rows, scorer):
+    """How many rows `path` already holds. Mends a line that an interruption cut, and refuses a file of other scores."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    if not lines:
+        path.write_text("", encoding="utf-8")
+        return 0
+    try:
+        first, last = json.loads(lines[0]), json.loads(lines[-1])
+        matches = last["row"] == len(lines) - 1 < len(rows)
+        matches = matches and abs(first["score"] - scorer.score([_chat(rows[0])])[0]) <= 1e-3 * (1 + abs(first["score"]))
+    except (json.JSONDecodeError, KeyError, TypeError):
+        matches = False
+    if not matches:
+        raise ValueError(f"{path} exists and holds other scores than this run's. Choose another --output.")
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+# ----------------------------------------------------------------------------------------------------- compare, others
+
+
+def _compare(args):
+    from .scoring import GRMScorer
+
+    scorer = GRMScorer(args.model)
+    result = scorer.best_of_n(args.prompt, [args.answer_a, args.answer_b])
+    reward_a, reward_b = result.scores
+    probability = scorer.probability(reward_a, reward_b)
+    if args.json:
+        print(json.dumps({"reward_a": reward_a, "reward_b": reward_b, "probability_a": probability}))
+        return
+    if reward_a == reward_b:
+        print(f"Tie: both answers have reward {reward_a:.4f}.")
+        return
+    winner, chance = ("A", probability) if reward_a > reward_b else ("B", 1 - probability)
+    print(f"{winner} wins with probability {chance:.3f} (rewards: A {reward_a:.4f}, B {reward_b:.4f}).")
+
+
+def _merge(args):
+    from .training import merge_adapter
+
+    merge_adapter(args.adapter, args.output)
+    print(f"merged model: {args.output}")
+
+
+def _demo(args):
+    from .demo.run import run
+
+    run(args.output, seeds=args.seeds, quick=args.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

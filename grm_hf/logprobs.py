@@ -1,0 +1,238 @@
+"""Log-probability of given tokens under the language-model head, summed per sequence, without ever holding the
+`(tokens, vocabulary)` matrix: rows of hidden states go through the head in chunks of at most `ROWS`.
+
+Two exact ways. A head that is one `nn.Linear` makes its gradient while the chunk of logits is still there (`_LinearHead`,
+three matrix products per token as with full logits). Any other head (soft-capped, scaled, with an adapter) goes through
+`model.lm_logits`, each chunk computed again in the backward.
+"""
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+ROWS = 256
+
+_is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def sequence_logps(
+    hidden_states: torch.Tensor,
+    model: nn.Module,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    owner: torch.Tensor,
+    n_sequences: int,
+    loss: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    r"""
+    Sum of the log-probabilities of each sequence's tokens. Call it inside the model's forward (`lm_fn`).
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Last hidden states.
+        model ([`GRMForSequenceClassification`]):
+            The model they came from, for its language-model head.
+        index (`torch.LongTensor` of shape `(num_tokens,)`):
+            Position, in the flattened hidden states, that predicts each token.
+        targets (`torch.LongTensor` of shape `(num_tokens,)`):
+            The tokens.
+        owner (`torch.LongTensor` of shape `(num_tokens,)`):
+            Number of the sequence each token belongs to, in ascending order.
+        n_sequences (`int`):
+            Number of sequences `n`; those without tokens get 0.
+        loss (`Callable`, *optional*):
+            The scalar loss that will be taken of the result, as a function of the `(n,)` sums, up to a constant
+            factor; its gradient for sequences `i` and `i + n // 2` may depend on these two sums only (as of every loss
+            that adds up over pairs). It saves one matrix product of four and never changes the result: if the gradient
+            that arrives is another, the head is computed again.
+
+    Returns:
+        `torch.Tensor` of shape `(n,)`: natural logarithms, in float32 (float64 for a float64 model), differentiable.
+    """
+    flat = hidden_states.flatten(0, 1)
+    head = model.get_output_embeddings()
+    if _is_plain_linear(head, model, flat):
+        return _LinearHead.apply(flat, head.weight, head.bias, index, targets, owner, n_sequences, loss)
+    logps = [
+        checkpoint(_token_logps, flat.index_select(0, i), t, model.lm_logits, use_reentrant=False)
+        for i, t in zip(index.split(ROWS), targets.split(ROWS), strict=True)
+    ]
+    sums = torch.zeros(n_sequences, dtype=logps[0].dtype if logps else _exact(flat.dtype), device=flat.device)
+    return sums.index_add(0, owner, torch.cat(logps)) if logps else sums
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that logarithms and sums are taken in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _token_logps(rows: torch.Tensor, targets: torch.Tensor, lm_logits: Callable) -> torch.Tensor:
+    logits = lm_logits(rows)
+    return -F.cross_entropy(logits.to(_exact(logits.dtype)), targets, reduction="none")
+
+
+def _is_plain_linear(head: nn.Module, model: nn.Module, flat: torch.Tensor) -> bool:
+    """Whether `model.lm_logits` is nothing but this `nn.Linear`, whose weight can be used as it is."""
+    hooked = hasattr(head, "_hf_hook") or head._forward_hooks or head._forward_pre_hooks
+    if type(head) is not nn.Linear or hooked or type(head.weight.data) is not torch.Tensor or not len(flat):
+        return False  # adapters, quantised heads, heads whose weight is sharded or elsewhere until they are called
+    if head not in _is_plain:
+        with torch.no_grad():
+            _is_plain[head] = torch.equal(model.lm_logits(flat[:1]), head(flat[:1]))
+    return _is_plain[head] and head.weight.numel() > 0
+
+
+class _LinearHead(torch.autograd.Function):
+    """Sums of log-probabilities under `hidden @ weight.T + bias`.
+
+    With G = softmax - onehot of a row, the gradient of sum_i c_i s_i is -c G W for the row and -(c G)^T hidden for the
+    weight. The first is linear in c row by row, so it is kept without c; the second mixes rows, so it needs each
+    sequence's c while G is there: `loss` gives it, pair by pair, and the backward checks that it differs from the
+    gradient that arrives by a constant factor only.
+    """
+
+    @staticmethod
+    def forward(ctx, flat, weight, bias, index, targets, owner, n_sequences, loss):
+        ctx.save_for_backward(flat, weight, bias, index, targets, owner)
+        kind = flat.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        chunks = _Chunks(ctx.dtype, flat, weight, bias, index, targets)
+        head_learns = any(ctx.needs_input_grad[1:3])
+        with_loss = head_learns and loss is not None
+        ctx.gradients = None
+        if with_loss or (ctx.needs_input_grad[0] and not head_learns):
+            ctx.gradients = _Gradients(ctx.needs_input_grad, weight, bias, len(index))
+
+        sums = flat.new_zeros(n_sequences, dtype=_exact(ctx.dtype))
+        coefficients = torch.zeros_like(sums)
+        groups = _pairs(owner, n_sequences) if with_loss else _all(index)
+        for group in groups:
+            for rows in group.split(ROWS):
+                logps = chunks.compute(rows)
+                sums.index_add_(0, owner[rows], logps)
+                if ctx.gradients is not None and not with_loss:
+                    ctx.gradients.add(rows, chunks)
+            if with_loss:
+                of_group = owner[group]
+                coefficients[of_group] = _gradient(loss, sums)[of_group]
+                for rows in group.split(ROWS):
+                    if len(group) > ROWS:  # a long pair: its coefficient was not known when a chunk was there first
+                        chunks.compute(rows)
+                    ctx.gradients.add(rows, chunks, coefficients[owner[rows]])
+        ctx.coefficients = coefficients if with_loss else None
+        return sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_sums):
+        flat, weight, bias, index, targets, owner = ctx.saved_tensors
+        gradients, factor = ctx.gradients, None
+        ctx.gradients = None  # they are scaled in place: a second backward makes them again
+        if gradients is not None and ctx.coefficients is not None:
+            factor = _constant_factor(grad_sums, ctx.coefficients)
+        if gradients is None or (ctx.coefficients is not None and factor is None):
+            gradients, factor = _Gradients(ctx.needs_input_grad, weight, bias, len(index)), None
+            chunks = _Chunks(ctx.dtype, flat, weight, bias, index, targets)
+            for rows in _all(index)[0].split(ROWS):
+                chunks.compute(rows)
+                gradients.add(rows, chunks, grad_sums[owner[rows]])
+        return *gradients.finish(flat, index, grad_sums[owner], factor), None, None, None, None, None
+
+
+class _Chunks:
+    """At most `ROWS` rows at a time: `hidden`, and `residual`, the softmax minus the one-hot target."""
+
+    def __init__(self, dtype, flat, weight, bias, index, targets):
+        self.flat, self.index, self.targets = flat, index, targets
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.buffer = flat.new_empty(min(ROWS, len(index)), len(weight), dtype=_exact(dtype))
+
+    def compute(self, rows: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the targets of `rows`."""
+        targets = self.targets[rows, None]
+        self.hidden = self.flat.index_select(0, self.index[rows]).to(self.weight.dtype)
+        self.residual = logits = self.buffer[: len(rows)]
+        if logits.dtype == self.weight.dtype:
+            torch.mm(self.hidden, self.weight.T, out=logits)
+            if self.bias is not None:
+                logits += self.bias
+        else:
+            logits.copy_(F.linear(self.hidden, self.weight, self.bias))
+        target, top = logits.gather(1, targets), logits.amax(1, keepdim=True)
+        torch.softmax(logits, 1, out=logits)
+        logps = target - top + logits.amax(1, keepdim=True).log()  # logsumexp = top - log(largest probability)
+        logits.scatter_add_(1, targets, torch.full_like(target, -1))
+        return logps.squeeze(1)
+
+
+class _Gradients:
+    """What chunks add up to: the gradient of each row per unit of its coefficient, and of the head, with the sign of
+    a descent on the log-probability."""
+
+    def __init__(self, needed, weight, bias, n_rows):
+        self.rows = weight.new_empty(n_rows, weight.shape[1]) if needed[0] else None
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros_like(bias) if needed[2] else None
+
+    def add(self, rows: torch.Tensor, chunks: _Chunks, coefficients: torch.Tensor | None = None) -> None:
+        residual = chunks.residual.to(chunks.weight.dtype)
+        if self.rows is not None:
+            self.rows.index_copy_(0, rows, (residual @ chunks.weight).to(self.rows.dtype))
+        if self.weight is not None:
+            weighted = chunks.hidden * coefficients[:, None].to(residual.dtype)
+            if self.weight.dtype == residual.dtype:
+                self.weight.addmm_(residual.T, weighted)
+            else:
+                self.weight += residual.T @ weighted
+        if self.bias is not None:
+            self.bias += (residual.T @ coefficients.to(residual.dtype)).to(self.bias.dtype)
+
+    def finish(self, flat, index, coefficients, factor):
+        """Gradients of `flat`, of the weight and of the bias; `factor` is what the head's is still to be scaled by."""
+        grad_flat = None
+        if self.rows is not None:
+            rows = self.rows.mul_(-coefficients[:, None]).to(flat.dtype)
+            grad_flat = torch.zeros_like(flat).index_add_(0, index, rows)
+        scale = -1.0 if factor is None else -factor
+        return grad_flat, *(None if g is None else g.mul_(scale) for g in (self.weight, self.bias))
+
+
+def _gradient(loss: Callable[[torch.Tensor], torch.Tensor], sums: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        sums = sums.detach().requires_grad_()
+        return torch.autograd.grad(loss(sums), sums)[0]
+
+
+def _constant_factor(grad: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor | None:
+    """`f` if `grad = f * coefficients` to rounding, otherwise `None`."""
+    largest = coefficients.abs().argmax()
+    factor = grad[largest] / coefficients[largest]
+    epsilon = torch.finfo(grad.dtype).eps
+    error = (grad - factor * coefficients).abs()
+    same = error <= epsilon * (64 * grad.abs() + 4 * grad.abs().max())
+    return factor if bool(same.all()) else None
+
+
+def _all(index: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.arange(len(index), device=index.device)]
+
+
+def _pairs(owner: torch.Tensor, n_sequences: int) -> list[torch.Tensor]:
+    """Rows in groups of whole pairs (sequences `i` and `i + n_sequences // 2`) of at most `ROWS`; a longer pair is a
+    group of its own."""
+    ends = torch.bincount(owner, minlength=n_sequences).cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    half = n_sequences // 2
+    groups: list[list[int]] = []
+    for i in range(half):
+        pair = [*range(starts[i], ends[i]), *range(starts[i + half], ends[i + half])]
+        if groups and len(groups[-1]) + len(pair) <= ROWS:
+            groups[-1] += pair
+        else:
+            groups.append(pair)
+    return [torch.tensor(group, device=owner.device) for group in groups if group]

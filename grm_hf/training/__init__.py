@@ -1,0 +1,13 @@
+"""Training of Generalizable Reward Models on TRL (extra `train`)."""
+
+try:
+    import trl  # noqa: F401
+except ImportError as error:
+    raise ImportError("Training needs TRL: pip install 'grm-hf[train]'.") from error
+
+from .config import GRMRewardConfig
+from .merge import merge_adapter
+from .trainer import GRMRewardTrainer
+
+
+__all__ = ["GRMRewardConfig", "GRMRewardTrainer", "merge_adapter"]

@@ -1,0 +1,128 @@
+"""Settings of a GRM training run: TRL's reward settings and those of the text-generation regulariser."""
+
+import warnings
+from dataclasses import dataclass, field
+
+from trl import RewardConfig
+
+from ..losses import PAIR_LOSSES, TEXT_LOSSES
+
+
+REGULARIZERS = ("none", *TEXT_LOSSES)
+OVERLENGTH = ("truncate_left", "drop", "error")
+LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
+REFERENCES = ("adapter_off", "precompute", "model")
+
+
+@dataclass
+class GRMRewardConfig(RewardConfig):
+    r"""
+    Configuration class for the [`GRMRewardTrainer`].
+
+    This class includes only the parameters that are specific to GRM. For the others, see [`~trl.RewardConfig`] and
+    [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the loss, `(1 - alpha) * pair_loss + alpha * text_loss`
+
+        regularizer (`str`, *optional*, defaults to `"sft"`):
+            Text-generation loss on the kept language-model head: `"none"` (a Bradley-Terry reward model with the same
+            head), `"sft"` (`-log s(beta * s_c)`, the paper's default), `"sft_nll"`, `"sft_token_mean"`, `"dpo_noref"`
+            or `"dpo"`. See [`~grm_hf.losses.text_loss`] for the formulas.
+        alpha (`float`, *optional*, defaults to `0.01`):
+            Weight of the text loss, in `[0, 1]`. The paper found 0.005 to 0.05 best. 0 is the same as `"none"`.
+        beta (`float`, *optional*, defaults to `0.1`):
+            Inverse temperature of `"sft"`, `"dpo_noref"` and `"dpo"`.
+        pair_loss (`str`, *optional*):
+            Loss on the rewards: `"bt"`, `"margin"` or `"scaled"`. If `None`, `"margin"` where the training data has a
+            `margin` column (as TRL does), else `"bt"`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Assumed share of wrong labels, in `[0, 0.5)`.
+        reference (`str`, *optional*):
+            Where `"dpo"` takes its reference log-probabilities from: `"adapter_off"` (the same model with its adapter
+            switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
+            second copy). If `None`, `"adapter_off"` with an adapter, else `"precompute"`.
+        freeze_backbone (`bool`, *optional*, defaults to `False`):
+            Train the reward head alone. Requires `regularizer="none"`.
+
+        > Parameters that control the data
+
+        overlength (`str`, *optional*, defaults to `"truncate_left"`):
+            What happens to a pair longer than `max_length`: `"truncate_left"` (the prompt loses its beginning; the
+            terminator always stays), `"drop"` (what TRL does) or `"error"`. What was cut or dropped is counted in
+            `trainer.data_counts` and said.
+        layout (`str`, *optional*, defaults to `"auto"`):
+            How pairs lie in a batch: `"padded"`, `"packed"` (no padding), `"shared_prefix"` (no padding, and what
+            chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model.
+    """
+
+    regularizer: str = field(
+        default="sft",
+        metadata={"help": "Text-generation loss on the kept language-model head.", "choices": list(REGULARIZERS)},
+    )
+    alpha: float = field(default=0.01, metadata={"help": "Weight of the text loss, in [0, 1]."})
+    beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the text loss."})
+    pair_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Loss on the rewards: bt, margin or scaled. Default: margin if the data has a margin column, "
+            "else bt."
+        },
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of wrong labels, in [0, 0.5)."})
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reference log-probabilities for dpo: adapter_off, precompute or model. Default: adapter_off with "
+            "an adapter, else precompute."
+        },
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the reward head alone."})
+    overlength: str = field(
+        default="truncate_left",
+        metadata={"help": "What happens to a pair longer than max_length.", "choices": list(OVERLENGTH)},
+    )
+    layout: str = field(
+        default="auto", metadata={"help": "How pairs lie in a batch.", "choices": list(LAYOUTS)}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in {
+            "regularizer": REGULARIZERS,
+            "pair_loss": (None, *PAIR_LOSSES),
+            "reference": (None, *REFERENCES),
+            "overlength": OVERLENGTH,
+            "layout": LAYOUTS,
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {choices}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"`alpha` is {self.alpha}; it weighs two losses and must be in [0, 1].")
+        if self.beta <= 0:
+            raise ValueError(f"`beta` is {self.beta}; it must be above 0. To switch the text loss off, set alpha=0.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it must be in [0, 0.5).")
+        if self.freeze_backbone and self.text_loss != "none":
+            raise ValueError(
+                f"`freeze_backbone=True` leaves nothing for the text loss {self.regularizer!r} to train. Set "
+                "regularizer='none', or train the backbone."
+            )
+        if self.reference is not None and self.text_loss != "dpo":
+            warnings.warn(
+                f"`reference={self.reference!r}` is ignored: only regularizer='dpo' has a reference, found "
+                f"regularizer={self.regularizer!r} with alpha={self.alpha}.",
+                stacklevel=2,
+            )
+
+    @property
+    def text_loss(self) -> str:
+        """The text loss that is computed: `regularizer`, or `"none"` where `alpha` is 0."""
+        return "none" if self.alpha == 0 else self.regularizer
+
+    @property
+    def text_side(self) -> str:
+        """The responses whose log-probability the text loss needs: `"none"`, `"chosen"` or `"both"`."""
+        if self.text_loss == "none":
+            return "none"
+        return "both" if self.text_loss.startswith("dpo") else "chosen"

@@ -1,0 +1,472 @@
+"""The GRM trainer: TRL's `RewardTrainer` with a text-generation loss on the kept language-model head.
+
+What differs from TRL, all of it here: the loss; where a text is cut when it is too long (`grm_hf.pairs`); metrics that
+are exact over ranks, accumulation and uneven batches; predictions of shape (pairs, 2); adapters that always carry the
+reward head; and checkpoints that load by themselves.
+"""
+
+import copy
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers.utils import logging
+from trl import RewardTrainer
+
+from .. import losses
+from ..configuration_grm import GRMConfig
+from ..layouts import PairCollator, resolve_layout
+from ..logprobs import sequence_logps
+from ..modeling_grm import GRMForSequenceClassification
+from ..pairs import Encoder, prepare_pairs
+from . import reference
+from .config import GRMRewardConfig
+
+
+logger = logging.get_logger(__name__)
+
+TEXT_KEYS = ("text_index", "text_targets", "text_owner")
+
+
+class GRMRewardTrainer(RewardTrainer):
+    r"""
+    Trainer for Generalizable Reward Models (Yang et al., arXiv 2406.10216).
+
+    Takes what [`~trl.RewardTrainer`] takes. The differences:
+
+    Args:
+        model (`str` or [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
+            A reward model, one wrapped by PEFT, or the Hub id or folder of a reward model or of a causal language
+            model, from which a reward model is made (`args.model_init_kwargs` may hold `head_type`,
+            `head_hidden_size`, `head_num_layers`, `head_dropout`).
+        args ([`GRMRewardConfig`], *optional*):
+            Settings. If `None`, the defaults.
+        train_dataset, eval_dataset:
+            Preference data in any of TRL's formats: explicit or implicit prompt, text or messages, `tools`,
+            `chat_template_kwargs`, `margin`. Rows are checked before training starts.
+        compute_metrics (`Callable`, *optional*):
+            Is given predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter. The reward head is always trained and saved in full with it (`modules_to_save=["score"]`).
+
+    Attributes:
+        data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set.
+
+    Example:
+
+    ```python
+    from grm_hf import GRMRewardConfig, GRMRewardTrainer
+
+    trainer = GRMRewardTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=GRMRewardConfig("qwen3-grm", regularizer="sft"),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "reward-trainer", "grm", "reward-model"]
+    _name = "GRM"
+    _paper = {
+        "title": "Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs",
+        "id": "2406.10216",
+    }
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        quantization_config=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = GRMRewardConfig(f"{Path(name).name or 'model'}-GRM")
+        if not isinstance(args, GRMRewardConfig):
+            raise ValueError(f"`args` is a {type(args).__name__}; GRMRewardTrainer needs a GRMRewardConfig.")
+        if isinstance(model, str):
+            set_seed(args.seed)  # the new head is drawn here
+            model = _load(model, args, quantization_config)
+            quantization_config = None
+            args = copy.copy(args)
+            args.model_init_kwargs = None  # used up
+        base = _unwrapped(model)
+        config: GRMConfig = base.config
+        if config.model_type != GRMConfig.model_type:
+            raise ValueError(
+                f"`model` is a {type(base).__name__}; GRM trains the reward head and the language-model head of one "
+                "model. Make it with GRMForSequenceClassification.from_base(...), or pass the id of a causal language "
+                "model."
+            )
+        if processing_class is None:
+            processing_class = _load_tokenizer(config, args)
+        if peft_config is not None:
+            peft_config = _with_reward_head(peft_config)
+            _give_a_folder(base, args, processing_class)
+        if args.text_loss == "none" and args.world_size > 1:
+            base.freeze_lm_head()
+        if args.freeze_backbone:
+            base.lm.requires_grad_(False)
+        if args.text_loss != "none" and not base.lm_head_is_exact():
+            raise ValueError(
+                f"The language-model head of {type(base.lm).__name__} does more than GRM knows of, so the text loss "
+                "would not be that model's. Use regularizer='none', or report the model type."
+            )
+        self._reference = args.reference or ("adapter_off" if peft_config or is_peft_model(model) else "precompute")
+        if args.text_loss != "dpo":
+            self._reference = None
+        if self._reference == "adapter_off" and not (peft_config or is_peft_model(model)):
+            raise ValueError("reference='adapter_off' needs an adapter: pass `peft_config`, or use 'precompute'.")
+        if self._reference == "precompute" and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "Reference log-probabilities of a streaming dataset cannot be computed beforehand. Set "
+                "reference='model' (a frozen copy), or train an adapter (reference='adapter_off')."
+            )
+        reference_model = copy.deepcopy(base) if self._reference == "model" else None
+        config.max_sequence_length = args.max_length
+        self.data_counts = {}
+        self._bos_policy = config.bos_policy
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            **kwargs,
+        )
+
+        self.layout = resolve_layout(args.layout, self.model)
+        if data_collator is None:
+            self.data_collator = PairCollator(
+                pad_token_id=self.processing_class.pad_token_id,
+                layout=self.layout,
+                text=args.text_side,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+            )
+        if args.pair_loss is not None:
+            self._pair_loss = args.pair_loss
+        else:
+            self._pair_loss = "margin" if "margin" in (self._columns(self.train_dataset) or ()) else "bt"
+        if self._pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
+            logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
+        # Sums of what a log line averages, and what they are sums over: exact whatever the sizes of the batches.
+        self._sums = {"train": {}, "eval": {}}
+        self._tokens_since, self._log_time = 0, time.perf_counter()
+
+        self._reference_model = None
+        if reference_model is not None:
+            reference_model.requires_grad_(False)
+            self._reference_model = self.accelerator.prepare_model(reference_model.eval(), evaluation_mode=True)
+        if self._reference == "precompute":
+            self.train_dataset = reference.precompute(self, self.train_dataset, "train")
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {k: reference.precompute(self, d, k) for k, d in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = reference.precompute(self, self.eval_dataset, "eval")
+
+    # ------------------------------------------------------------------------------------------------------------ data
+
+    @staticmethod
+    def _columns(dataset):
+        return getattr(dataset, "column_names", None)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        encoder = Encoder(
+            processing_class, max_length=args.max_length, overlength=args.overlength, bos=self._bos_policy
+        )
+        dataset, counts = prepare_pairs(dataset, encoder, dataset_name, args.dataset_num_proc)
+        self.data_counts[dataset_name] = counts
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = [*reference.COLUMNS, "margin", "ref_chosen_logps", "ref_rejected_logps"]
+
+    # ------------------------------------------------------------------------------------------------------------ loss
+
+    def response_logps(self, model, inputs):
+        """Log-probabilities of the responses of a batch, summed over their tokens: chosen above rejected, `(2B,)`."""
+        inputs = {key: value for key, value in inputs.items() if key not in ("margin", "ref_logps")}
+        lm_fn = self._lm_fn(inputs)
+        inputs = {key: value for key, value in inputs.items() if key not in TEXT_KEYS}
+        return model(**inputs, use_cache=False, lm_fn=lm_fn).lm_output
+
+    def _lm_fn(self, inputs):
+        """What the model runs on its hidden states inside its forward: log-probabilities summed for each response."""
+        missing = [key for key in TEXT_KEYS if key not in inputs]
+        if missing:
+            raise ValueError(
+                f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give what "
+                "grm_hf.layouts.PairCollator gives."
+            )
+        sequences = inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
+        responses = sequences if self.args.text_side == "both" else sequences // 2
+        return partial(_logps, num_sequences=responses, **{key: inputs[key] for key in TEXT_KEYS})
+
+    def _reference_logps(self, model, inputs, given):
+        """Reference log-probabilities of a batch, `(2B,)`; given with the data, or live."""
+        if given is not None:
+            return given
+        with torch.no_grad():
+            if self._reference_model is not None:
+                return self.response_logps(self._reference_model, inputs)
+            if self._reference == "adapter_off":
+                with self.accelerator.unwrap_model(model).disable_adapter():
+                    return self.response_logps(model, inputs)
+        raise ValueError(
+            "This data has no reference log-probabilities (columns `ref_chosen_logps`, `ref_rejected_logps`), which "
+            "regularizer='dpo' needs. Pass it to the trainer as `eval_dataset`, or set reference='model'."
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, mode = self.args, "train" if self.model.training else "eval"
+        margin, given = inputs.pop("margin", None), inputs.pop("ref_logps", None)
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        model_inputs = {key: value for key, value in inputs.items() if key not in TEXT_KEYS}
+        lm_fn = None if args.text_loss == "none" else self._lm_fn(inputs)
+        outputs = model(**model_inputs, use_cache=False, lm_fn=lm_fn)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+
+        pair = losses.pair_loss(chosen, rejected, margin, self._pair_loss, args.label_smoothing).mean()
+        if args.center_rewards_coefficient is not None:
+            pair = pair + args.center_rewards_coefficient * losses.centering(chosen, rejected).mean()
+        text, details = None, {}
+        if lm_fn is not None:
+            ref = self._reference_logps(model, inputs, given) if args.text_loss == "dpo" else None
+            text, details = self._text_loss(outputs.lm_output, inputs["text_owner"], ref)
+        loss = losses.total_loss(pair, text, args.alpha)
+
+        self._record(mode, chosen.detach(), rejected.detach(), pair.detach(), text, details, loss.detach(), tokens)
+        if return_outputs:
+            return loss, {"logits": torch.stack([chosen, rejected], dim=1)}
+        return loss
+
+    def _text_loss(self, logps, owner, ref):
+        """Mean text loss over the pairs of a batch, and what is logged of it."""
+        args = self.args
+        counts = torch.bincount(owner, minlength=logps.shape[0]).to(logps.dtype)
+        if args.text_side == "chosen":
+            chosen, rejected, pairs = logps, None, logps.shape[0]
+        else:
+            chosen, rejected = logps.chunk(2)
+            pairs = chosen.shape[0]
+        ref_chosen, ref_rejected = (None, None) if ref is None else ref.to(logps.dtype).chunk(2)
+        text = losses.text_loss(
+            args.text_loss, args.beta, chosen, counts[:pairs], rejected, ref_chosen, ref_rejected
+        ).mean()
+        details = {"nll": -chosen.detach(), "nll_tokens": counts[:pairs]}
+        if rejected is not None:
+            implicit = (chosen - rejected).detach()
+            if ref is not None:
+                implicit = implicit - (ref_chosen - ref_rejected)
+            details["implicit_accuracy"] = (implicit > 0).to(logps.dtype)
+        return text, details
+
+    # --------------------------------------------------------------------------------------------------------- metrics
+
+    def _record(self, mode, chosen, rejected, pair, text, details, loss, tokens):
+        """Add one batch to the sums. Evaluation gathers row by row, so that rows a sampler repeats count once."""
+        ones = torch.ones_like(chosen)
+        rows = {
+            "pairs": ones,
+            "accuracy": (chosen > rejected).to(chosen.dtype),
+            "margin": chosen - rejected,
+            "reward": chosen + rejected,
+            "reward_squared": chosen**2 + rejected**2,
+            "min_reward": torch.minimum(chosen, rejected),
+            "max_reward": torch.maximum(chosen, rejected),
+            "loss": loss * ones,
+            "pair_loss": pair * ones,
+            **({} if text is None else {"text_loss": text.detach() * ones}),
+            **details,
+        }
+        table = torch.stack([value.double() for value in rows.values()], dim=1)
+        if mode == "eval":
+            table = self.accelerator.gather_for_metrics(table)
+        else:
+            self._tokens_since = self._tokens_since + tokens
+        sums = self._sums[mode]
+        for column, name in enumerate(rows):
+            values = table[:, column]
+            if name in ("min_reward", "max_reward"):
+                pick = torch.minimum if name == "min_reward" else torch.maximum
+                value = values.min() if name == "min_reward" else values.max()
+                sums[name] = value if name not in sums else pick(sums[name], value)
+            else:
+                sums[name] = sums.get(name, 0) + values.sum()
+
+    def _averages(self, mode):
+        """Averages since the last log line, over all ranks."""
+        sums = self._sums[mode]
+        self._sums[mode] = {}
+        if not sums:
+            return {}
+        names = sorted(sums)
+        values = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64) for name in names])
+        if mode == "train" and self.accelerator.num_processes > 1:
+            # MPS and some backends have no float64 collectives on device: CPU-sized numbers, gathered as they are.
+            every = self.accelerator.gather(values.to(self.accelerator.device)[None])
+            values = torch.stack(
+                [
+                    every[:, i].min() if n == "min_reward" else every[:, i].max() if n == "max_reward"
+                    else every[:, i].sum()
+                    for i, n in enumerate(names)
+                ]
+            )
+        total = dict(zip(names, values.tolist(), strict=True))
+        pairs = total["pairs"]
+        mean = total["reward"] / (2 * pairs)
+        averages = {
+            name: total[name] / pairs
+            for name in ("accuracy", "margin", "pair_loss", "text_loss", "implicit_accuracy")
+            if name in total
+        }
+        averages.update(min_reward=total["min_reward"], mean_reward=mean, max_reward=total["max_reward"])
+        if total.get("nll_tokens"):
+            averages["perplexity"] = float(torch.tensor(total["nll"] / total["nll_tokens"]).exp())
+        if mode == "eval":
+            averages["loss"] = total["loss"] / pairs
+            config = _unwrapped(self.model).config
+            config.reward_mean = mean
+            config.reward_std = max(total["reward_squared"] / (2 * pairs) - mean**2, 0.0) ** 0.5
+        return averages
+
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        averages = self._averages(mode)
+        if mode == "train":
+            tokens = torch.as_tensor(self._tokens_since, device=self.accelerator.device, dtype=torch.float32)
+            tokens = int(self.accelerator.gather(tokens.view(1)).sum().item()) // getattr(self, "_tp_size", 1)
+            now = time.perf_counter()
+            if averages:
+                averages["tokens_per_second"] = round(tokens / (now - self._log_time), 1)
+            self._total_train_tokens += tokens
+            self._tokens_since, self._log_time = 0, now
+        if averages:
+            averages["num_tokens"] = self._total_train_tokens
+        # `eval`, or `eval_<name>` where there are several evaluation sets.
+        prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+        logs.update(averages if mode == "train" else {f"{prefix}_{name}": value for name, value in averages.items()})
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------------------------------------------------- saving
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if is_peft_model(self.model):
+            _require_head_in_adapter(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        card = Path(self.args.output_dir) / "README.md"
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and card.is_file():
+            shutil.copy(card, folder)
+
+
+def _logps(hidden_states, model, text_index, text_targets, text_owner, num_sequences):
+    return sequence_logps(hidden_states, model, text_index, text_targets, text_owner, num_sequences)
+
+
+def _unwrapped(model):
+    """The reward model inside PEFT's wrapper, if there is one."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _load(path, args, quantization_config):
+    """A reward model from the id or folder of one, or of a causal language model."""
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ValueError("`quantization_config` is given twice: to the trainer and in `args.model_init_kwargs`.")
+        kwargs["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    kwargs = {"dtype": torch.float32, **{k: v for k, v in kwargs.items() if v is not None or k == "device_map"}}
+    trust = kwargs.pop("trust_remote_code", args.trust_remote_code)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust, revision=kwargs.get("revision"))
+    if config.model_type == GRMConfig.model_type:
+        ignored = sorted(k for k in kwargs if k.startswith("head_"))
+        if ignored:
+            logger.warning(f"'{path}' is a reward model already: {ignored} are ignored, its own head is kept.")
+        kwargs = {k: v for k, v in kwargs.items() if k not in ignored}
+        return GRMForSequenceClassification.from_pretrained(path, **kwargs)
+    return GRMForSequenceClassification.from_base(path, trust_remote_code=trust, **kwargs)
+
+
+def _load_tokenizer(config, args):
+    source = config._name_or_path or config.base_model
+    if not source:
+        raise ValueError(
+            "The model was made in memory, so its tokenizer is not known. Pass `processing_class=tokenizer`."
+        )
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+
+
+def _with_reward_head(peft_config):
+    """The same settings with the reward head among the modules that are trained and saved in full."""
+    modules = list(getattr(peft_config, "modules_to_save", None) or [])
+    if "score" in modules:
+        return peft_config
+    if not hasattr(peft_config, "modules_to_save"):
+        raise ValueError(
+            f"{type(peft_config).__name__} cannot train the reward head: it has no `modules_to_save`. Use LoRA or "
+            "another method that has."
+        )
+    peft_config = copy.copy(peft_config)
+    peft_config.modules_to_save = [*modules, "score"]
+    return peft_config
+
+
+def _give_a_folder(model, args, tokenizer):
+    """Save a reward model that exists only in memory, so that its adapters can say what they were trained on.
+
+    An adapter that named the raw language model instead would load as a classifier with a random head.
+    """
+    if model.name_or_path:
+        return
+    folder = Path(args.output_dir) / "base"
+    with args.main_process_first(desc="saving the untrained reward model"):
+        if args.process_index == 0:
+            if (folder / "config.json").is_file():
+                _require_same_body(model, folder)
+            else:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+    model.name_or_path = model.config._name_or_path = str(folder.resolve())
+
+
+def _require_same_body(model, folder):
+    """Refuse to give adapters a base folder that holds another language model (the head travels with the adapter)."""
+    saved = GRMForSequenceClassification.from_pretrained(folder, dtype=model.dtype).lm.state_dict()
+    state = model.lm.state_dict()
+    if saved.keys() != state.keys() or any(not torch.equal(saved[key], state[key].cpu()) for key in saved):
+        raise ValueError(
+            f"'{folder}' holds the base of earlier adapters in this output folder, and the model given is another "
+            "one. Choose another `output_dir`, or delete the folder if those adapters are no longer wanted."
+        )
+
+
+def _require_head_in_adapter(folder):
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    assert any(".score." in key for key in keys), f"{path} was saved without the reward head: {keys[:3]}"
