@@ -131,12 +131,12 @@ class _LinearHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sums):
         flat, weight, bias, index, targets, owner = ctx.saved_tensors
-        gradients, factor = ctx.gradients, None
+        gradients, factor = ctx.gradients, 1.0
         ctx.gradients = None  # they are scaled in place: a second backward makes them again
         if gradients is not None and ctx.coefficients is not None:
             factor = _constant_factor(grad_sums, ctx.coefficients)
-        if gradients is None or (ctx.coefficients is not None and factor is None):
-            gradients, factor = _Gradients(ctx.needs_input_grad, weight, bias, len(index)), None
+        if gradients is None or factor is None:
+            gradients, factor = _Gradients(ctx.needs_input_grad, weight, bias, len(index)), 1.0
             chunks = _Chunks(ctx.dtype, flat, weight, bias, index, targets)
             for rows in _all(index)[0].split(ROWS):
                 chunks.compute(rows)
@@ -171,26 +171,29 @@ class _Chunks:
 
 
 class _Gradients:
-    """What chunks add up to: the gradient of each row per unit of its coefficient, and of the head, with the sign of
-    a descent on the log-probability."""
+    """What chunks add up to: the gradient of each row before its coefficient, and that of the head."""
 
     def __init__(self, needed, weight, bias, n_rows):
         self.rows = weight.new_empty(n_rows, weight.shape[1]) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.weight = torch.empty_like(weight) if needed[1] else None
         self.bias = torch.zeros_like(bias) if needed[2] else None
+        self.empty = True
 
     def add(self, rows: torch.Tensor, chunks: _Chunks, coefficients: torch.Tensor | None = None) -> None:
         residual = chunks.residual.to(chunks.weight.dtype)
         if self.rows is not None:
             self.rows.index_copy_(0, rows, (residual @ chunks.weight).to(self.rows.dtype))
         if self.weight is not None:
-            weighted = chunks.hidden * coefficients[:, None].to(residual.dtype)
+            weighted = chunks.hidden * -coefficients[:, None].to(residual.dtype)
             if self.weight.dtype == residual.dtype:
-                self.weight.addmm_(residual.T, weighted)
+                torch.addmm(self.weight, residual.T, weighted, beta=0 if self.empty else 1, out=self.weight)
+            elif self.empty:
+                self.weight.copy_(residual.T @ weighted)
             else:
                 self.weight += residual.T @ weighted
         if self.bias is not None:
-            self.bias += (residual.T @ coefficients.to(residual.dtype)).to(self.bias.dtype)
+            self.bias -= (residual.T @ coefficients.to(residual.dtype)).to(self.bias.dtype)
+        self.empty = False
 
     def finish(self, flat, index, coefficients, factor):
         """Gradients of `flat`, of the weight and of the bias; `factor` is what the head's is still to be scaled by."""
@@ -198,8 +201,11 @@ class _Gradients:
         if self.rows is not None:
             rows = self.rows.mul_(-coefficients[:, None]).to(flat.dtype)
             grad_flat = torch.zeros_like(flat).index_add_(0, index, rows)
-        scale = -1.0 if factor is None else -factor
-        return grad_flat, *(None if g is None else g.mul_(scale) for g in (self.weight, self.bias))
+        if self.empty and self.weight is not None:
+            self.weight.zero_()
+        if factor != 1:
+            self.weight, self.bias = (None if g is None else g.mul_(factor) for g in (self.weight, self.bias))
+        return grad_flat, self.weight, self.bias
 
 
 def _gradient(loss: Callable[[torch.Tensor], torch.Tensor], sums: torch.Tensor) -> torch.Tensor:
@@ -208,14 +214,16 @@ def _gradient(loss: Callable[[torch.Tensor], torch.Tensor], sums: torch.Tensor) 
         return torch.autograd.grad(loss(sums), sums)[0]
 
 
-def _constant_factor(grad: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor | None:
+def _constant_factor(grad: torch.Tensor, coefficients: torch.Tensor) -> float | None:
     """`f` if `grad = f * coefficients` to rounding, otherwise `None`."""
     largest = coefficients.abs().argmax()
     factor = grad[largest] / coefficients[largest]
     epsilon = torch.finfo(grad.dtype).eps
-    error = (grad - factor * coefficients).abs()
-    same = error <= epsilon * (64 * grad.abs() + 4 * grad.abs().max())
-    return factor if bool(same.all()) else None
+    same = (grad - factor * coefficients).abs() <= epsilon * (64 * grad.abs() + 4 * grad.abs().max())
+    factor, same = torch.stack([factor, same.all().to(factor.dtype)]).tolist()
+    if not same:
+        return None
+    return 1.0 if abs(factor - 1) < 4 * epsilon else factor  # 1 spares a pass over the gradient
 
 
 def _all(index: torch.Tensor) -> list[torch.Tensor]:

@@ -187,11 +187,13 @@ class GRMRewardTrainer(RewardTrainer):
         return getattr(dataset, "column_names", None)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        encoder = Encoder(
-            processing_class, max_length=args.max_length, overlength=args.overlength, bos=self._bos_policy
-        )
-        dataset, counts = prepare_pairs(dataset, encoder, dataset_name, args.dataset_num_proc)
+        encoder = Encoder(processing_class, args.max_length, args.overlength, self._bos_policy)
+        with args.main_process_first(desc=f"tokenizing {dataset_name} dataset"):
+            dataset, counts = prepare_pairs(
+                dataset, encoder, dataset_name, args.dataset_num_proc, starts_required=args.text_loss != "none"
+            )
         self.data_counts[dataset_name] = counts
+        (logger.warning if counts.dropped or counts.truncated else logger.info)(str(counts))
         return dataset
 
     def _set_signature_columns_if_needed(self):
@@ -202,12 +204,9 @@ class GRMRewardTrainer(RewardTrainer):
 
     def response_logps(self, model, inputs):
         """Log-probabilities of the responses of a batch, summed over their tokens: chosen above rejected, `(2B,)`."""
-        inputs = {key: value for key, value in inputs.items() if key not in ("margin", "ref_logps")}
-        lm_fn = self._lm_fn(inputs)
-        inputs = {key: value for key, value in inputs.items() if key not in TEXT_KEYS}
-        return model(**inputs, use_cache=False, lm_fn=lm_fn).lm_output
+        return model(**_without_text(inputs), use_cache=False, lm_fn=self._lm_fn(inputs)).lm_output
 
-    def _lm_fn(self, inputs):
+    def _lm_fn(self, inputs, loss=None):
         """What the model runs on its hidden states inside its forward: log-probabilities summed for each response."""
         missing = [key for key in TEXT_KEYS if key not in inputs]
         if missing:
@@ -215,9 +214,9 @@ class GRMRewardTrainer(RewardTrainer):
                 f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give what "
                 "grm_hf.layouts.PairCollator gives."
             )
-        sequences = inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
-        responses = sequences if self.args.text_side == "both" else sequences // 2
-        return partial(_logps, num_sequences=responses, **{key: inputs[key] for key in TEXT_KEYS})
+        index, targets, owner = (inputs[key] for key in TEXT_KEYS)
+        sequences = _num_sequences(inputs)
+        return lambda hidden, model: sequence_logps(hidden, model, index, targets, owner, sequences, loss)
 
     def _reference_logps(self, model, inputs, given):
         """Reference log-probabilities of a batch, `(2B,)`; given with the data, or live."""
@@ -236,20 +235,24 @@ class GRMRewardTrainer(RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
+        inputs = dict(inputs)
         margin, given = inputs.pop("margin", None), inputs.pop("ref_logps", None)
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        model_inputs = {key: value for key, value in inputs.items() if key not in TEXT_KEYS}
-        lm_fn = None if args.text_loss == "none" else self._lm_fn(inputs)
-        outputs = model(**model_inputs, use_cache=False, lm_fn=lm_fn)
+        lm_fn, text_loss, text, details = None, None, None, {}
+        if args.text_loss != "none":
+            ref = self._reference_logps(model, inputs, given) if args.text_loss == "dpo" else None
+            counts = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs))
+            text_loss = partial(self._text_loss, counts=counts, ref=ref)
+            lm_fn = self._lm_fn(inputs, loss=lambda sums: text_loss(sums).mean())
+        outputs = model(**_without_text(inputs), use_cache=False, lm_fn=lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
         pair = losses.pair_loss(chosen, rejected, margin, self._pair_loss, args.label_smoothing).mean()
         if args.center_rewards_coefficient is not None:
             pair = pair + args.center_rewards_coefficient * losses.centering(chosen, rejected).mean()
-        text, details = None, {}
-        if lm_fn is not None:
-            ref = self._reference_logps(model, inputs, given) if args.text_loss == "dpo" else None
-            text, details = self._text_loss(outputs.lm_output, inputs["text_owner"], ref)
+        if text_loss is not None:
+            text = text_loss(outputs.lm_output).mean()
+            details = self._text_details(outputs.lm_output.detach(), counts, ref)
         loss = losses.total_loss(pair, text, args.alpha)
 
         self._record(mode, chosen.detach(), rejected.detach(), pair.detach(), text, details, loss.detach(), tokens)
@@ -257,26 +260,23 @@ class GRMRewardTrainer(RewardTrainer):
             return loss, {"logits": torch.stack([chosen, rejected], dim=1)}
         return loss
 
-    def _text_loss(self, logps, owner, ref):
-        """Mean text loss over the pairs of a batch, and what is logged of it."""
-        args = self.args
-        counts = torch.bincount(owner, minlength=logps.shape[0]).to(logps.dtype)
-        if args.text_side == "chosen":
-            chosen, rejected, pairs = logps, None, logps.shape[0]
-        else:
-            chosen, rejected = logps.chunk(2)
-            pairs = chosen.shape[0]
+    def _text_loss(self, logps, counts, ref):
+        """Text loss of each pair, `(B,)`, from sums of log-probabilities, token counts and reference sums, `(2B,)`."""
+        chosen, rejected = logps.chunk(2)
         ref_chosen, ref_rejected = (None, None) if ref is None else ref.to(logps.dtype).chunk(2)
-        text = losses.text_loss(
-            args.text_loss, args.beta, chosen, counts[:pairs], rejected, ref_chosen, ref_rejected
-        ).mean()
-        details = {"nll": -chosen.detach(), "nll_tokens": counts[:pairs]}
-        if rejected is not None:
-            implicit = (chosen - rejected).detach()
-            if ref is not None:
-                implicit = implicit - (ref_chosen - ref_rejected)
-            details["implicit_accuracy"] = (implicit > 0).to(logps.dtype)
-        return text, details
+        tokens = counts[: len(chosen)].to(logps.dtype)
+        return losses.text_loss(self.args.text_loss, self.args.beta, chosen, tokens, rejected, ref_chosen, ref_rejected)
+
+    def _text_details(self, logps, counts, ref):
+        """What is logged of the text side: the chosen responses' likelihood, and which response the language-model
+        head prefers (by its own log-probability, or for `dpo` by its change against the reference)."""
+        chosen, rejected = logps.chunk(2)
+        details = {"nll": -chosen, "nll_tokens": counts[: len(chosen)]}
+        if self.args.text_side == "both":
+            change = logps if ref is None else logps - ref.to(logps.dtype)
+            better, worse = change.chunk(2)
+            details["implicit_accuracy"] = (better > worse).to(logps.dtype)
+        return details
 
     # --------------------------------------------------------------------------------------------------------- metrics
 
@@ -380,8 +380,13 @@ class GRMRewardTrainer(RewardTrainer):
             shutil.copy(card, folder)
 
 
-def _logps(hidden_states, model, text_index, text_targets, text_owner, num_sequences):
-    return sequence_logps(hidden_states, model, text_index, text_targets, text_owner, num_sequences)
+def _without_text(inputs):
+    return {key: value for key, value in inputs.items() if key not in (*TEXT_KEYS, "margin", "ref_logps")}
+
+
+def _num_sequences(inputs):
+    """Number of sequences in a batch, `2B`: chosen above rejected."""
+    return inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
 
 
 def _unwrapped(model):
