@@ -21,7 +21,7 @@ BOS_POLICIES = ("single", "double")
 
 
 def _text_property(name):
-    """A property of the wrapper that reads and writes the same name of `text_config` (other libraries expect it there)."""
+    """A property of the wrapper that reads and writes the same name of `text_config`."""
 
     def get(self):
         return getattr(self.text_config, name)
@@ -137,10 +137,10 @@ class GRMConfig(PretrainedConfig):
             # on a copy, or a live language model would lose its causal mask (transformers 5.23).
             kwargs.setdefault("attn_implementation", text_config._attn_implementation)
             text_config = copy.deepcopy(text_config)
-        if kwargs.get("num_labels") not in (None, 1):
-            raise ValueError(f"A reward model gives one number a sequence, found `num_labels={kwargs['num_labels']}`.")
-        kwargs.pop("num_labels", None)
-        if kwargs.get("id2label") is None:
+        labels = kwargs.pop("num_labels", None) or len(kwargs.get("id2label") or [0])
+        if labels != 1:
+            raise ValueError(f"A reward model gives one number, found {labels} labels. Leave `num_labels` at 1.")
+        if not kwargs.get("id2label"):
             kwargs.update(id2label={0: "REWARD"}, label2id={"REWARD": 0})
         # "regression" is what keeps the text-classification pipeline and vLLM from putting a sigmoid on the reward.
         kwargs["problem_type"] = kwargs.get("problem_type") or "regression"
@@ -160,8 +160,28 @@ class GRMConfig(PretrainedConfig):
         self.reward_temperature = reward_temperature
         self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
         super().__init__(**kwargs)
-        # One class can be registered for one Auto class only: the map names all three.
-        self.auto_map = {**AUTO_MAP, **auto_map}
+        # One class can be registered for one Auto class only: the map names all three. The files it names are saved
+        # beside it; a repository that the model was loaded from is not asked for them again.
+        self.auto_map = {**auto_map, **AUTO_MAP}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The configuration file of a reward model; a `ValueError` for that of any other model, which would otherwise
+        become the default configuration: a language model of 7 billion random weights."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        path, model_type = pretrained_model_name_or_path, config.get("model_type")
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"'{path}' holds a model of type {model_type!r}, not a reward model of type 'grm': it has no reward "
+                f"head. To make a reward model from it, use `GRMForSequenceClassification.from_base('{path}')` and "
+                "train it."
+            )
+        if not config.get("text_config"):
+            raise ValueError(
+                f"The config.json of '{path}' has no `text_config`, the configuration of the base's language model. "
+                "Restore the file as `save_pretrained` wrote it."
+            )
+        return config, kwargs
 
     def to_dict(self):
         """The configuration as a dictionary, without the path the base was loaded from."""

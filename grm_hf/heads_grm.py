@@ -1,4 +1,4 @@
-"""The reward heads: a hidden state in, one number out, always computed in the head's own dtype (float32).
+"""The reward heads: a hidden state in, one number out, always computed in float32.
 
 This file is shipped to the Hub as it is: it imports torch and nothing else.
 """
@@ -7,14 +7,18 @@ import torch
 from torch import nn
 
 
-def _in_own_dtype(hidden_states, weight, function):
-    """Apply `function` to hidden states cast to the dtype of `weight`, outside autocast: rewards differ by little, and
-    a bfloat16 head would round the difference away."""
-    with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-        return function(hidden_states.to(weight.dtype))
+class GRMLinear(nn.Linear):
+    """A linear layer that computes in float32 or wider, whatever the dtype of its weights and whatever autocast says:
+    rewards differ by little, and bfloat16 would round the difference away."""
+
+    def forward(self, x):
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-class GRMLinearHead(nn.Linear):
+class GRMLinearHead(GRMLinear):
     """One bias-free linear layer: `(..., hidden_size)` to `(..., 1)`."""
 
     def __init__(self, hidden_size, dropout=0.0):
@@ -22,7 +26,7 @@ class GRMLinearHead(nn.Linear):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_states):
-        return _in_own_dtype(hidden_states, self.weight, lambda x: super(GRMLinearHead, self).forward(self.dropout(x)))
+        return super().forward(self.dropout(hidden_states))
 
 
 class GRMMLPHead(nn.Module):
@@ -32,17 +36,14 @@ class GRMMLPHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         # Names such as `mlp`, `gate` or `experts` are targets of renaming rules for published checkpoints: not used.
-        self.dense = nn.ModuleList(nn.Linear(hidden_size if i == 0 else width, width) for i in range(num_layers))
-        self.out = nn.Linear(width, 1)
+        self.dense = nn.ModuleList(GRMLinear(hidden_size if i == 0 else width, width) for i in range(num_layers))
+        self.out = GRMLinear(width, 1)
 
-    def _layers(self, x):
-        x = self.dropout(x)
+    def forward(self, hidden_states):
+        x = self.dropout(hidden_states)
         for layer in self.dense:
             x = torch.relu(layer(x))
         return self.out(x)
-
-    def forward(self, hidden_states):
-        return _in_own_dtype(hidden_states, self.out.weight, self._layers)
 
 
 def build_head(config, hidden_size):

@@ -82,8 +82,9 @@ def _is_plain_linear(head: nn.Module, model: nn.Module, flat: torch.Tensor) -> b
     if type(head) is not nn.Linear or hooked or type(head.weight.data) is not torch.Tensor or not len(flat):
         return False  # adapters, quantised heads, heads whose weight is sharded or elsewhere until they are called
     if head not in _is_plain:
+        row = flat[:1].detach()
         with torch.no_grad():
-            _is_plain[head] = torch.equal(model.lm_logits(flat[:1]), head(flat[:1]))
+            _is_plain[head] = torch.equal(model.lm_logits(row), head(row))
     return _is_plain[head] and head.weight.numel() > 0
 
 

@@ -8,7 +8,6 @@ mask, never by comparing token ids with a padding id.
 This file is shipped to the Hub as it is: it imports torch, transformers and its two neighbours, nothing else.
 """
 
-import copy
 import inspect
 import json
 import math
@@ -17,7 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file
 
@@ -81,6 +86,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     config_class = GRMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # `forward` takes any argument; Trainer would leave it to divide accumulated losses
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -89,18 +95,24 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ["score"]
 
     def __init__(self, config, lm=None):
+        if config.num_labels != 1:
+            raise ValueError(
+                f"A reward model gives one number, found {config.num_labels} labels. Leave `num_labels` at 1."
+            )
+        _refuse_base(config.text_config, "The `text_config`")
         super().__init__(config)
         if lm is None:
             lm = AutoModelForCausalLM.from_config(config.text_config)
-            _refuse_nested(lm)
         else:
             for part in (*lm.modules(), *lm.parameters()):
                 part._is_hf_initialized = True  # `post_init` would draw new weights for what lacks the mark
+        # One configuration object for all: a pad id that TRL writes, an attention that a user sets reach every layer.
+        config.text_config = lm.config
         self.lm = lm
         self.generation_config = lm.generation_config
         self._no_split_modules = list(lm._no_split_modules or [])  # transformers 5.0 does not collect them
         # Not `hidden_size`: OPT's decoder may project to another width before its head.
-        self.score = build_head(config, lm.get_output_embeddings().weight.shape[-1])
+        self.score = build_head(config, self._read_width()).float()
         self.post_init()
 
     @property
@@ -137,11 +149,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             [`GRMForSequenceClassification`].
 
         Raises:
-            `ValueError`: the base is a reward model already, a multimodal model, no causal language model, or lacks
-            weights.
+            `ValueError`: the base is a reward model already, multimodal, an encoder, a classifier or an adapter, or
+            lacks weights.
         """
         base_model = None
-        if isinstance(base, PreTrainedModel):
+        if isinstance(base, torch.nn.Module):
             if load_kwargs:
                 raise ValueError(
                     f"`base` is a live model, so {sorted(load_kwargs)} cannot be applied. Pass them when you load it."
@@ -150,16 +162,16 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         else:
             base_model = os.fspath(base)
             lm = _load_base(base_model, load_kwargs)
-        if isinstance(lm, GRMForSequenceClassification):
-            raise ValueError("`base` is a reward model already. Train it as it is, or pass its `.lm`.")
-        if not hasattr(lm, "lm_head") and (
-            not hasattr(lm, "get_output_embeddings") or lm.get_output_embeddings() is None
-        ):
+        if getattr(lm, "peft_config", None):
+            raise ValueError(
+                "`base` carries an adapter. Merge it (`merge_and_unload()`) and pass the language model you get."
+            )
+        _refuse_base(lm.config, type(lm).__name__)
+        if lm.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(lm).__name__} has no language-model head, which GRM keeps and trains. Load the base with "
                 "AutoModelForCausalLM, not with AutoModel or a classification class."
             )
-        _refuse_nested(lm)
         config = GRMConfig(
             text_config=lm.config,
             head_type=head_type,
@@ -169,10 +181,6 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             dtype=lm.dtype,
             base_model=base_model,
         )
-        # One configuration object for all: a pad id that TRL writes through `get_text_config()` reaches the decoder.
-        config.text_config._name_or_path = ""
-        lm.config = config.text_config
-        lm.base_model.config = config.text_config
         model = cls(config, lm=lm)
         model.score.to(lm.device)
         for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
@@ -195,27 +203,55 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     ):
         r"""
         Load a saved reward model, or an adapter folder trained on one. Takes what
-        [`~transformers.PreTrainedModel.from_pretrained`] takes; unlike it, raises when any weight is missing.
+        [`~transformers.PreTrainedModel.from_pretrained`] takes; unlike it, raises when a weight is missing, has
+        another shape, or has no place in the model.
 
         Args:
             pretrained_model_name_or_path (`str`):
                 Hub id or folder.
             allow_missing_head (`bool`, *optional*, defaults to `False`):
-                Accept a checkpoint whose reward head is missing; the head is then random. Missing body weights are
-                refused all the same.
+                Accept a checkpoint whose reward head is missing; the head is then random. Anything else that is
+                missing is refused all the same.
 
         Raises:
-            `ValueError`: the folder holds another kind of model, or weights are missing or of another shape.
+            `ValueError`: the folder holds another kind of model, or weights that do not fit.
         """
-        if pretrained_model_name_or_path is not None:
-            _require_grm(os.fspath(pretrained_model_name_or_path), kwargs)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-        missing = sorted({*info["missing_keys"], *mismatched})
-        if missing and not (allow_missing_head and all(key.startswith("score.") for key in missing)):
-            raise ValueError(_missing_message(pretrained_model_name_or_path, missing, info, allow_missing_head))
+        path = pretrained_model_name_or_path
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter_name = kwargs.pop("adapter_name", "default")
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)  # set by an Auto class, and `path` is then its base
+        if path is not None:
+            path = os.fspath(path)
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+            if adapter is None and (base := _base_of_adapter(path, hub)) is not None:
+                adapter, path = path, base
+                adapter_kwargs = {**hub, **adapter_kwargs}
+                for name in ("revision", "subfolder"):  # the adapter's
+                    hub.pop(name, None)
+                    kwargs.pop(name, None)
+            if adapter == path:
+                raise ValueError(
+                    f"'{path}' holds both a model and an adapter (config.json and adapter_config.json). Move one away."
+                )
+            try:
+                GRMConfig.get_config_dict(path, **hub)
+            except (OSError, ValueError) as error:
+                if adapter is None:
+                    raise
+                raise ValueError(
+                    f"The adapter '{adapter}' says that it was trained on '{path}', which is no reward model that can "
+                    "be loaded from here. Load the reward model it belongs to with `from_pretrained`, then "
+                    "`load_adapter`."
+                ) from error
+        # Shapes that differ are reported below, with what to do, together with whatever else is wrong.
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        _check_loaded(path, info, allow_missing_head)
+        if adapter is not None:
+            # Here and not above: transformers would report on the adapter only, and its base may lack weights.
+            adapter_info = model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
+            _check_loaded(adapter, vars(adapter_info), allow_missing_head=False)
+            model.eval()  # transformers 5.0 leaves the adapter's dropout on
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module):
@@ -259,15 +295,17 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def lm_head_is_exact(self):
-        """Whether [`~GRMForSequenceClassification.lm_logits`] gives what the base's own forward gives (one short run)."""
+        """Whether [`~GRMForSequenceClassification.lm_logits`] gives what the base's own forward gives (one run)."""
         device = self.get_input_embeddings().weight.device
         input_ids = torch.arange(4, device=device)[None] % self.config.vocab_size
-        training = self.training
-        self.eval()
+        training = self.lm.training
+        self.lm.eval()
         out = self.lm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True)
-        logits = self.lm_logits(out.hidden_states[-1].to(out.logits.device))
-        self.train(training)
-        return torch.allclose(logits.float(), out.logits.float(), rtol=1e-2, atol=1e-3)
+        theirs = out.logits.float()
+        ours = self.lm_logits(out.hidden_states[-1].to(theirs.device)).float()
+        self.lm.train(training)
+        tolerance = 1e-4 if out.logits.dtype == torch.float32 else 2e-2
+        return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
     def freeze_lm_head(self):
         """Stop gradients of the language-model head, for losses that do not use it: under DDP a parameter without
@@ -310,8 +348,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids; or `inputs_embeds`, `(batch_size, sequence_length, hidden_size)`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Non-zero at real tokens. Without it, a single row is taken as unpadded and a batch is read by the
-                padding id, if there is one that is not also the end-of-sequence id.
+                Non-zero at real tokens; with a cache, of the cached ones too. Without it, leading and trailing padding
+                ids are taken as padding; if the padding id is missing or also begins or ends texts, a single row is
+                taken as unpadded and a batch is refused.
             labels (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 Target rewards, for regression.
             read_index (`torch.LongTensor` of shape `(num_sequences,)`, *optional*):
@@ -335,13 +374,13 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if given.shape[0] == 0:
             return GRMOutput(logits=self.score.forward(given.new_zeros(0, self._read_width(), dtype=torch.float32)))
         if read_index is None:
-            attention_mask = self._readable_mask(input_ids, inputs_embeds, attention_mask)
+            attention_mask = self._readable_mask(input_ids, given, attention_mask, past_key_values)
         if past_key_values is None:
             use_cache = bool(use_cache)
-            if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                if "position_ids" in inspect.signature(self.model.forward).parameters:
-                    # Left padding would shift absolute positions (GPT-2, OPT).
-                    position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            if "position_ids" in inspect.signature(self.model.forward).parameters:
+                # Left padding would shift absolute positions (GPT-2, OPT).
+                position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
         arguments = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -363,7 +402,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if read_index is not None:
             read = hidden.flatten(0, 1)[read_index]
         else:
-            at = last_token_positions(attention_mask) if attention_mask is not None else hidden.shape[1] - 1
+            length = hidden.shape[1]
+            at = length - 1 if attention_mask is None else last_token_positions(attention_mask[:, -length:])
             read = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
         rewards = self.score(read)
         loss = None
@@ -382,47 +422,66 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def _read_width(self):
         return self.get_output_embeddings().weight.shape[-1]
 
-    def _readable_mask(self, input_ids, inputs_embeds, attention_mask):
-        """The mask that says where each row ends; `None` for a single unpadded row."""
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
+    def _readable_mask(self, input_ids, given, mask, cache):
+        """The mask `(B, cached + T)`, 0 or 1, that says where each row ends; `None` for a single unpadded row."""
+        rows, length = given.shape[:2]
+        if mask is None:
+            pad, ends = self.config.pad_token_id, (self.config.bos_token_id, self.config.eos_token_id)
+            if input_ids is not None and cache is None and pad is not None and not _among(pad, ends):
+                real = input_ids != pad
+                mask = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).flip(-1).bool()
+            elif rows == 1:
+                return None
+            else:
                 raise ValueError(
-                    f"`attention_mask` has {attention_mask.dim()} dimensions; to find each row's last token it must be "
-                    "(batch_size, sequence_length). With a mask of another shape, say where to read by `read_index`."
+                    f"A batch of {rows} rows without `attention_mask`: rows may be padded, and nothing tells padding "
+                    f"from text (pad_token_id={pad}, bos and eos {ends}). Pass the `attention_mask` that the "
+                    "tokenizer returns."
                 )
-            if not torch.compiler.is_compiling() and not bool((attention_mask != 0).any(-1).all()):
-                row = int((attention_mask != 0).any(-1).long().argmin())
-                raise ValueError(f"Row {row} of the batch has no token: `attention_mask` is zero everywhere in it.")
-            return attention_mask
-        rows = (input_ids if input_ids is not None else inputs_embeds).shape[0]
-        if rows == 1:
-            return None
-        pad, eos = self.config.pad_token_id, self.config.eos_token_id
-        eos = eos if isinstance(eos, (list, tuple)) else [eos]
-        if input_ids is None or pad is None or pad in eos:
+        if mask.dim() != 2:
             raise ValueError(
-                f"A batch of {rows} rows without `attention_mask`: rows may be padded, and there is no padding id to "
-                f"tell padding from text (pad_token_id={pad}, eos_token_id={self.config.eos_token_id}). Pass the "
-                "`attention_mask` that the tokenizer returns."
+                f"`attention_mask` has {mask.dim()} dimensions; to find each row's last token it must be (batch_size, "
+                "sequence_length). With a mask of another shape, say where to read by `read_index`."
             )
-        return (input_ids != pad).long()
+        expected = (rows, length + (0 if cache is None else cache.get_seq_length()))
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"`attention_mask` is {tuple(mask.shape)}; the batch, cached tokens included, is {expected}. Pass a "
+                "mask with a number for each of them."
+            )
+        mask = (mask != 0).long()
+        real = mask[:, -length:].any(-1) if length else mask.new_zeros(rows)
+        if not torch.compiler.is_compiling() and not real.all():
+            row = int(real.long().argmin())
+            raise ValueError(f"Row {row} of the batch has no token: `attention_mask` is zero everywhere in it.")
+        return mask
 
 
 # ------------------------------------------------------------------------------------------------------ loading checks
 
 
+def _among(token, ends):
+    return any(token in (end if isinstance(end, (list, tuple)) else [end]) for end in ends)
+
+
 def _load_base(base, load_kwargs):
     """Load the causal language model `base` and refuse one that comes with weights missing."""
-    hub = {name: load_kwargs[name] for name in HUB_ARGUMENTS if name in load_kwargs}
-    trust = load_kwargs.get("trust_remote_code")
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust, **hub)
-    if config.model_type == GRMConfig.model_type:
-        raise ValueError(f"'{base}' is a reward model already: load it with `from_pretrained`.")
-    if config.get_text_config() is not config:
-        raise ValueError(_nested_message(f"'{base}'", config))
+    hub = {name: load_kwargs[name] for name in HUB_ARGUMENTS if load_kwargs.get(name) is not None}
+    if _base_of_adapter(base, hub) is not None or os.path.exists(os.path.join(base, "adapter_config.json")):
+        raise ValueError(
+            f"'{base}' is an adapter. Load it with peft on its language model, merge it (`merge_and_unload()`), and "
+            "pass the language model you get."
+        )
+    config = AutoConfig.from_pretrained(base, trust_remote_code=load_kwargs.get("trust_remote_code"), **hub)
+    _refuse_base(config, f"'{base}'")
+    if any("Classification" in name for name in config.architectures or ()):
+        raise ValueError(
+            f"'{base}' holds a classifier ({config.architectures[0]}), whose head would be dropped. Pass the causal "
+            "language model it was made from; to start from its body all the same, load it with AutoModelForCausalLM "
+            "and pass the live model."
+        )
     lm, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **load_kwargs)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"'{base}' lacks {len(missing)} weights of {type(lm).__name__}, among them {missing[:3]}: they would be "
             "random. A base must be a complete causal language model; check that the folder holds one and that its "
@@ -431,59 +490,66 @@ def _load_base(base, load_kwargs):
     return lm
 
 
-def _nested_message(name, config):
-    return (
-        f"{name} is a multimodal model ({config.model_type}): its configuration nests that of its text model. A reward "
-        "model is made from a text-only causal language model. Load the text model by its own class (for Gemma 3 "
-        "that is Gemma3ForCausalLM) and pass the live model to `GRMForSequenceClassification.from_base`."
-    )
-
-
-def _refuse_nested(lm):
-    if lm.config.get_text_config() is not lm.config:
-        raise ValueError(_nested_message(type(lm).__name__, lm.config))
-
-
-def _require_grm(path, kwargs):
-    """Refuse, before anything is built, a folder or repository whose configuration is not a GRM's."""
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
-    if adapter is None and not os.path.exists(os.path.join(path, "config.json")):
-        adapter_file = find_adapter_config_file(path, **{k: v for k, v in hub.items() if k != "proxies"})
-        if adapter_file is not None:
-            with open(adapter_file, encoding="utf-8") as file:
-                path = json.load(file)["base_model_name_or_path"] or ""
-            hub.pop("revision", None)
-            hub.pop("subfolder", None)
-            if not path:
-                raise ValueError(
-                    "The adapter does not say which reward model it was trained on (`base_model_name_or_path` is "
-                    "empty in adapter_config.json). Load that model with `from_pretrained`, then `load_adapter`."
-                )
-    model_type = GRMConfig.get_config_dict(path, **hub)[0].get("model_type")
-    if model_type != GRMConfig.model_type:
+def _refuse_base(config, name):
+    """Refuse, before anything is built, a configuration that is not a text-only decoder's."""
+    kind = f"{name} ({config.model_type})"
+    if config.model_type == GRMConfig.model_type:
+        raise ValueError(f"{kind} is a reward model already: load it with `from_pretrained`, or pass its `.lm`.")
+    if config.get_text_config() is not config and not getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"'{path}' holds a model of type {model_type!r}, not a reward model of type 'grm': it has no reward head. "
-            f"To make a reward model from it, use `GRMForSequenceClassification.from_base('{path}')` and train it."
+            f"{kind} is multimodal: its configuration nests that of its text model. A reward model is made from a "
+            "text-only language model. Load the complete model as `full` and copy its text model out: "
+            "`lm = AutoModelForCausalLM.from_config(full.config.get_text_config())`, "
+            "`lm.base_model.load_state_dict(full.get_decoder().state_dict())`, "
+            "`lm.get_output_embeddings().load_state_dict(full.get_output_embeddings().state_dict())`; then pass `lm` "
+            "to `GRMForSequenceClassification.from_base`."
+        )
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    seq2seq = getattr(config, "is_encoder_decoder", False)
+    if encoder or seq2seq or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{kind} is no decoder that AutoModelForCausalLM knows. A reward model is made from a causal language "
+            "model, whose last token has seen the whole text: pass one, such as Llama, Qwen, Gemma, Mistral or GPT-2."
         )
 
 
-def _missing_message(path, missing, info, allow_missing_head):
+def _base_of_adapter(path, hub):
+    """What an adapter was trained on; `None` for a folder or repository that holds a model."""
+    if os.path.exists(os.path.join(path, hub.get("subfolder", ""), "config.json")):
+        return None
+    file = find_adapter_config_file(path, **{name: value for name, value in hub.items() if name != "proxies"})
+    if file is None:
+        return None
+    with open(file, encoding="utf-8") as stream:
+        return json.load(stream).get("base_model_name_or_path") or ""
+
+
+def _check_loaded(path, info, allow_missing_head):
+    """Refuse a model that `from_pretrained` reports as incomplete, or whose file holds more than the model took."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    shapes = sorted(info["mismatched_keys"])  # (key, shape in the file, shape in the model)
     head = [key for key in missing if key.startswith("score.")]
     body = [key for key in missing if not key.startswith("score.")]
-    unexpected = sorted(info["unexpected_keys"])
-    parts = [f"'{path}' was not loaded: {len(missing)} weights are missing or have another shape and would be random."]
+    if not shapes and not unexpected and not body and (allow_missing_head or not head):
+        return
+    parts = [f"'{path}' does not fit its config.json and was not loaded."]
     if head:
-        parts.append(f"The reward head lacks {head}.")
+        parts.append(f"The reward head lacks {head}, which would be random.")
     if body:
-        parts.append(f"The language model lacks {body[:5]}{' and more' if len(body) > 5 else ''}.")
+        parts.append(f"The language model lacks {_some(body)}, which would be random.")
+    if shapes:
+        found = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in shapes]
+        parts.append(f"Of another shape than config.json says: {_some(found)}.")
     if unexpected:
-        parts.append(
-            f"The file holds weights that no part of this model takes: {unexpected[:5]}"
-            f"{' and more' if len(unexpected) > 5 else ''}; were the missing ones renamed?"
-        )
-    if body:
-        parts.append("Save the model again with `save_pretrained`, or restore the missing shard.")
-    elif not allow_missing_head:
+        parts.append(f"The file holds weights that the model has no place for: {_some(unexpected)}.")
+    if missing and unexpected:
+        parts.append("Were the missing ones renamed?")
+    if head and not (body or shapes or unexpected):
         parts.append("To train a new head on this body, pass `allow_missing_head=True`.")
-    return " ".join(parts)
+    else:
+        parts.append("Restore the files as `save_pretrained` wrote them.")
+    raise ValueError(" ".join(parts))
+
+
+def _some(names):
+    return f"{names[:5]}{' and more' if len(names) > 5 else ''}"

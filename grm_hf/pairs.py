@@ -348,7 +348,8 @@ def prepare_pairs(
     """
     import datasets
 
-    dataset = dataset.with_format(None)
+    if getattr(dataset, "format", {}).get("type") != "custom":  # rows as Python objects, but by the user's transform
+        dataset = dataset.with_format(None)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset has no rows.")
@@ -379,7 +380,7 @@ def prepare_pairs(
         features=features,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
-    )
+    ).with_format(None)
     outcomes = prepared["outcome"][:]
     for outcome, rows in Counter(outcomes).items():
         counts.add(outcome, rows)
@@ -466,24 +467,24 @@ def _prepare_row(row: dict, index: int, *, encoder: Encoder, name: str, kind: _K
         prompt = row["prompt"] if kind.prompt else []
         tools, template_kwargs = row.get("tools"), _template_kwargs(row)
 
-    encoded = []
+    encoded: dict[str, Encoded] = {}
     for side in ("chosen", "rejected"):
-        with _naming(name, index, side):
+        with _naming(name, index, f"{side}_ids" if kind.form == "tokens" else side):
             try:
                 if kind.form == "tokens":
-                    sequence = encoder.fit(*_tokens(row, side, encoder.tokenizer, starts_required))
+                    encoded[side] = encoder.fit(*_tokens(row, side, encoder.tokenizer, starts_required))
                 elif kind.form == "text":
-                    sequence = encoder.encode(texts.get("prompt") or "", texts[side])
+                    encoded[side] = encoder.encode(texts.get("prompt") or "", texts[side])
                 else:
-                    sequence = encoder.encode(prompt, row[side], tools, **template_kwargs)
+                    encoded[side] = encoder.encode(prompt, row[side], tools, **template_kwargs)
             except OverlengthError:
                 if encoder.overlength != "drop":
                     raise
-                empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
-                return {**empty, **output, "outcome": _DROPPED}
-            encoded.append(sequence)
-    chosen, rejected = encoded
+    if len(encoded) < 2:
+        empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
+        return {**empty, **output, "outcome": _DROPPED}
 
+    chosen, rejected = encoded["chosen"], encoded["rejected"]
     cut = chosen.truncated or rejected.truncated
     equal = chosen.ids == rejected.ids
     with _naming(name, index):
@@ -519,22 +520,23 @@ def _is_kept(outcome: int) -> bool:
     return outcome != _DROPPED
 
 
-def _tokens(row: dict, field: str, tokenizer: PreTrainedTokenizerBase, starts_required: bool) -> tuple[list[int], int]:
+def _tokens(row: dict, side: str, tokenizer: PreTrainedTokenizerBase, starts_required: bool) -> tuple[list[int], int]:
     """Ids and start of a row that is already tokenised."""
-    ids, start = row[f"{field}_ids"], row.get(f"{field}_start")
-    if not isinstance(ids, list) or not ids or not all(_is_int(i) and 0 <= i < len(tokenizer) for i in ids):
+    vocabulary = len(tokenizer)
+    ids, start = row[f"{side}_ids"], row.get(f"{side}_start")
+    if not isinstance(ids, list) or not ids or not all(_is_int(i) and 0 <= i < vocabulary for i in ids):
         raise ValueError(
-            f"found {_describe(ids)}; it must be a non-empty list of token ids from 0 to {len(tokenizer) - 1}."
+            f"found {_describe(ids)}; it must be a non-empty list of token ids from 0 to {vocabulary - 1}."
         )
     if start is None:
         if starts_required:
             raise ValueError(
-                f"there is no `{field}_start`, so the tokens that the text loss needs are unknown. Add the columns "
+                f"there is no `{side}_start`, so the tokens that the text loss needs are unknown. Add the columns "
                 "`chosen_start` and `rejected_start` (index of the first response token), or give the texts instead."
             )
         start = 0
     if not _is_int(start) or not 0 <= start < len(ids):
-        raise ValueError(f"`{field}_start` is {start!r}; it must be the index of one of the {len(ids)} tokens.")
+        raise ValueError(f"`{side}_start` is {start!r}; it must be the index of one of the {len(ids)} tokens.")
     return ids, start
 
 

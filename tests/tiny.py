@@ -1,13 +1,14 @@
 """Tiny tokenizers and models, built in code: no network, no files, the same in every process."""
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 # The three templates differ in what decides where a reward is read: ChatML ends a turn with a special token and a line
 # break, the Llama one writes BOS itself, and the bare one ends a turn with nothing.
 CHATML = (
-    "{%- if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{%- endif %}"
+    "{%- if tools %}<|im_start|>system\n{{ tools | tojson }}{{- '<|im_end|>\n' }}{%- endif %}"
     "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
     "{%- for call in message.tool_calls or [] %}<tool_call>{{ call | tojson }}</tool_call>{%- endfor %}"
     "{{- '<|im_end|>\n' }}{%- endfor %}"
@@ -78,3 +79,61 @@ def word_tokenizer(words, template=CHATML, special=("<|im_start|>",), **tokens):
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True) for token in [*tokens.values(), *special]])
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
+
+
+# Twenty decoders: model type and what differs from the common dimensions. Where a family scales or caps its logits, the
+# number is one that shows at this size.
+COMMON = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    vocab_size=101,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
+FAMILIES = {
+    "bloom": ("bloom", dict(tie_word_embeddings=True)),
+    "cohere": ("cohere", dict(logit_scale=0.25, tie_word_embeddings=True)),
+    "falcon": ("falcon", dict(tie_word_embeddings=True)),
+    "gemma2": (
+        "gemma2",
+        dict(head_dim=8, sliding_window=4, final_logit_softcapping=1.0, tie_word_embeddings=True),
+    ),
+    "gemma3_text": ("gemma3_text", dict(head_dim=8, sliding_window=4, tie_word_embeddings=True)),
+    "gpt2": ("gpt2", dict(n_inner=64, tie_word_embeddings=True)),
+    "gpt_neox": ("gpt_neox", {}),
+    "granite": (
+        "granite",
+        dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5, attention_multiplier=0.3),
+    ),
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", dict(tie_word_embeddings=True)),
+    "mistral": ("mistral", dict(sliding_window=4)),
+    "mixtral": ("mixtral", dict(num_local_experts=4)),
+    "olmo2": ("olmo2", {}),
+    "opt": ("opt", dict(ffn_dim=64, word_embed_proj_dim=32, tie_word_embeddings=True)),
+    "opt_projected": ("opt", dict(ffn_dim=64, word_embed_proj_dim=16, tie_word_embeddings=True)),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", dict(head_dim=8)),
+    "qwen3_moe": ("qwen3_moe", dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
+}
+
+
+def tiny_lm(family="llama", **overrides):
+    """A causal language model of one of `FAMILIES`, always the same one: no bias is zero and no norm is one, so that
+    whatever is lost on the way shows in the numbers."""
+    model_type, own = FAMILIES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**COMMON, **own, **overrides}))
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return lm.eval()

@@ -1,5 +1,5 @@
-"""The demo's base language model: a word-level tokenizer built from a world's vocabulary and a small Llama pretrained on
-its documents, both domains alike. Pretraining takes well under a minute on two cores, so nothing is shipped as a file."""
+"""The demo's base language model: a word-level tokenizer built from a world's vocabulary, and a small Llama pretrained
+on its documents, both domains alike. Pretraining is part of the demo (seconds), so no weights are shipped."""
 
 import random
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained Llama of about 220 000 parameters, its weights drawn from `seed` (the caller's random state stays)."""
+    """An untrained Llama of 0.2 million parameters, drawn from `seed` (the caller's random state is left alone)."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -57,7 +57,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
         return LlamaForCausalLM(config)
 
 
-def tokenize_documents(tokenizer: PreTrainedTokenizerFast, documents: list[str | list[dict[str, str]]]) -> list[list[int]]:
+def tokenize_documents(
+    tokenizer: PreTrainedTokenizerFast, documents: list[str | list[dict[str, str]]]
+) -> list[list[int]]:
     """Token ids of each document: `<bos> ... <eos>`, conversations through the chat template."""
     texts = [
         f"<bos>{document}<eos>"
@@ -82,8 +84,8 @@ def pretrain(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     world: World,
-    steps: int = 1500,
-    batch_size: int = 64,
+    steps: int = 1000,
+    batch_size: int = 48,
     learning_rate: float = 3e-3,
     seed: int = 0,
     on_step: Callable[[], object] = lambda: None,

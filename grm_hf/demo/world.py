@@ -1,11 +1,11 @@
 """A small seeded world: facts, the texts that speak of them, and a gold reward that is an exact function of the text.
 
-Every topic has entities, every entity has one value per relation ("the otter lives in the swamp"); the values are drawn
-from the world's seed, so nothing outside this file knows them. Questions ask for one value. An answer may be right,
-wrong or evasive, may add details, be kind or rude, and may slip in its grammar. `World.gold` adds these up for any two
-strings, also for ones no grammar of ours would produce. Preference labels follow the Bradley-Terry model with the gold
-reward as its log-odds, so annotators err exactly as often as that model says. Half of the topics are in-distribution:
-only they appear in training pairs; pretraining text speaks of all of them. docs/demo_world.md gives the reasons.
+Every topic has entities, every entity has one value per relation ("the otter lives in the swamp"), drawn from the
+world's seed. A question asks for one value. An answer may be right, wrong or evasive, may add details, be kind or rude,
+and may slip in its grammar. `World.gold` adds these up for any two strings, also for ones no grammar of ours would
+produce. Preference labels follow the Bradley-Terry model with the gold reward as its log-odds, so annotators err as
+often as that model says. Half of the topics are in-distribution: training pairs speak of no other; pretraining text
+speaks of all. docs/demo_world.md gives the reasons.
 
     >>> world = World(seed=0)
     >>> question = world.questions("id")[0]
@@ -44,8 +44,8 @@ class Topic:
 
 
 def _relation(name: str, values: str, questions: str, statements: str) -> Relation:
-    split = (tuple(part.strip() for part in text.split("|")) for text in (questions, statements))
-    return Relation(name, tuple(values.split()), *split)
+    asked, stated = (tuple(part.strip() for part in text.split("|")) for text in (questions, statements))
+    return Relation(name, tuple(values.split()), asked, stated)
 
 
 COLOUR = _relation(
@@ -57,7 +57,7 @@ COLOUR = _relation(
 TOPICS = (
     Topic(
         "id",
-        ("otter", "badger", "falcon", "lizard", "weasel", "donkey", "parrot", "beetle", "rabbit", "turtle"),
+        ("otter", "badger", "falcon", "lizard", "weasel", "donkey"),
         (
             _relation(
                 "home",
@@ -76,7 +76,7 @@ TOPICS = (
     ),
     Topic(
         "id",
-        ("baker", "doctor", "farmer", "singer", "tailor", "pilot", "sailor", "painter", "barber", "miner"),
+        ("baker", "doctor", "farmer", "singer", "tailor", "pilot"),
         (
             _relation(
                 "workplace",
@@ -95,7 +95,7 @@ TOPICS = (
     ),
     Topic(
         "ood",
-        ("truck", "ferry", "glider", "tractor", "scooter", "wagon", "rocket", "sledge", "canoe", "tram"),
+        ("truck", "ferry", "glider", "tractor", "scooter", "wagon"),
         (
             _relation(
                 "fuel",
@@ -114,7 +114,7 @@ TOPICS = (
     ),
     Topic(
         "ood",
-        ("rose", "cactus", "tulip", "fern", "orchid", "clover", "daisy", "bamboo", "lily", "thistle"),
+        ("rose", "cactus", "tulip", "fern", "orchid", "clover"),
         (
             _relation(
                 "soil",
@@ -177,7 +177,7 @@ class World:
                     for question in relation.questions:
                         self._asked[question.format(e=entity)] = (entity, relation)
         self._by_words = {tuple(words(question)): asked for question, asked in self._asked.items()}
-        # Grammar as the set of neighbouring words: inside a sentence as written, and any sentence may follow any other.
+        # Grammar is a set of neighbouring words: inside a sentence as written, and any sentence may follow any other.
         sentences = [words(sentence) for sentence in self._sentences()]
         self._neighbours = {pair for sentence in sentences for pair in zip(sentence, sentence[1:], strict=False)}
         for sentence in sentences:
@@ -238,22 +238,22 @@ class World:
         """One answer as somebody in this world would give it: good, bad or in between."""
         entity, relation = self._asked[question]
         care = rng.random()  # what a speaker has of it shows in manners, truth and grammar alike
-        mood = rng.random()
-        openers, closers = (
-            (PLAIN_OPENERS, ()) if mood < 0.2 else (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
-        )
+        openers, closers = (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
+        if rng.random() < 0.2:
+            openers, closers = PLAIN_OPENERS, ()
+
+        def state(relation: Relation, subject: str) -> str:
+            return self._state(entity, relation, subject, rng, right=rng.random() < 0.2 + 0.7 * care)
+
         sentences = [rng.choice(openers)] if rng.random() < 0.6 else []
-        if rng.random() < 0.8:
-            sentences.append(self._state(entity, relation, f"the {entity}", rng, right=rng.random() < 0.2 + 0.7 * care))
-        else:
-            sentences.append(rng.choice(EVASIONS))
+        sentences.append(state(relation, f"the {entity}") if rng.random() < 0.8 else rng.choice(EVASIONS))
         others = [other for other in self._topic[entity].relations if other != relation]
-        for other in rng.sample(others, rng.choices((0, 1, 2), (5, 4, 1))[0]):
-            sentences.append(self._state(entity, other, "it", rng, right=rng.random() < 0.2 + 0.7 * care))
+        details = rng.choices((0, 1, 2), (5, 4, 1))[0]
+        sentences += [state(other, "it") for other in rng.sample(others, details)]
         if closers and rng.random() < 0.6:
             sentences.append(rng.choice(closers))
         spoken = " ".join(sentences).split()
-        if rng.random() < 0.5 * (1 - care):  # a slip: two neighbours swapped, or a word said twice, or a word forgotten
+        if rng.random() < 0.5 * (1 - care):  # a slip: two neighbours swapped, a word said twice, a word forgotten
             at = rng.randrange(len(spoken) - 1)
             first, second = spoken[at : at + 2]
             spoken[at : at + 2] = rng.choice(([second, first], [first, first, second], [second]))
@@ -294,8 +294,8 @@ class World:
         return rows
 
     def documents(self, domain: str, n: int, seed: int) -> list[str | list[dict[str, str]]]:
-        """`n` pretraining documents of a domain, by turns an article (a string of true statements about one entity) and
-        a conversation (messages: a question and an answer of any quality)."""
+        """`n` pretraining documents of a domain, by turns an article (a string: true statements about one entity) and a
+        conversation (messages: a question and an answer of any quality)."""
         rng = random.Random(f"documents-{domain}-{seed}")
         questions = self.questions(domain)
         entities = [entity for entity, topic in self._topic.items() if topic.domain == domain]

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
+from ..layouts import LAYOUTS
 from ..losses import PAIR_LOSSES, TEXT_LOSSES
 
 
 REGULARIZERS = ("none", *TEXT_LOSSES)
 OVERLENGTH = ("truncate_left", "drop", "error")
-LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 REFERENCES = ("adapter_off", "precompute", "model")
 
 
@@ -53,7 +53,9 @@ class GRMRewardConfig(RewardConfig):
             `trainer.data_counts` and said.
         layout (`str`, *optional*, defaults to `"auto"`):
             How pairs lie in a batch: `"padded"`, `"packed"` (no padding), `"shared_prefix"` (no padding, and what
-            chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model.
+            chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model. All
+            give the same numbers to rounding; without a text loss `"auto"` is `"padded"`, whose numbers are TRL's to the
+            last bit.
     """
 
     regularizer: str = field(

@@ -6,6 +6,7 @@ reward head; and checkpoints that load by themselves.
 """
 
 import copy
+import json
 import shutil
 import time
 from functools import partial
@@ -21,7 +22,7 @@ from trl import RewardTrainer
 
 from .. import losses
 from ..configuration_grm import GRMConfig
-from ..layouts import PairCollator, resolve_layout
+from ..layouts import PairCollator, layout_attention, model_kwargs, resolve_layout
 from ..logprobs import sequence_logps
 from ..modeling_grm import GRMForSequenceClassification
 from ..pairs import Encoder, prepare_pairs
@@ -96,7 +97,8 @@ class GRMRewardTrainer(RewardTrainer):
             args = GRMRewardConfig(f"{Path(name).name or 'model'}-GRM")
         if not isinstance(args, GRMRewardConfig):
             raise ValueError(f"`args` is a {type(args).__name__}; GRMRewardTrainer needs a GRMRewardConfig.")
-        if isinstance(model, str):
+        source = model if isinstance(model, str) else None
+        if source is not None:
             set_seed(args.seed)  # the new head is drawn here
             model = _load(model, args, quantization_config)
             quantization_config = None
@@ -111,7 +113,7 @@ class GRMRewardTrainer(RewardTrainer):
                 "model."
             )
         if processing_class is None:
-            processing_class = _load_tokenizer(config, args)
+            processing_class = _load_tokenizer(source or config._name_or_path or config.base_model, args)
         if peft_config is not None:
             peft_config = _with_reward_head(peft_config)
             _give_a_folder(base, args, processing_class)
@@ -151,7 +153,9 @@ class GRMRewardTrainer(RewardTrainer):
             **kwargs,
         )
 
-        self.layout = resolve_layout(args.layout, self.model)
+        # Without a text loss the numbers are TRL's, to the last bit: a layout that rounds otherwise must be asked for.
+        wanted = "padded" if args.layout == "auto" and args.text_loss == "none" else args.layout
+        self.layout = resolve_layout(wanted, self.model)
         if data_collator is None:
             self.data_collator = PairCollator(
                 pad_token_id=self.processing_class.pad_token_id,
@@ -204,16 +208,19 @@ class GRMRewardTrainer(RewardTrainer):
 
     def response_logps(self, model, inputs):
         """Log-probabilities of the responses of a batch, summed over their tokens: chosen above rejected, `(2B,)`."""
-        return model(**_without_text(inputs), use_cache=False, lm_fn=self._lm_fn(inputs)).lm_output
+        return self._forward(model, inputs, self._lm_fn(inputs)).lm_output
+
+    def _forward(self, model, inputs, lm_fn):
+        with layout_attention(model, self.layout):
+            return model(**model_kwargs(inputs), use_cache=False, lm_fn=lm_fn)
+
+    def training_step(self, model, *args, **kwargs):
+        # The backward is inside too: gradient checkpointing runs layers again there.
+        with layout_attention(model, self.layout):
+            return super().training_step(model, *args, **kwargs)
 
     def _lm_fn(self, inputs, loss=None):
         """What the model runs on its hidden states inside its forward: log-probabilities summed for each response."""
-        missing = [key for key in TEXT_KEYS if key not in inputs]
-        if missing:
-            raise ValueError(
-                f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give what "
-                "grm_hf.layouts.PairCollator gives."
-            )
         index, targets, owner = (inputs[key] for key in TEXT_KEYS)
         sequences = _num_sequences(inputs)
         return lambda hidden, model: sequence_logps(hidden, model, index, targets, owner, sequences, loss)
@@ -235,16 +242,21 @@ class GRMRewardTrainer(RewardTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
-        inputs = dict(inputs)
-        margin, given = inputs.pop("margin", None), inputs.pop("ref_logps", None)
+        margin, given = inputs.get("margin"), inputs.get("ref_logps")
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         lm_fn, text_loss, text, details = None, None, None, {}
         if args.text_loss != "none":
+            missing = [key for key in TEXT_KEYS if key not in inputs]
+            if missing:
+                raise ValueError(
+                    f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give "
+                    "what grm_hf.layouts.PairCollator gives."
+                )
             ref = self._reference_logps(model, inputs, given) if args.text_loss == "dpo" else None
             counts = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs))
             text_loss = partial(self._text_loss, counts=counts, ref=ref)
             lm_fn = self._lm_fn(inputs, loss=lambda sums: text_loss(sums).mean())
-        outputs = model(**_without_text(inputs), use_cache=False, lm_fn=lm_fn)
+        outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
         pair = losses.pair_loss(chosen, rejected, margin, self._pair_loss, args.label_smoothing).mean()
@@ -365,7 +377,12 @@ class GRMRewardTrainer(RewardTrainer):
         logs.update(averages if mode == "train" else {f"{prefix}_{name}": value for name, value in averages.items()})
         super().log(logs, start_time)
 
-    # ---------------------------------------------------------------------------------------------------------- saving
+    # ------------------------------------------------------------------------------------------------ saving, resuming
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_complete_checkpoint(Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -378,10 +395,6 @@ class GRMRewardTrainer(RewardTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and card.is_file():
             shutil.copy(card, folder)
-
-
-def _without_text(inputs):
-    return {key: value for key, value in inputs.items() if key not in (*TEXT_KEYS, "margin", "ref_logps")}
 
 
 def _num_sequences(inputs):
@@ -415,8 +428,7 @@ def _load(path, args, quantization_config):
     return GRMForSequenceClassification.from_base(path, trust_remote_code=trust, **kwargs)
 
 
-def _load_tokenizer(config, args):
-    source = config._name_or_path or config.base_model
+def _load_tokenizer(source, args):
     if not source:
         raise ValueError(
             "The model was made in memory, so its tokenizer is not known. Pass `processing_class=tokenizer`."
@@ -466,6 +478,20 @@ def _require_same_body(model, folder):
             f"'{folder}' holds the base of earlier adapters in this output folder, and the model given is another "
             "one. Choose another `output_dir`, or delete the folder if those adapters are no longer wanted."
         )
+
+
+def _last_complete_checkpoint(folder):
+    """The newest checkpoint that was written to its end: `trainer_state.json` is written last."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"{path} was not written to its end and is passed over.")
+    raise ValueError(
+        f"There is no complete checkpoint in '{folder}' to resume from. Start without `resume_from_checkpoint`."
+    )
 
 
 def _require_head_in_adapter(folder):

@@ -1,0 +1,343 @@
+"""The demo: the Bradley-Terry baseline and GRM, trained alike on the same pairs in the demo world, compared over seeds.
+
+    grm demo [--output runs/demo] [--seeds 5] [--quick]
+
+Writes `results.json` (every number of every run), `report.md` (the tables it prints), `learning_curve.png` and `model/`,
+one trained reward model, which is then loaded and scored in a process that cannot import grm_hf.
+"""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
+from .world import World
+
+
+BASELINE = "Bradley-Terry"
+SAVED = "GRM sft, alpha 0.01"  # the paper's preset; fixed beforehand, not chosen by its result
+METHODS: dict[str, dict] = {
+    BASELINE: {"regularizer": "none"},
+    SAVED: {"regularizer": "sft", "alpha": 0.01},
+    # The text losses sum over tokens. Answers here are more than ten times shorter than those the paper's alpha was
+    # chosen for, so ten times its weight is closer to what it meant there.
+    "GRM sft, alpha 0.1": {"regularizer": "sft", "alpha": 0.1},
+    "GRM dpo_noref, alpha 0.1": {"regularizer": "dpo_noref", "alpha": 0.1},
+}
+DOMAINS = {"id": "in-distribution", "ood": "out-of-distribution"}
+TEST_SEED = 10_000  # of test pairs and held-out documents; training seeds count from 0
+
+
+@dataclass(frozen=True)
+class Size:
+    pretrain_steps: int = 1000
+    train_pairs: int = 2000
+    test_pairs: int = 500
+    epochs: int = 2
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    evaluations: int = 5
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * math.ceil(self.train_pairs / self.batch_size)
+
+
+QUICK = Size(pretrain_steps=100, train_pairs=160, test_pairs=100, epochs=1, evaluations=2)
+
+CLEAN_PROCESS = """
+import sys
+sys.modules["grm_hf"] = None
+import json
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, chats = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+inputs = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True) for chat in chats]
+print(json.dumps([model(**row).logits.item() for row in inputs]))
+"""
+
+
+def run(output_dir: str | Path = "runs/demo", seeds: int = 5, quick: bool = False) -> dict:
+    """
+    Trains every method of `METHODS` with every seed and compares each with the baseline, seed by seed.
+
+    A seed draws the training pairs and their labels, the reward head and the order of batches; base model and test pairs
+    are the same for all.
+
+    Args:
+        output_dir (`str` or `Path`, *optional*, defaults to `"runs/demo"`):
+            Folder for the results; files of an earlier run in it are replaced.
+        seeds (`int`, *optional*, defaults to `5`):
+            Number of seeds, at least 2 (one has no spread).
+        quick (`bool`, *optional*, defaults to `False`):
+            A short run that shows the machinery works and nothing else.
+
+    Returns:
+        `dict`: what `results.json` holds.
+
+    Raises:
+        `ImportError`: matplotlib or the training extra is missing (before anything is trained).
+        `ValueError`: fewer than 2 seeds.
+    """
+    started = time.perf_counter()
+    if seeds < 2:
+        raise ValueError(f"seeds is {seeds}; intervals over seeds need at least 2.")
+    try:
+        import matplotlib  # noqa: F401
+
+        from ..training import GRMRewardTrainer  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"The demo needs its extra: pip install 'grm-hf[demo]' ({error}).") from error
+    size = QUICK if quick else Size()
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    world = World(seed=0)
+    tokenizer = build_tokenizer(world)
+    held_out = {d: tokenize_documents(tokenizer, world.documents(d, size.test_pairs, TEST_SEED)) for d in DOMAINS}
+    total = size.pretrain_steps + seeds * len(METHODS) * size.steps
+    with tqdm(total=total, unit="step", desc="pretraining the base") as progress:
+        base = pretrain(
+            build_model(tokenizer), tokenizer, world, steps=size.pretrain_steps, on_step=lambda: progress.update()
+        )
+        before = {domain: perplexity(base, rows) for domain, rows in held_out.items()}
+        runs = []
+        for seed in range(seeds):
+            for method in METHODS:
+                progress.set_description(f"{method}, seed {seed}")
+                trainer = _train(method, seed, base, tokenizer, world, size, progress)
+                history = trainer.state.log_history
+                curve = {
+                    domain: [[e["step"], e[key]] for e in history if key in e]
+                    for domain, key in ((domain, f"eval_{domain}_accuracy") for domain in DOMAINS)
+                }
+                runs.append(
+                    {
+                        "method": method,
+                        "seed": seed,
+                        "accuracy": {domain: points[-1][1] for domain, points in curve.items()},
+                        "perplexity": {domain: perplexity(trainer.model.lm, rows) for domain, rows in held_out.items()},
+                        "curve": curve,
+                        "seconds": round(trainer.state.log_history[-1]["train_runtime"], 1),
+                    }
+                )
+                if method == SAVED and seed == 0:
+                    trainer.save_model(str(output / "model"))
+                    reloaded = _reload(output / "model", trainer.model, tokenizer, world)
+
+    results = {
+        "size": asdict(size),
+        "quick": quick,
+        "seeds": seeds,
+        "threads": torch.get_num_threads(),
+        "perplexity_before": before,
+        "comparison": _compare(runs),
+        "reloaded": reloaded,
+        "runs": runs,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    report = _report(results, output)
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(report, encoding="utf-8")
+    _plot(runs, output / "learning_curve.png")
+    print(report)
+    return results
+
+
+def _train(method, seed, base, tokenizer, world, size, progress):
+    """One reward model from a copy of the base; returns its trainer."""
+    from datasets import Dataset
+    from transformers import TrainerCallback, set_seed
+
+    from .. import GRMForSequenceClassification
+    from ..training import GRMRewardConfig, GRMRewardTrainer
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            progress.update()
+
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(seed)  # the head is drawn here: the same for every method
+        trainer = GRMRewardTrainer(
+            model=GRMForSequenceClassification.from_base(copy.deepcopy(base)),
+            args=GRMRewardConfig(
+                folder,
+                **METHODS[method],
+                seed=seed,
+                num_train_epochs=size.epochs,
+                per_device_train_batch_size=size.batch_size,
+                per_device_eval_batch_size=128,
+                learning_rate=size.learning_rate,
+                warmup_steps=size.steps // 10,
+                max_length=base.config.max_position_embeddings,
+                eval_strategy="steps",
+                eval_steps=size.steps // size.evaluations,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+            ),
+            train_dataset=Dataset.from_list(world.pairs("id", size.train_pairs, seed, noisy=True)),
+            eval_dataset={
+                domain: Dataset.from_list(world.pairs(domain, size.test_pairs, TEST_SEED, noisy=False))
+                for domain in DOMAINS
+            },
+            processing_class=tokenizer,
+            callbacks=[Progress()],
+        )
+        trainer.train()
+    return trainer
+
+
+def _reload(folder, model, tokenizer, world):
+    """Scores two answers here and in a process without grm_hf, from the saved folder."""
+    question = world.questions("ood")[0]
+    entity, relation = "truck", "fuel"
+    right = world.facts[entity, relation]
+    answers = [f"happy to help. the {entity} runs on {right}.", f"what a silly question. the {entity} runs on nuts."]
+    chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for answer in answers]
+    model.eval()
+    with torch.no_grad():
+        here = [
+            model(**tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)).logits.item()
+            for chat in chats
+        ]
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", CLEAN_PROCESS, str(folder.resolve()), json.dumps(chats)],
+            cwd=cache,
+            env={**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f"The model in '{folder}' did not load in a clean process:\n{done.stderr}")
+    there = json.loads(done.stdout.splitlines()[-1])
+    assert all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in zip(here, there, strict=True)), (here, there)
+    return [
+        {"question": question, "answer": answer, "gold": world.gold(question, answer), "here": a, "clean_process": b}
+        for answer, a, b in zip(answers, here, there, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval by Student's t over at least 2 independent values."""
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, _t_quantile(n - 1) * math.sqrt(variance / n)
+
+
+def _t_quantile(df: int) -> float:
+    """0.975 quantile of Student's t, where the integral of its density from 0 reaches 0.475."""
+    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    area = torch.cumulative_trapezoid(scale * (1 + t**2 / df) ** (-(df + 1) / 2), t)
+    return float(t[1 + int(torch.searchsorted(area, 0.475))])
+
+
+def _compare(runs: list[dict]) -> dict:
+    """For each quantity, domain and method: mean, half width, and the paired difference from the baseline."""
+    comparison: dict = {}
+    for quantity, sign in (("accuracy", 1), ("perplexity", -1)):  # which direction is better
+        for domain in DOMAINS:
+            by_method = {m: [r[quantity][domain] for r in runs if r["method"] == m] for m in METHODS}
+            for method, values in by_method.items():
+                mean, half = interval(values)
+                entry = {"mean": mean, "half_width": half}
+                if method != BASELINE:
+                    paired = [a - b for a, b in zip(values, by_method[BASELINE], strict=True)]
+                    difference, half = interval(paired)
+                    entry |= {"difference": difference, "difference_half_width": half}
+                    entry["verdict"] = (
+                        "no difference shown"
+                        if abs(difference) <= half
+                        else "better" if difference * sign > 0 else "worse"
+                    )
+                comparison.setdefault(quantity, {}).setdefault(domain, {})[method] = entry
+    return comparison
+
+
+def _report(results: dict, output: Path) -> str:
+    def table(quantity: str, digits: int, scale: float) -> list[str]:
+        lines = ["| split | method | mean | difference from baseline | verdict |", "|---|---|---|---|---|"]
+        for domain, name in DOMAINS.items():
+            if quantity == "perplexity":
+                lines.append(f"| {name} | base, before | {results['perplexity_before'][domain]:.{digits}f} | | |")
+            for method, e in results["comparison"][quantity][domain].items():
+                mean = f"{scale * e['mean']:.{digits}f} ± {scale * e['half_width']:.{digits}f}"
+                difference = (
+                    f"{scale * e['difference']:+.{digits}f} ± {scale * e['difference_half_width']:.{digits}f}"
+                    if "verdict" in e
+                    else ""
+                )
+                lines.append(f"| {name} | {method} | {mean} | {difference} | {e.get('verdict', 'baseline')} |")
+        return lines
+
+    size = results["size"]
+    lines = [
+        "# Demo results",
+        "",
+        f"{results['seeds']} seeds, {size['train_pairs']} training pairs with noisy labels, {size['test_pairs']} test "
+        "pairs per split ordered by gold reward.",
+        "Means with 95 % intervals over seeds; differences are paired by seed. One base model, one world: the intervals "
+        "say nothing about others. No correction for the number of comparisons.",
+        *(["", "**Quick run: it shows that everything works, not which method is better.**"] if results["quick"] else []),
+        "",
+        "## Accuracy (%)",
+        "",
+        *table("accuracy", 1, 100),
+        "",
+        "## Perplexity of the language-model head on held-out text (lower is better)",
+        "",
+        *table("perplexity", 2, 1),
+        "",
+        f"## {SAVED}, seed 0, from `{output / 'model'}` in a process without grm_hf",
+        "",
+        "| question | answer | gold | reward here | reward there |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {r['question']} | {r['answer']} | {r['gold']:.2f} | {r['here']:.6f} | {r['clean_process']:.6f} |"
+            for r in results["reloaded"]
+        ),
+        "",
+        f"Every number: `{output / 'results.json'}`. Plot: `{output / 'learning_curve.png'}`. "
+        f"Time: {results['seconds']:.0f} s with {results['threads']} threads.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _plot(runs: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (domain, name) in zip(figure.subplots(1, 2, sharey=True), DOMAINS.items(), strict=True):
+        for method in METHODS:
+            curves = [run["curve"][domain] for run in runs if run["method"] == method]
+            steps = [step for step, _ in curves[0]]
+            points = [interval([curve[i][1] for curve in curves]) for i in range(len(steps))]
+            mean = [m for m, _ in points]
+            axes.plot(steps, mean, marker="o", markersize=3, label=method)
+            axes.fill_between(steps, [m - h for m, h in points], [m + h for m, h in points], alpha=0.15)
+        axes.set(title=name, xlabel="training step")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("pairwise accuracy (95 % interval over seeds)")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,744 @@
+"""`GRMRewardTrainer`: the loss against an independent one, TRL's trainer to the last bit, adapters, checkpoints, resume,
+reference log-probabilities, and what a step may hold in memory."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import chatml_tokenizer
+
+
+pytest.importorskip("trl", reason="needs the extra `train`")
+
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, PeftModel  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.utils import is_bitsandbytes_available  # noqa: E402
+from trl import RewardConfig, RewardTrainer  # noqa: E402
+
+from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer  # noqa: E402
+from grm_hf.training import merge_adapter, reference  # noqa: E402
+from grm_hf.training.trainer import _last_complete_checkpoint  # noqa: E402
+
+
+pytestmark = pytest.mark.trainer
+
+TOKENIZER = chatml_tokenizer()
+TEXT_LOSSES = ["sft", "sft_nll", "sft_token_mean", "dpo_noref", "dpo"]
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+def rows(count=16, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    return [
+        {
+            "prompt": [{"role": "user", "content": words(1, 6)}],
+            "chosen": [{"role": "assistant", "content": words(1, 6) + " good"}],
+            "rejected": [{"role": "assistant", "content": words(1, 6) + " bad"}],
+        }
+        for _ in range(count)
+    ]
+
+
+def pairs(count=16, seed=0, **columns):
+    dataset = Dataset.from_list(rows(count, seed))
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def base(seed=0, **config):
+    torch.manual_seed(seed)
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
+    special = {"pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **special, **config))
+
+
+def grm(seed=0, **config):
+    return GRMForSequenceClassification.from_base(base(seed, **config), head_hidden_size=8)
+
+
+def settings(folder, kind=GRMRewardConfig, **kwargs):
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    return kind(str(folder), **{**defaults, **kwargs})
+
+
+def trainer(folder, model=None, data=None, evaluation=None, peft_config=None, extra=None, **kwargs):
+    return GRMRewardTrainer(
+        model=grm() if model is None else model,
+        args=settings(folder, **kwargs),
+        train_dataset=pairs() if data is None else data,
+        eval_dataset=evaluation,
+        processing_class=TOKENIZER,
+        peft_config=peft_config,
+        **(extra or {}),
+    )
+
+
+def lora(**kwargs):
+    return LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", **kwargs)
+
+
+def logged(run, name):
+    return [row[name] for row in run.state.log_history if name in row]
+
+
+def same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ------------------------------------------------------------------------------------------------- TRL, to the last bit
+
+
+@pytest.mark.parametrize(
+    "ours", [{"regularizer": "none"}, {"regularizer": "dpo_noref", "alpha": 0.0}], ids=["none", "alpha=0"]
+)
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"center_rewards_coefficient": 0.1},
+        {"margin": True},
+        {"bf16": True},
+    ],
+    ids=["plain", "checkpointing-accumulation", "centred", "margin", "bf16"],
+)
+def test_without_text_loss_it_is_trl_bit_for_bit(tmp_path, ours, shared):
+    shared = dict(shared)
+    columns = {"margin": np.linspace(0, 2, 16).tolist()} if shared.pop("margin", False) else {}
+    data = pairs(**columns)
+    run = trainer(tmp_path / "ours", grm(), data, **shared, **ours)
+    theirs = RewardTrainer(
+        model=grm(),
+        args=settings(tmp_path / "theirs", RewardConfig, **shared),
+        train_dataset=data,
+        processing_class=TOKENIZER,
+    )
+    run.train()
+    theirs.train()
+    assert len(logged(run, "loss")) == 4
+    assert logged(run, "loss") == logged(theirs, "loss")
+    assert logged(run, "grad_norm") == logged(theirs, "grad_norm")
+    assert same_weights(run.model, theirs.model)
+    assert not same_weights(run.model, grm())
+
+
+# ------------------------------------------------------------------------------------------- the loss against a second one
+
+
+def their_loss(model, frozen, batch, starts, kind, alpha, beta):
+    """The official formula line by line: full logits of everything, log-softmax, labels of -100, sums."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    rewards, logits, sums = [], [], []
+    for network in (model, frozen):
+        hidden = network.lm(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        if network is model:
+            last = mask.sum(-1) - 1
+            x = hidden[torch.arange(len(ids)), last]
+            head = model.score
+            rewards = (torch.relu(x @ head.dense[0].weight.T + head.dense[0].bias) @ head.out.weight.T).squeeze(
+                -1
+            ) + head.out.bias
+        logits = hidden @ network.lm.lm_head.weight.T
+        logps = logits.log_softmax(-1)
+        per_row = []
+        for row in range(len(ids)):
+            positions = range(starts[row], int(mask[row].sum()))
+            per_row.append(sum(logps[row, t - 1, ids[row, t]] for t in positions))
+        sums.append(torch.stack(per_row))
+    half = len(ids) // 2
+    s, ref = sums
+    c, r = s[:half], s[half:]
+    log_sigmoid = torch.nn.functional.logsigmoid
+    tokens = torch.tensor([int(mask[i].sum()) - starts[i] for i in range(half)])
+    text = {
+        "sft": lambda: -log_sigmoid(beta * c),
+        "sft_nll": lambda: -c,
+        "sft_token_mean": lambda: -c / tokens,
+        "dpo_noref": lambda: -log_sigmoid(beta * (c - r)),
+        "dpo": lambda: -log_sigmoid(beta * ((c - r) - (ref[:half] - ref[half:]))),
+    }[kind]()
+    bradley_terry = -log_sigmoid(rewards[:half] - rewards[half:]).mean()
+    return (1 - alpha) * bradley_terry + alpha * text.mean()
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+@pytest.mark.parametrize("kind", TEXT_LOSSES)
+@pytest.mark.parametrize("alpha", [0.01, 1.0])
+def test_loss_and_gradients_equal_theirs(tmp_path, kind, alpha, layout):
+    model = grm().double()
+    live = "model" if kind == "dpo" else None  # precomputed values are stored in float32
+    run = trainer(tmp_path, model, regularizer=kind, alpha=alpha, layout=layout, max_steps=1, reference=live)
+    examples = [run.train_dataset[i] for i in range(4)]
+    batch = run.data_collator(examples)
+    # The trained model has moved from its reference: otherwise the dpo term would be log 2 whatever is computed.
+    frozen = grm().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    ours = run.compute_loss(model, dict(batch))
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+
+    sequences = [e["chosen_ids"] for e in examples] + [e["rejected_ids"] for e in examples]
+    width = max(map(len, sequences))
+    padded = {
+        "input_ids": torch.tensor([s + [0] * (width - len(s)) for s in sequences]),
+        "attention_mask": torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences]),
+    }
+    starts = [e["chosen_start"] for e in examples] + [e["rejected_start"] for e in examples]
+    theirs = their_loss(model, frozen, padded, starts, kind, alpha, 0.1)
+    theirs.backward()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-10)
+    # Where a prefix is shared its gradients are added before Llama's norms, which round to float32 in any model.
+    tolerance = 1e-6 if layout == "shared_prefix" else 1e-10
+    scale = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    for name, parameter in model.named_parameters():
+        expected = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        found = gradients.get(name, torch.zeros_like(parameter))
+        assert (found - expected).norm() <= tolerance * max(expected.norm().item(), scale), name
+
+
+@pytest.mark.parametrize("kind", ["none", *TEXT_LOSSES])
+def test_every_parameter_moves(tmp_path, kind):
+    model = grm()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = trainer(tmp_path, model, regularizer=kind, alpha=0.5)
+    run.train()
+    still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
+    assert still == (["lm.lm_head.weight"] if kind == "none" else [])
+    assert all(math.isfinite(loss) for loss in logged(run, "loss"))
+    assert ("implicit_accuracy" in run.state.log_history[0]) == kind.startswith("dpo")
+    assert ("perplexity" in run.state.log_history[0]) == (kind != "none")
+
+
+def test_freeze_backbone_trains_the_head_alone(tmp_path):
+    model = grm()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer(tmp_path, model, regularizer="none", freeze_backbone=True).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "score.out.weight" in moved and all(name.startswith("score.") for name in moved)
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_evaluation_is_exact_with_an_uneven_last_batch(tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["shape"] = prediction.predictions.shape
+        return {"mine": float((prediction.predictions[:, 0] > prediction.predictions[:, 1]).mean())}
+
+    run = trainer(
+        tmp_path, evaluation=pairs(7, seed=1), regularizer="sft", extra={"compute_metrics": compute_metrics}
+    )
+    metrics = run.evaluate()
+    model = run.model.eval()
+    rewards, losses, nll, tokens = [], [], 0.0, 0
+    for example in run.eval_dataset:
+        pair = []
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([example[f"{side}_ids"]])
+            out = model(ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
+            pair.append(out.logits.item())
+            if side == "chosen":
+                logps = out.lm_logits[0].log_softmax(-1)
+                s = sum(logps[t - 1, ids[0, t]].item() for t in range(example["chosen_start"], ids.shape[1]))
+                nll, tokens = nll - s, tokens + ids.shape[1] - example["chosen_start"]
+        rewards.append(pair)
+        sft = math.log1p(math.exp(-0.1 * s))
+        losses.append(0.99 * math.log1p(math.exp(pair[1] - pair[0])) + 0.01 * sft)
+    rewards = np.array(rewards)
+    assert seen["shape"] == (7, 2)
+    assert metrics["eval_mine"] == metrics["eval_accuracy"] == (rewards[:, 0] > rewards[:, 1]).mean()
+    assert metrics["eval_margin"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean(), rel=1e-4, abs=1e-6)
+    assert metrics["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert metrics["eval_min_reward"] == pytest.approx(rewards.min(), rel=1e-4, abs=1e-6)
+    assert model.config.reward_mean == pytest.approx(rewards.mean(), rel=1e-4, abs=1e-6)
+    assert model.config.reward_std == pytest.approx(rewards.std(), rel=1e-3)
+
+
+def test_log_lines_average_over_uneven_accumulation(tmp_path):
+    """Six rows, batches of four: one line over both batches counts every pair once."""
+    run = trainer(tmp_path, data=pairs(6), max_steps=2, logging_steps=2, learning_rate=0.0, regularizer="none")
+    run.train()
+    whole = run.evaluate(pairs(6))
+    assert logged(run, "margin")[0] == pytest.approx(whole["eval_margin"], rel=1e-4)
+    assert logged(run, "accuracy")[0] == whole["eval_accuracy"]
+
+
+def test_several_evaluation_sets_keep_their_names(tmp_path):
+    run = trainer(tmp_path, evaluation={"a": pairs(4, seed=1), "b": pairs(4, seed=2)})
+    metrics = run.evaluate()
+    assert {"eval_a_accuracy", "eval_b_accuracy", "eval_a_loss", "eval_b_loss"} <= set(metrics)
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path):
+    run = trainer(
+        tmp_path,
+        evaluation=pairs(8, seed=1),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        learning_rate=5.0,  # gets worse: the best is not the last
+    )
+    run.train()
+    losses = logged(run, "eval_loss")
+    assert min(losses) != losses[-1]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ ways of training
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_accumulation_equals_a_large_batch(tmp_path, kind):
+    common = {"max_steps": 2, "optim": "sgd", "regularizer": kind, "alpha": 0.5, "lr_scheduler_type": "constant"}
+    large = trainer(tmp_path / "a", grm().double(), per_device_train_batch_size=8, **common)
+    small = trainer(
+        tmp_path / "b",
+        grm().double(),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        **common,
+    )
+    large.train()
+    small.train()
+    for (name, one), other in zip(large.model.named_parameters(), small.model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-8, atol=1e-10), name
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_trains_adapter_and_head_only(tmp_path, target, checkpointing):
+    config = LoraConfig(r=4, target_modules=target, task_type="SEQ_CLS")
+    run = trainer(tmp_path, peft_config=config, gradient_checkpointing=checkpointing, alpha=0.5)
+    assert config.modules_to_save in (None, [])  # the user's object is left alone
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert any("lora_B" in name for name in moved)
+    rest = {name for name in moved if "lora_" not in name}
+    assert rest and all("score.modules_to_save" in name for name in rest)
+    assert not [name for name in before if "lora_" in name and ("lm_head" in name or "score" in name)]
+
+
+def test_bf16_trains(tmp_path):
+    run = trainer(tmp_path, bf16=True, alpha=0.5)
+    run.train()
+    assert run.model.score.out.weight.dtype == torch.float32
+    assert all(math.isfinite(loss) for loss in logged(run, "loss"))
+
+
+@pytest.mark.skipif(
+    not (is_bitsandbytes_available() and torch.cuda.is_available()), reason="needs bitsandbytes and a CUDA device"
+)
+def test_qlora_trains(tmp_path):
+    base(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "lm")
+    run = GRMRewardTrainer(
+        model=str(tmp_path / "lm"),
+        args=settings(tmp_path / "run", use_cpu=False, bf16=True),
+        train_dataset=pairs(),
+        processing_class=TOKENIZER,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16),
+        peft_config=lora(),
+    )
+    run.train()
+    assert all(math.isfinite(loss) for loss in logged(run, "loss"))
+
+
+@pytest.mark.parametrize("start", ["base", "grm"])
+def test_a_model_by_its_folder(tmp_path, start):
+    folder = tmp_path / "start"
+    (base() if start == "base" else grm()).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    run = GRMRewardTrainer(
+        model=str(folder),
+        args=settings(tmp_path / "run", model_init_kwargs={"head_type": "linear"} if start == "base" else None),
+        train_dataset=pairs(),
+    )
+    run.train()
+    assert run.model.config.head_type == ("linear" if start == "base" else "mlp")
+    assert run.model.dtype == torch.float32
+    assert run.model.config.max_sequence_length == 1024
+
+
+# --------------------------------------------------------------------------------------------- checkpoints in other hands
+
+
+def scores_in_a_clean_process(folder, chats):
+    """Rewards from a process that cannot import grm_hf, through the Auto class and remote code."""
+    code = f"""
+        import sys
+        sys.modules["grm_hf"] = None
+        import json, torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        model = AutoModelForSequenceClassification.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
+        scores = []
+        for chat in json.loads({json.dumps(chats)!r}):
+            inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+            scores.append(model(**inputs).logits.item())
+        print("SCORES", json.dumps(scores))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=folder.parent.parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.split("SCORES", 1)[1])
+
+
+CHATS = [[*row["prompt"], *row["chosen"]] for row in rows(3, seed=5)]
+
+
+def scores_here(model):
+    model.eval()
+    found = []
+    for chat in CHATS:
+        inputs = TOKENIZER.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            found.append(model(**inputs).logits.item())
+    return found
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_every_checkpoint_loads_in_a_clean_process(tmp_path, adapter):
+    run = trainer(
+        tmp_path / "run", save_strategy="steps", save_steps=2, peft_config=lora() if adapter else None, alpha=0.5
+    )
+    run.train()
+    run.save_model()
+    first = tmp_path / "run" / "checkpoint-2"
+    assert (first / "README.md").is_file()
+    assert scores_in_a_clean_process(tmp_path / "run" / "checkpoint-4", CHATS) == pytest.approx(
+        scores_here(run.model), rel=1e-5
+    )
+    assert scores_in_a_clean_process(first, CHATS) != pytest.approx(scores_here(run.model), rel=1e-3)
+    assert scores_in_a_clean_process(tmp_path / "run", CHATS) == pytest.approx(scores_here(run.model), rel=1e-5)
+
+
+def test_an_adapter_carries_its_head_and_merges(tmp_path):
+    run = trainer(tmp_path / "run", peft_config=lora(), alpha=0.5)
+    run.train()
+    run.save_model()
+    keys = load_file(tmp_path / "run" / "adapter_model.safetensors").keys()
+    assert {key for key in keys if ".score." in key}
+    expected = scores_here(run.model)
+    merged = merge_adapter(str(tmp_path / "run"), str(tmp_path / "merged" / "model"))
+    assert scores_here(merged) == pytest.approx(expected, rel=1e-4)
+    assert not (tmp_path / "merged" / "model" / "adapter_config.json").exists()
+    assert scores_in_a_clean_process(tmp_path / "merged" / "model", CHATS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_merge_refuses_an_adapter_without_head(tmp_path):
+    run = trainer(tmp_path / "run", peft_config=lora())
+    run.save_model()
+    config = tmp_path / "run" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    settings["modules_to_save"] = None
+    config.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not carry the reward head"):
+        merge_adapter(str(tmp_path / "run"), str(tmp_path / "merged"))
+    with pytest.raises(ValueError, match="not an adapter folder"):
+        merge_adapter(str(tmp_path), str(tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_folder_of_other_adapters_is_not_overwritten(tmp_path):
+    trainer(tmp_path, peft_config=lora()).save_model()
+    trainer(tmp_path, peft_config=lora())  # the same body again: kept
+    weights = (tmp_path / "base" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="another"):
+        trainer(tmp_path, grm(seed=1), peft_config=lora())
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == weights
+
+
+# ---------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_resumed_equals_uninterrupted(tmp_path, adapter, kind):
+    def make(folder, steps):
+        return trainer(
+            tmp_path / folder,
+            peft_config=lora() if adapter else None,
+            regularizer=kind,
+            alpha=0.5,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=3,
+            lr_scheduler_type="constant",
+        )
+
+    straight = make("straight", 6)
+    straight.train()
+    make("cut", 3).train()
+    resumed = make("cut", 6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert same_weights(straight.model, resumed.model)
+    assert logged(straight, "loss") == logged(resumed, "loss")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    """The process is killed while it trains; a new one finds the last complete checkpoint."""
+    folder = tmp_path / "killed"
+    code = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from transformers import TrainerCallback
+        import test_trainer as t
+
+        class Slow(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                time.sleep(0.2)
+
+        run = t.trainer({str(folder)!r}, alpha=0.5, max_steps=60, save_strategy="steps", save_steps=1,
+                        lr_scheduler_type="constant", extra={{"callbacks": [Slow()]}})
+        run.train()
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ})
+    deadline = time.time() + 120
+    while not (folder / "checkpoint-3" / "trainer_state.json").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    done = int(_last_complete_checkpoint(folder).split("-")[-1])
+    assert 3 <= done < 60
+    torn = folder / f"checkpoint-{done + 1}"  # what a kill in the middle of saving leaves behind
+    torn.mkdir(exist_ok=True)
+    (torn / "model.safetensors").write_bytes(b"half")
+    steps = done + 2
+    common = {"alpha": 0.5, "max_steps": steps, "lr_scheduler_type": "constant"}
+    resumed = trainer(folder, save_strategy="steps", save_steps=1, **common)
+    resumed.train(resume_from_checkpoint=True)
+    straight = trainer(tmp_path / "straight", **common)
+    straight.train()
+    assert same_weights(straight.model, resumed.model)
+
+
+# ------------------------------------------------------------------------------------------------- reference of dpo
+
+
+def batch_of(run):
+    return run.data_collator([run.train_dataset[i] for i in range(4)])
+
+
+def test_adapter_off_equals_a_second_frozen_model(tmp_path):
+    run = trainer(tmp_path, peft_config=lora(), regularizer="dpo", alpha=0.5)
+    run.train()
+    inputs = batch_of(run)
+    ours = run._reference_logps(run.model, inputs, None)
+    frozen = grm()  # never trained
+    assert torch.allclose(ours, run.response_logps(frozen, inputs), atol=1e-4)
+    assert not torch.allclose(ours, run.response_logps(run.model, inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["precompute", "model"])
+def test_precomputed_equals_live(tmp_path, kind):
+    run = trainer(tmp_path, regularizer="dpo", reference=kind, alpha=0.5)
+    run.train()
+    assert ("ref_chosen_logps" in run.train_dataset.column_names) == (kind == "precompute")
+    inputs = batch_of(run)
+    given = inputs.pop("ref_logps", None)
+    ours = run._reference_logps(run.model, inputs, given)
+    assert torch.allclose(ours, run.response_logps(grm(), inputs), atol=1e-4)
+
+
+def test_precomputed_values_are_reused_and_refused_when_stale(tmp_path, monkeypatch, caplog):
+    computed = []
+    original = reference._compute
+
+    def counted(run, dataset, name):
+        computed.append(len(dataset))
+        return original(run, dataset, name)
+
+    monkeypatch.setattr(reference, "_compute", counted)
+    make = {"regularizer": "dpo", "alpha": 0.5}
+    first = trainer(tmp_path, **make)
+    assert computed == [16]
+    again = trainer(tmp_path, **make)
+    assert computed == [16, reference.LIVE_ROWS]  # the live check only
+    assert again.train_dataset["ref_chosen_logps"][:] == first.train_dataset["ref_chosen_logps"][:]
+    for other in (
+        {"model": grm(seed=1)},
+        {"data": pairs(seed=9)},
+        {"max_length": 24},
+    ):
+        computed.clear()
+        run = trainer(tmp_path, **make, **other)
+        assert computed == [16]
+        inputs = batch_of(run)
+        assert torch.allclose(inputs.pop("ref_logps"), run.response_logps(run.model, inputs), atol=1e-4)
+    # A file that says it fits but does not: the rows computed live show it.
+    path = tmp_path / "reference_logps" / "train.safetensors"
+    trainer(tmp_path, **make)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        mark, values = file.metadata(), file.get_tensor("logps")
+    save_file({"logps": values + 1}, path, metadata=mark)
+    with pytest.raises(ValueError, match="Delete the file"):
+        trainer(tmp_path, **make)
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+class _Widest(TorchDispatchMode):
+    """Rows of the largest tensor with as many columns as the vocabulary, of all that any operation returns."""
+
+    def __init__(self, vocabulary, weights):
+        super().__init__()
+        self.vocabulary, self.weights, self.rows = vocabulary, weights, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return out
+
+
+@pytest.mark.parametrize("kind", TEXT_LOSSES)
+def test_a_step_never_holds_logits_of_more_than_a_chunk(tmp_path, kind, monkeypatch):
+    from grm_hf import logprobs
+
+    monkeypatch.setattr(logprobs, "ROWS", 8)
+    run = trainer(tmp_path, regularizer=kind, alpha=0.5, per_device_train_batch_size=8)
+    batch = run.data_collator([run.train_dataset[i] for i in range(8)])
+    assert len(batch["text_index"]) > 64
+    with _Widest(len(TOKENIZER), run.model) as widest:
+        run.compute_loss(run.model, dict(batch)).backward()
+    assert 0 < widest.rows <= 8 or widest.rows == 16  # 16 = hidden size: the transposed head, not logits
+
+
+def test_prompt_tokens_never_reach_the_language_model_head(tmp_path):
+    """Only positions that predict a response token have a gradient through the head."""
+    run = trainer(tmp_path, regularizer="sft", alpha=1.0)
+    example = run.train_dataset[0]
+    batch = run.data_collator([example])
+    starts, width = example["chosen_start"], len(example["chosen_ids"])
+    assert len(batch["text_index"]) == width - starts
+    assert batch["text_targets"].tolist() == example["chosen_ids"][starts:]
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"regularizer": "kl"}, "must be one of"),
+        ({"pair_loss": "hinge"}, "must be one of"),
+        ({"overlength": "cut"}, "must be one of"),
+        ({"layout": "tree"}, "must be one of"),
+        ({"reference": "ema"}, "must be one of"),
+        ({"alpha": 1.5}, r"must be in \[0, 1\]"),
+        ({"beta": 0.0}, "must be above 0"),
+        ({"label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
+        ({"freeze_backbone": True}, "leaves nothing for the text loss"),
+    ],
+)
+def test_settings_are_checked(tmp_path, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        settings(tmp_path, **wrong)
+
+
+def test_an_ignored_reference_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="is ignored"):
+        settings(tmp_path, reference="model", regularizer="sft")
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="from_base"):
+        trainer(tmp_path, base())
+    with pytest.raises(ValueError, match="needs a GRMRewardConfig"):
+        GRMRewardTrainer(model=grm(), args=settings(tmp_path, RewardConfig), train_dataset=pairs())
+    with pytest.raises(ValueError, match="processing_class"):
+        GRMRewardTrainer(model=grm(), args=settings(tmp_path), train_dataset=pairs())
+    with pytest.raises(ValueError, match="streaming"):
+        trainer(tmp_path, data=pairs().to_iterable_dataset(), regularizer="dpo")
+    with pytest.raises(ValueError, match="needs an adapter"):
+        trainer(tmp_path, regularizer="dpo", reference="adapter_off")
+    with pytest.raises(ValueError, match="no `margin` column"):
+        trainer(tmp_path, pair_loss="scaled").train()
+
+
+def test_a_collator_that_gives_no_text_is_refused(tmp_path):
+    from trl.trainer.reward_trainer import DataCollatorForPreference
+
+    run = trainer(tmp_path, extra={"data_collator": DataCollatorForPreference(pad_token_id=0)})
+    with pytest.raises(ValueError, match="PairCollator"):
+        run.train()
+
+
+def test_a_streaming_dataset_trains(tmp_path):
+    run = trainer(tmp_path, data=pairs().to_iterable_dataset(), max_steps=3)
+    run.train()
+    assert run.state.global_step == 3
+    assert run.data_counts["train"].rows > 0
+
+
+def test_what_was_cut_or_dropped_is_counted(tmp_path):
+    run = trainer(tmp_path / "a", evaluation=pairs(5, seed=3), max_length=24)
+    assert run.data_counts["train"].truncated > 0 and run.data_counts["eval"].rows == 5
+    whole = trainer(tmp_path / "b").train_dataset
+    lengths = [max(len(c), len(r)) for c, r in zip(whole["chosen_ids"], whole["rejected_ids"], strict=True)]
+    limit = sorted(lengths)[8]
+    run = trainer(tmp_path / "c", max_length=limit, overlength="drop")
+    assert run.data_counts["train"].dropped == sum(n > limit for n in lengths) > 0
+    assert len(run.train_dataset) == sum(n <= limit for n in lengths)
+    with pytest.raises(ValueError, match="row 0"):
+        trainer(tmp_path / "d", max_length=24, overlength="error")
+
+
+def test_a_peft_model_of_the_users_own(tmp_path):
+    model = grm()
+    model.save_pretrained(tmp_path / "start")
+    start = GRMForSequenceClassification.from_pretrained(tmp_path / "start")
+    from peft import get_peft_model
+
+    run = trainer(tmp_path / "run", get_peft_model(start, lora(modules_to_save=["score"])), regularizer="dpo")
+    run.train()
+    run.save_model()
+    again = PeftModel.from_pretrained(
+        GRMForSequenceClassification.from_pretrained(tmp_path / "start"), tmp_path / "run"
+    )
+    assert scores_here(again) == pytest.approx(scores_here(run.model), rel=1e-5)
