@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from .modeling_grm import GRMForSequenceClassification
+
 
 LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 ATTENTION = "grm_segments"
@@ -132,6 +134,9 @@ class PairCollator:
         if "ref_chosen_logps" in pairs[0]:
             names = ("ref_chosen_logps", "ref_rejected_logps")
             batch["ref_logps"] = torch.tensor([pair[name] for name in names for pair in pairs], dtype=torch.float)
+        if "read_index" in batch:
+            rows = [batch["read_index"], *([batch["text_index"]] if "text_index" in batch else [])]
+            batch["output_rows"] = torch.cat(rows).unique()
         return batch
 
     def _length(self, tokens: int) -> int:
@@ -178,7 +183,7 @@ def _text_tokens(sequences, starts, paths):
 
 def model_kwargs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The part of a [`PairCollator`] batch that the model's forward takes."""
-    names = ("input_ids", "attention_mask", "position_ids", "read_index")
+    names = ("input_ids", "attention_mask", "position_ids", "read_index", "output_rows")
     kwargs = {name: batch[name] for name in names if name in batch}
     if "segments" in batch:
         kwargs["attention_mask"] = batch["segments"][None, None]
@@ -246,6 +251,7 @@ def _plan_of(attention_mask: torch.Tensor | None, tokens: int) -> _Plan:
 HARMLESS = {
     "cache_position",
     "num_items_in_batch",
+    "output_rows",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -378,6 +384,7 @@ def layout_attention(model: nn.Module, layout: str, implementation: str = ATTENT
         return
     configs = [getattr(module, "config", None) for module in model.modules()]
     before = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PreTrainedConfig)}
+    hooks = _finish_read_rows_only(model)
     try:
         for config, _ in before.values():
             config._attn_implementation = implementation
@@ -385,6 +392,40 @@ def layout_attention(model: nn.Module, layout: str, implementation: str = ATTENT
     finally:
         for config, name in before.values():
             config._attn_implementation = name
+        for hook in hooks:
+            hook.remove()
+
+
+def _finish_read_rows_only(model: nn.Module) -> list:
+    """The last layer must make keys and values of every token, but queries and all that follows them only where its
+    output is read (`output_rows`). Hooks on those parts of the layer, which work on each token by itself, see to that;
+    layers with other names for them are left whole."""
+    decoder = next(m for m in model.modules() if isinstance(m, GRMForSequenceClassification)).model
+    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    last = next(m for m in stacks if len(m) == decoder.config.num_hidden_layers)[-1]
+    rows: list[torch.Tensor | None] = [None]
+    lengths: dict[nn.Module, int] = {}
+
+    def remember(_, args, kwargs):
+        rows[0] = kwargs.get("output_rows")
+
+    def gather(module, args):
+        if rows[0] is None or not args or args[0].dim() != 3:
+            return None
+        lengths[module] = args[0].shape[1]
+        return args[0].index_select(1, rows[0]), *args[1:]
+
+    def scatter(module, _, output):
+        if module not in lengths:
+            return None
+        whole = output.new_zeros(1, lengths.pop(module), output.shape[-1])
+        return whole.index_copy(1, rows[0], output)
+
+    hooks = [last.register_forward_pre_hook(remember, with_kwargs=True)]
+    for name, module in last.named_modules():
+        if name in ("mlp", "self_attn.q_proj", "self_attn.o_proj"):
+            hooks += [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
+    return hooks
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness

@@ -70,7 +70,7 @@ def _numbers(name: str, values: Any) -> np.ndarray:
         array = np.array([_number_or_nan(value) for value in values])
     if array.ndim != 1:
         raise ValueError(
-            f"`{name}` has shape {array.shape}; (n,) is required. Rewards of shape (n, 1) become that with `.squeeze(-1)`."
+            f"`{name}` has shape {array.shape}; (n,) is required. Rewards of shape (n, 1) become it by `.squeeze(-1)`."
         )
     if not array.size:
         raise ValueError(f"`{name}` is empty; at least one value is required.")

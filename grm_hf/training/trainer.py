@@ -243,7 +243,6 @@ class GRMRewardTrainer(RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, mode = self.args, "train" if self.model.training else "eval"
         margin, given = inputs.get("margin"), inputs.get("ref_logps")
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         lm_fn, text_loss, text, details = None, None, None, {}
         if args.text_loss != "none":
             missing = [key for key in TEXT_KEYS if key not in inputs]
@@ -259,15 +258,19 @@ class GRMRewardTrainer(RewardTrainer):
         outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
-        pair = losses.pair_loss(chosen, rejected, margin, self._pair_loss, args.label_smoothing).mean()
+        pair = losses.pair_loss(chosen, rejected, margin, self._pair_loss, args.label_smoothing)
+        loss = pair.mean()
         if args.center_rewards_coefficient is not None:
-            pair = pair + args.center_rewards_coefficient * losses.centering(chosen, rejected).mean()
+            centering = losses.centering(chosen, rejected)
+            pair = pair + args.center_rewards_coefficient * centering
+            loss = loss + args.center_rewards_coefficient * centering.mean()
         if text_loss is not None:
-            text = text_loss(outputs.lm_output).mean()
+            text = text_loss(outputs.lm_output)
             details = self._text_details(outputs.lm_output.detach(), counts, ref)
-        loss = losses.total_loss(pair, text, args.alpha)
+            loss = losses.total_loss(loss, text.mean(), args.alpha)
 
-        self._record(mode, chosen.detach(), rejected.detach(), pair.detach(), text, details, loss.detach(), tokens)
+        with torch.no_grad():
+            self._record(mode, chosen, rejected, pair, text, details, _num_tokens(inputs))
         if return_outputs:
             return loss, {"logits": torch.stack([chosen, rejected], dim=1)}
         return loss
@@ -292,20 +295,19 @@ class GRMRewardTrainer(RewardTrainer):
 
     # --------------------------------------------------------------------------------------------------------- metrics
 
-    def _record(self, mode, chosen, rejected, pair, text, details, loss, tokens):
+    def _record(self, mode, chosen, rejected, pair, text, details, tokens):
         """Add one batch to the sums. Evaluation gathers row by row, so that rows a sampler repeats count once."""
-        ones = torch.ones_like(chosen)
         rows = {
-            "pairs": ones,
+            "pairs": torch.ones_like(chosen),
             "accuracy": (chosen > rejected).to(chosen.dtype),
             "margin": chosen - rejected,
             "reward": chosen + rejected,
             "reward_squared": chosen**2 + rejected**2,
             "min_reward": torch.minimum(chosen, rejected),
             "max_reward": torch.maximum(chosen, rejected),
-            "loss": loss * ones,
-            "pair_loss": pair * ones,
-            **({} if text is None else {"text_loss": text.detach() * ones}),
+            "loss": losses.total_loss(pair, text, self.args.alpha),
+            "pair_loss": pair,
+            **({} if text is None else {"text_loss": text}),
             **details,
         }
         table = torch.stack([value.double() for value in rows.values()], dim=1)
@@ -400,6 +402,13 @@ class GRMRewardTrainer(RewardTrainer):
 def _num_sequences(inputs):
     """Number of sequences in a batch, `2B`: chosen above rejected."""
     return inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
+
+
+def _num_tokens(inputs):
+    """Number of tokens of all sequences, the same in every layout (a shared prefix counts for each that has it)."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    return (inputs["position_ids"].flatten()[inputs["read_index"]] + 1).sum()
 
 
 def _unwrapped(model):

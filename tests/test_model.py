@@ -1,0 +1,845 @@
+"""The model: every family's language model survives untouched, and a text has one reward, whatever it is batched with.
+
+Expected rewards are computed from the base alone: its own forward on the unpadded text, then the head written out as
+matrix products.
+"""
+
+import copy
+import inspect
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, byte_tokenizer, tiny_lm
+from torch.nn.functional import linear
+from transformers import (
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
+
+from grm_hf import GRMConfig, GRMForSequenceClassification
+from grm_hf.heads_grm import GRMLinearHead, GRMMLPHead
+
+
+HEADS = ("mlp", "linear")
+LENGTHS = (7, 1, 4, 9)
+
+
+def tiny_grm(family="llama", head_type="mlp", **overrides):
+    torch.manual_seed(1)
+    return GRMForSequenceClassification.from_base(
+        tiny_lm(family, **overrides), head_type=head_type, head_hidden_size=16
+    )
+
+
+def texts(lengths=LENGTHS, seed=0):
+    """Token ids of several lengths, without any special token."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 101, (length,), generator=generator) for length in lengths]
+
+
+def pad(rows, left, width=None, token=0):
+    """`left` says for each row (or for all) how many padding tokens come first: all of them, or none."""
+    width = width or max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), token), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if (left if isinstance(left, bool) else left[i]) else 0
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def score(model, ids, mask=None, **kwargs):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, **kwargs).logits.squeeze(-1)
+
+
+def alone(model, rows):
+    return torch.cat([score(model, row[None], torch.ones(1, len(row))) for row in rows])
+
+
+def head_by_hand(model, hidden):
+    weights = {name: tensor.double() for name, tensor in model.score.state_dict().items()}
+    hidden = hidden.double()
+    if "weight" in weights:
+        return linear(hidden, weights["weight"]).squeeze(-1)
+    hidden = linear(hidden, weights["dense.0.weight"], weights["dense.0.bias"]).clamp(min=0)
+    return linear(hidden, weights["out.weight"], weights["out.bias"]).squeeze(-1)
+
+
+def expected(lm, model, rows):
+    """The rewards of texts, from the base's own forward."""
+    with torch.no_grad():
+        last = [lm(row[None], output_hidden_states=True).hidden_states[-1][0, -1] for row in rows]
+        return head_by_hand(model, torch.stack(last))
+
+
+def assert_same(found, wanted, tolerance=1e-6):
+    """Equal relative to the larger of 1 and the reward itself."""
+    scale = wanted.abs().clamp(min=1)
+    assert ((found.double() - wanted.double()).abs() <= tolerance * scale).all(), (found, wanted)
+
+
+_assert_same = assert_same
+
+
+# ----------------------------------------------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_language_model_is_the_base(family):
+    theirs, ours = tiny_lm(family), tiny_grm(family)
+    ids, mask = pad(texts(), left=False)
+    with torch.no_grad():
+        base = theirs(ids, attention_mask=mask, output_hidden_states=True)
+        out = ours(ids, attention_mask=mask, return_lm_logits=True, output_hidden_states=True)
+        kept = ours(ids, attention_mask=mask, return_lm_logits=True, logits_to_keep=2).lm_logits
+        real = mask.bool()
+        torch.testing.assert_close(out.lm_logits[real], base.logits[real], rtol=0, atol=1e-6)
+        torch.testing.assert_close(kept, out.lm_logits[:, -2:], rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.lm_logits(base.hidden_states[-1]), base.logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(out.hidden_states[-1][real], base.hidden_states[-1][real], rtol=0, atol=1e-6)
+    assert base.logits[real].abs().max() > 0.3, "the logits are too small for a lost scale to show"
+    assert ours.lm_head_is_exact()
+    options = dict(attention_mask=torch.ones(1, 7, dtype=torch.long), max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours.generate(texts()[0][None], **options), theirs.generate(texts()[0][None], **options))
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_text_has_one_reward(family, head_type):
+    model, rows = tiny_grm(family, head_type), texts()
+    wanted = expected(tiny_lm(family), model, rows)
+    assert wanted.std() > 0.01, "rewards too close to tell apart"
+
+    def assert_same(found, wanted):  # some families round more often (measured in docs/numerics.md)
+        _assert_same(found, wanted, tolerance=2e-6)
+
+    assert_same(alone(model, rows), wanted)
+    for side in (True, False, [True, False, False, True]):
+        ids, mask = pad(rows, side, width=12)
+        for dtype in (torch.bool, torch.int64, torch.float32):
+            assert_same(score(model, ids, mask.to(dtype)), wanted)
+        assert_same(score(model, ids, mask, return_lm_logits=True), wanted)
+        assert_same(score(model, ids, mask, output_hidden_states=True, use_cache=True), wanted)
+    assert_same(score(model, ids[[2, 0]], mask[[2, 0]]), wanted[[2, 0]])
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_is_the_same_model(family, head_type, tmp_path):
+    model = tiny_grm(family, head_type)
+    model.save_pretrained(tmp_path)
+    loaded, info = GRMForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    ids, mask = pad(texts(), left=True)
+    with torch.no_grad():
+        ours, theirs = (m(ids, attention_mask=mask, return_lm_logits=True) for m in (loaded, model))
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.lm_logits, theirs.lm_logits)
+    for config in (loaded.config, model.config):  # what loading itself writes: the path, the dtype it chose
+        config._name_or_path, config.text_config.dtype = "", None
+    assert loaded.config.to_dict() == model.config.to_dict()
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == model.config.text_config.tie_word_embeddings
+
+
+def test_lm_head_that_a_plain_matrix_product_misses_is_noticed():
+    model = tiny_grm("granite")
+    assert model.lm_head_is_exact()
+    model.config.text_config.logits_scaling = 1.0  # the live layers keep their own
+    inner = model.lm.forward
+    model.lm.forward = lambda *a, **k: _scaled(inner(*a, **k), 1.02)
+    assert not model.lm_head_is_exact()
+
+
+def _scaled(out, factor):
+    out.logits = out.logits * factor
+    return out
+
+
+# ------------------------------------------------------------------------------- any batch, any padding: property test
+
+
+MODELS = {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen3_moe"])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_score_is_the_same_in_any_batch_with_any_padding(family, data):
+    model = MODELS.setdefault(family, tiny_grm(family))
+    lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=6))
+    rows = texts(lengths, seed=data.draw(st.integers(0, 2**16)))
+    left = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    extra = data.draw(st.integers(0, 5))
+    filler = data.draw(st.integers(0, 100))  # whatever stands in the padding
+    ids, mask = pad(rows, left, width=max(lengths) + extra, token=filler)
+    assert_same(score(model, ids, mask), alone(model, rows))
+
+
+def test_bfloat16_stays_within_the_published_tolerance():
+    """`docs/numerics.md` says how far bfloat16 moves; this is its first row, and the bound it states."""
+    model, rows = tiny_grm().to(torch.bfloat16), texts(range(1, 24), seed=3)
+    ids, mask = pad(rows, left=True, width=30)
+    batched, single = score(model, ids, mask), alone(model, rows)
+    assert batched.dtype == torch.float32
+    assert_same(batched, single, tolerance=2e-2)
+
+
+# ------------------------------------------------------------------------------------------------- where it is read
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_padding_id_equal_to_end_of_sequence_keeps_the_end(head_type):
+    model, rows = tiny_grm(head_type=head_type), [torch.cat([row, torch.tensor([2])]) for row in texts()]
+    wanted = expected(tiny_lm(), model, rows)
+    model.config.pad_token_id = 2
+    for left in (True, False):
+        ids, mask = pad(rows, left, token=2)
+        assert_same(score(model, ids, mask), wanted)
+    assert_same(torch.cat([score(model, row[None]) for row in rows]), wanted)
+    with pytest.raises(ValueError, match="nothing tells padding from text.*Pass the `attention_mask`"):
+        model(ids)
+
+
+@pytest.mark.parametrize("ends", [dict(pad_token_id=None), dict(pad_token_id=1), dict(eos_token_id=[5, 0])])
+def test_batch_without_mask_is_refused_when_ids_cannot_tell(ends):
+    model = tiny_grm()
+    for name, value in ends.items():
+        setattr(model.config, name, value)
+    ids, _ = pad(texts(), left=False)
+    with pytest.raises(ValueError, match="4 rows without `attention_mask`"):
+        model(ids)
+    assert score(model, ids[:1]).shape == (1,)  # a row alone is unpadded
+    with pytest.raises(ValueError, match="without `attention_mask`"):
+        tiny_grm()(inputs_embeds=torch.zeros(2, 3, 32))
+
+
+def test_without_mask_padding_ids_at_either_end_are_padding_and_those_inside_are_text():
+    model, rows = tiny_grm(), texts()
+    rows[0][3] = 0  # the unknown token of many tokenizers is also their padding
+    wanted = expected(tiny_lm(), model, rows)
+    for left in (True, False):
+        ids, _ = pad(rows, left, width=11)
+        assert_same(score(model, ids), wanted)
+        assert_same(torch.cat([score(model, row[None]) for row in ids]), wanted)  # a padded row alone, too
+
+
+def test_first_bit_of_the_mask_zeroed_on_right_padded_rows():
+    """What rewardbench does to a doubled beginning-of-sequence token."""
+    for family in ("llama", "gpt2"):
+        model, rows = tiny_grm(family), texts()
+        once = [torch.cat([torch.tensor([1]), row]) for row in rows]
+        ids, mask = pad([torch.cat([torch.tensor([1]), row]) for row in once], left=False)
+        mask[:, 0] = 0
+        assert_same(score(model, ids, mask), expected(tiny_lm(family), model, once))
+
+
+def test_batches_that_have_nothing_to_read_are_refused_or_empty():
+    model = tiny_grm()
+    ids, mask = pad(texts(), left=False)
+    assert model(ids[:0], attention_mask=mask[:0]).logits.shape == (0, 1)
+    assert model(ids[:0]).logits.dtype == torch.float32
+    mask[2] = 0
+    with pytest.raises(ValueError, match="Row 2 of the batch has no token"):
+        model(ids, attention_mask=mask)
+    for call in (
+        lambda: model(torch.zeros(2, 5, dtype=torch.long)),
+        lambda: model(ids[:1, :0]),
+        lambda: model(ids[:, :0], attention_mask=mask[:, :0]),
+    ):
+        with pytest.raises(ValueError, match="Row 0 of the batch has no token"):
+            call()
+    with pytest.raises(ValueError, match="`input_ids` or `inputs_embeds`"):
+        model()
+
+
+def test_masks_that_do_not_fit_the_batch_are_refused():
+    model = tiny_grm()
+    ids, mask = pad(texts(), left=False)
+    with pytest.raises(ValueError, match=r"is \(4, 8\); the batch.*\(4, 9\)"):
+        model(ids, attention_mask=mask[:, 1:])
+    with pytest.raises(ValueError, match=r"is \(1, 9\); the batch.*\(4, 9\)"):
+        model(ids, attention_mask=mask[:1])
+    with pytest.raises(ValueError, match="4 dimensions.*`read_index`"):
+        model(ids, attention_mask=torch.ones(4, 1, 9, 9))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("left", [True, False])
+def test_reward_of_a_continuation_of_cached_prompts(family, left):
+    model, prompts, responses = tiny_grm(family), texts((5, 3)), texts((2, 4), seed=1)
+    whole = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    prompt_ids, prompt_mask = pad(prompts, left=True)
+    ids, mask = pad(responses, left)
+    with torch.no_grad():
+        cache = model(prompt_ids, attention_mask=prompt_mask, use_cache=True).past_key_values
+        found = score(model, ids, torch.cat([prompt_mask, mask], 1), past_key_values=copy.deepcopy(cache))
+        assert_same(found, expected(tiny_lm(family), model, whole))
+        with pytest.raises(ValueError, match="cached tokens included"):
+            model(ids, attention_mask=mask, past_key_values=copy.deepcopy(cache))
+        with pytest.raises(ValueError, match="without `attention_mask`"):
+            model(ids, past_key_values=copy.deepcopy(cache))
+        one = model(prompts[0][None], past_key_values=DynamicCache(config=model.config.text_config)).past_key_values
+        assert_same(score(model, responses[0][None], past_key_values=one), found[:1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_embeddings_score_as_their_ids(family):
+    model, rows = tiny_grm(family), texts()
+    ids, mask = pad(rows, left=True)
+    with torch.no_grad():
+        embedded = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask).logits
+    assert torch.equal(embedded.squeeze(-1), score(model, ids, mask))
+
+
+def test_several_texts_in_a_row_are_read_where_read_index_says():
+    model, rows = tiny_grm(), texts()
+    ids = torch.cat(rows)[None]
+    owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(LENGTHS))
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    block = (owner[:, None] == owner[None]) & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    ends = torch.tensor(LENGTHS).cumsum(0) - 1
+    found = score(model, ids, block[None, None], position_ids=position_ids, read_index=ends)
+    assert_same(found, expected(tiny_lm(), model, rows))
+    padded, mask = pad(rows, left=False)
+    last = torch.arange(len(rows)) * padded.shape[1] + torch.tensor(LENGTHS) - 1
+    assert torch.equal(score(model, padded, mask, read_index=last), score(model, padded, mask))
+
+
+def test_lm_fn_gets_the_hidden_states_and_the_model():
+    model = tiny_grm()
+    ids, mask = pad(texts(), left=False)
+    out = model(ids, attention_mask=mask, lm_fn=lambda hidden, m: m.lm_logits(hidden[:, :1]))
+    assert torch.equal(out.lm_output, model(ids, attention_mask=mask, return_lm_logits=True).lm_logits[:, :1])
+    assert model(ids, attention_mask=mask).lm_output is None
+
+
+def test_labels_give_the_mean_squared_error():
+    model = tiny_grm()
+    ids, mask = pad(texts(), left=False)
+    labels = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    out = model(ids, attention_mask=mask, labels=labels)
+    torch.testing.assert_close(out.loss, ((out.logits[:, 0] - labels) ** 2).mean())
+    assert torch.equal(out.loss, model(ids, attention_mask=mask, labels=labels[:, None]).loss)
+    assert model(ids, attention_mask=mask, return_dict=False)[0].shape == (4, 1)
+
+
+def test_nothing_but_nan_comes_out_of_a_body_that_overflows():
+    model = tiny_grm()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    assert score(model, texts()[0][None]).isnan().all()
+
+
+# ------------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_head_stays_float32_under_a_bfloat16_body(head_type, tmp_path):
+    tiny_lm(dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = GRMForSequenceClassification.from_base(tmp_path / "base", head_type, head_hidden_size=16)
+    model.save_pretrained(tmp_path)
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path)
+    upcast = GRMForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    built = GRMForSequenceClassification(loaded.config)
+    from_config = AutoModelForSequenceClassification.from_config(loaded.config)
+    for ours in (model, loaded, built, from_config):
+        assert {p.dtype for p in ours.lm.parameters()} == {torch.bfloat16} == {ours.dtype}
+        assert {p.dtype for p in ours.score.parameters()} == {torch.float32}
+    assert {p.dtype for p in upcast.parameters()} == {torch.float32}
+    ids, mask = pad(texts(), left=True)
+    assert torch.equal(score(loaded, ids, mask), score(model, ids, mask))
+    with torch.no_grad():
+        hidden = model.model(ids, attention_mask=mask).last_hidden_state[:, -1]
+    # Right to float32's precision, which bfloat16 anywhere in the head would not be.
+    torch.testing.assert_close(model.score(hidden)[:, 0].double(), head_by_hand(model, hidden), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+@pytest.mark.parametrize("how", ["autocast", "to", "half"])
+def test_head_computes_in_float32_whatever_the_user_does(head_type, how, tmp_path):
+    # GPT-2: where positions rotate, `.to()` rounds their frequencies too, and the folder holds none of that.
+    model, hidden = tiny_grm("gpt2", head_type), torch.randn(5, 32).bfloat16()
+    if how == "to":
+        model = model.to(torch.bfloat16)
+    elif how == "half":
+        model = model.half()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        rewards = model.score(hidden)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards[:, 0].double(), head_by_hand(model, hidden), rtol=1e-6, atol=1e-6)
+    ids, mask = pad(texts(), left=False)
+    model.save_pretrained(tmp_path)
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(score(loaded, ids, mask), score(model, ids, mask))
+
+
+def test_float64_stays_float64():
+    model = tiny_grm().double()
+    assert score(model, texts()[0][None]).dtype == torch.float64
+
+
+# -------------------------------------------------------------------------------------------- the head's initial weights
+
+
+def test_head_is_drawn_from_the_seed_as_torch_draws_it():
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return GRMForSequenceClassification.from_base(tiny_lm(hidden_size=64), head_hidden_size=512).score.state_dict()
+
+    first, again, other = drawn(3), drawn(3), drawn(4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(not torch.equal(first[name], other[name]) for name in first)
+    for name, fan_in in (("dense.0.weight", 64), ("out.weight", 512), ("dense.0.bias", 64)):
+        bound = fan_in**-0.5  # uniform, and not normal with the base's deviation of 0.02
+        assert 0.9 * bound < first[name].abs().max() <= bound
+        assert abs(first[name].std() - bound / 3**0.5) < 0.15 * bound
+
+
+def test_head_is_built_as_the_configuration_says():
+    model = GRMForSequenceClassification.from_base(tiny_lm(), head_hidden_size=8, head_num_layers=3, head_dropout=0.1)
+    assert isinstance(model.score, GRMMLPHead) and [tuple(d.weight.shape) for d in model.score.dense] == [
+        (8, 32),
+        (8, 8),
+        (8, 8),
+    ]
+    linear_head = tiny_grm("opt_projected", "linear").score
+    assert isinstance(linear_head, GRMLinearHead) and linear_head.weight.shape == (1, 16) and linear_head.bias is None
+
+
+def test_weights_of_a_modified_base_survive():
+    """`post_init` draws new weights for modules without a mark: a layer that the user replaced has none."""
+    lm, ids = tiny_lm(), texts()[0][None]
+    layer = torch.nn.Linear(32, 101, bias=False)
+    lm.lm_head = layer
+    weight, logits = layer.weight.detach().clone(), lm(ids).logits
+    model = GRMForSequenceClassification.from_base(lm)
+    assert torch.equal(model.get_output_embeddings().weight, weight)
+    assert torch.equal(model(ids, return_lm_logits=True).lm_logits, logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_live_base_keeps_its_attention_and_its_causal_mask(attention):
+    lm, ids = tiny_lm(attn_implementation=attention), texts()[0][None]
+    logits = lm(ids).logits
+    config = GRMConfig(lm.config)
+    assert torch.equal(lm(ids).logits, logits) and lm.config._attn_implementation == attention
+    assert config.text_config is not lm.config and config.text_config._attn_implementation == attention
+    model = GRMForSequenceClassification.from_base(lm)
+    assert torch.equal(lm(ids).logits, logits)
+    changed = ids.clone()
+    changed[0, -1] += 1
+    assert torch.equal(model(changed, return_lm_logits=True).lm_logits[:, :-1], logits[:, :-1])
+
+
+@pytest.mark.parametrize("made", ["from_base", "config", "loaded"])
+def test_one_configuration_reaches_every_layer(made, tmp_path):
+    model = tiny_grm()
+    if made == "config":
+        model = GRMForSequenceClassification(model.config)
+    elif made == "loaded":
+        model.save_pretrained(tmp_path)
+        model = GRMForSequenceClassification.from_pretrained(tmp_path)
+    assert model.config.text_config is model.lm.config is model.model.config
+    assert model.model.layers[0].self_attn.config is model.config.text_config
+    model.set_attn_implementation("eager")
+    assert model.model.layers[1].self_attn.config._attn_implementation == "eager"
+    assert model(texts()[0][None], output_attentions=True).attentions[0].shape == (1, 4, 7, 7)
+    model.config.pad_token_id = 9
+    assert model.config.get_text_config().pad_token_id == model.lm.config.pad_token_id == 9
+
+
+# --------------------------------------------------------------------------------------------------- the configuration
+
+
+def test_configuration_makes_a_round_trip(tmp_path):
+    config = GRMConfig(
+        LlamaConfig(hidden_size=32, vocab_size=50, pad_token_id=3),
+        head_type="linear",
+        head_dropout=0.25,
+        bos_policy="double",
+        max_sequence_length=77,
+        overlength="error",
+        reward_mean=-1.5,
+        reward_std=2.0,
+        reward_temperature=0.5,
+        base_model="someone/some-model",
+    )
+    config.save_pretrained(tmp_path)
+    loaded = GRMConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() == GRMConfig.from_dict(config.to_dict()).to_dict()
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert isinstance(loaded.text_config, LlamaConfig) and loaded.head_dropout == 0.25 and loaded.num_labels == 1
+    assert GRMConfig.from_dict(GRMConfig().to_dict()).to_dict() == GRMConfig().to_dict()
+    assert GRMConfig().text_config.model_type == "llama" and GRMConfig().id2label == {0: "REWARD"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_top_level_names_that_other_libraries_read_and_write(family):
+    config = tiny_grm(family).config
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+    assert [getattr(config, name) for name in names] == [101, 32, 2, 4]
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert getattr(config, "max_position_embeddings", None) == getattr(
+        config.text_config, "max_position_embeddings", None
+    )
+    config.pad_token_id = 7
+    config.use_cache = False
+    assert config.get_text_config().pad_token_id == 7 and config.text_config.use_cache is False
+    assert "pad_token_id" not in {k for k in config.to_dict() if k != "text_config"}
+
+
+@pytest.mark.parametrize(
+    ("settings_", "words"),
+    [
+        (dict(head_type="mlp2"), "head_type.*'mlp2'.*one of"),
+        (dict(bos_policy="triple"), "bos_policy.*'triple'.*one of"),
+        (dict(overlength="drop"), "overlength.*'drop'.*truncate_left"),
+        (dict(head_num_layers=0), "head_type='linear'"),
+        (dict(num_labels=2), "one number, found 2 labels"),
+        (dict(id2label={0: "a", 1: "b"}), "one number, found 2 labels"),
+        (dict(text_config={"hidden_size": 4}), "no `model_type`"),
+    ],
+)
+def test_settings_that_make_no_reward_model_are_refused(settings_, words):
+    with pytest.raises(ValueError, match=words):
+        GRMConfig(**settings_)
+
+
+def test_configuration_of_another_repository_names_the_files_beside_it():
+    config = GRMConfig(auto_map={"AutoModel": "someone/model--modeling_grm.X", "AutoTokenizer": "tok.Tok"})
+    assert config.auto_map["AutoModel"] == "modeling_grm.GRMForSequenceClassification"
+    assert config.auto_map["AutoTokenizer"] == "tok.Tok"
+
+
+# -------------------------------------------------------------------------------------- life inside other libraries
+
+
+def test_train_and_eval_and_dropout(tmp_path):
+    model = GRMForSequenceClassification.from_base(
+        tiny_lm("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5), head_hidden_size=16, head_dropout=0.5
+    )
+    assert not model.training  # as the base was
+    model.save_pretrained(tmp_path)
+    loaded, ids = GRMForSequenceClassification.from_pretrained(tmp_path), texts()[0][None]
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(score(loaded, ids), score(loaded, ids)) and torch.equal(score(loaded, ids), score(model, ids))
+    loaded.train()
+    assert not torch.equal(score(loaded, ids), score(loaded, ids))
+    loaded.lm.eval()
+    assert not torch.equal(score(loaded, ids), score(loaded, ids)), "the head has a dropout of its own"
+    assert loaded.lm_head_is_exact() and loaded.training and not loaded.lm.training
+    for module in loaded.modules():  # what TRL's `disable_dropout` does
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(score(loaded, ids), score(model, ids))
+
+
+def test_generating_changes_no_score():
+    model, ids = tiny_grm(), texts()[0][None]
+    before = score(model, ids)
+    model.generation_config.max_new_tokens = 3
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=True)
+    assert model.generate(ids, **options).shape[1] <= 10 and model.lm.generation_config is model.generation_config
+    assert torch.equal(score(model, ids), before) and not model.training
+
+
+def test_copies_and_pickles():
+    model, ids = tiny_grm("llama_tied"), texts()[0][None]
+    before = score(model, ids)
+    for ours in (pickle.loads(pickle.dumps(tiny_grm("llama_tied"))), copy.deepcopy(model)):
+        assert torch.equal(score(ours, ids), before)
+        assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+        with torch.no_grad():
+            ours.score.out.bias += 1
+    assert torch.equal(score(model, ids), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "phi"])
+def test_new_tokens_in_the_vocabulary(family, tmp_path):
+    model, ids = tiny_grm(family), texts()[0][None]
+    with torch.no_grad():
+        before = model(ids, return_lm_logits=True)
+        model.resize_token_embeddings(120, mean_resizing=False)
+        after = model(ids, return_lm_logits=True)
+    torch.testing.assert_close(after.lm_logits[..., :101], before.lm_logits, rtol=0, atol=1e-6)
+    assert_same(after.logits, before.logits)
+    assert model.config.vocab_size == 120 == after.lm_logits.shape[-1]
+    model.save_pretrained(tmp_path)
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path)
+    new = torch.tensor([[5, 119, 103]])
+    with torch.no_grad():
+        ours, theirs = loaded(new, return_lm_logits=True), model(new, return_lm_logits=True)
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.lm_logits, theirs.lm_logits)
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_gradient_checkpointing_changes_memory_and_nothing_else(head_type):
+    def gradients(checkpointing):
+        model = tiny_grm(head_type=head_type).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        ids, mask = pad(texts(), left=False)
+        model(ids, attention_mask=mask, lm_fn=lambda h, m: m.lm_logits(h).sum()).lm_output.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, saved = gradients(False), gradients(True)
+    assert plain.keys() == saved.keys() and len(plain) > 15
+    for name in plain:
+        torch.testing.assert_close(saved[name], plain[name])
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama_tied", True), ("gpt2", True)])
+def test_only_an_untied_language_model_head_is_frozen(family, tied):
+    model = tiny_grm(family)
+    model.freeze_lm_head()
+    assert model.get_output_embeddings().weight.requires_grad is tied
+    assert model.get_input_embeddings().weight.requires_grad
+    model(texts()[0][None]).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # what DDP asks for
+
+
+def test_compiled_model_gives_the_same_rewards():
+    model, rows = tiny_grm(), texts()
+    ids, mask = pad(rows, left=True)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same(score(compiled, ids, mask), score(model, ids, mask), tolerance=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU backend needs a C++ compiler")
+def test_compiled_to_machine_code_gives_the_same_rewards():
+    model, rows = tiny_grm(num_hidden_layers=1), texts()
+    ids, mask = pad(rows, left=True)
+    assert_same(score(torch.compile(model), ids, mask), score(model, ids, mask), tolerance=1e-5)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map(device_map, tmp_path):
+    pytest.importorskip("accelerate")
+    model, ids = tiny_grm("gpt2"), texts()[0][None]
+    model.save_pretrained(tmp_path, max_shard_size="40kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path, device_map=device_map)
+    assert torch.equal(score(loaded, ids), score(model, ids))
+    model.lm.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    made = GRMForSequenceClassification.from_base(tmp_path / "base", head_hidden_size=16, device_map=device_map)
+    assert torch.equal(score(made, ids), score(model, ids))
+
+
+def test_device_map_with_layers_on_disk(tmp_path):
+    pytest.importorskip("accelerate")
+    model, rows = tiny_grm("gpt2"), texts()
+    model.save_pretrained(tmp_path / "model")
+    parts = ("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.ln_f", "lm_head")
+    device_map = {"lm.transformer.h.1": "disk", "score": "cpu", **{f"lm.{part}": "cpu" for part in parts}}
+    loaded = GRMForSequenceClassification.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    ids, mask = pad(rows, left=True)  # the hooks must not hide that the decoder takes position ids
+    assert torch.equal(score(loaded, ids, mask), score(model, ids, mask))
+
+
+def test_quantisers_leave_both_heads_alone():
+    """Without this, int8 takes the layers of the reward head: only the last parameter is kept by default."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for family, head_type in (("llama", "mlp"), ("llama_tied", "linear"), ("gpt2", "mlp")):
+        model = tiny_grm(family, head_type)
+        for skip in (None, ["lm_head"]):
+            kept = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+            converted = {name for name, _ in model.named_modules() if should_convert_module(name, kept)}
+            assert not [name for name in converted if name.startswith(("score", "lm.lm_head"))]
+            assert [name for name in converted if "attn" in name]
+
+
+def test_no_name_in_the_head_is_a_renaming_target():
+    model = GRMForSequenceClassification.from_base(tiny_lm("mixtral"), head_num_layers=2, head_hidden_size=8)
+    parts = {part for name, _ in model.score.named_parameters() for part in name.split(".")}
+    assert parts == {"dense", "0", "1", "out", "weight", "bias"}
+
+
+def test_trainer_evaluation_gathers_rewards_and_no_logits(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_grm()
+    data = [dict(input_ids=row.tolist() + [0] * (9 - len(row)), labels=0.5) for row in texts()]
+    for row in data:
+        row["attention_mask"] = [int(i != 0) for i in row["input_ids"]]
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, per_device_eval_batch_size=2)
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    model.forward = _with_lm_logits(model.forward)
+    found = trainer.predict(data)
+    assert found.predictions.shape == (4, 1) and not trainer.model_accepts_loss_kwargs
+    assert set(GRMConfig.keys_to_ignore_at_inference) >= {"lm_logits", "lm_output", "past_key_values"}
+
+
+def _with_lm_logits(forward):
+    def wrapped(*args, **kwargs):
+        return forward(*args, return_lm_logits=True, **kwargs)
+
+    wrapped.__signature__ = inspect.signature(forward)
+    return wrapped
+
+
+# ----------------------------------------------------------------------------------------------------------- pipelines
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_text_classification_pipeline_returns_the_raw_reward(head_type, tmp_path):
+    tokenizer = byte_tokenizer(eos_token="</s>", pad_token="<pad>")
+    tokens = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = tiny_grm(head_type=head_type, **tokens)
+    with torch.no_grad():
+        for parameter in model.score.parameters():
+            parameter *= 30  # far outside what a sigmoid could return
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    inputs = ["good", "a much longer answer", "bad answer"]
+    rows = [torch.tensor(tokenizer(text).input_ids) for text in inputs]
+    wanted = expected(model.lm, model, rows)
+    assert wanted.abs().max() > 1.5
+    by_path = pipeline("text-classification", model=str(tmp_path))
+    by_object = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    for pipe in (by_path, by_object):
+        for options in ({}, dict(batch_size=3), dict(batch_size=2, function_to_apply="none")):
+            found = pipe(inputs, **options)
+            assert {row["label"] for row in found} == {"REWARD"}
+            assert_same(torch.tensor([row["score"] for row in found]), wanted)
+    assert_same(torch.tensor([pipe("bad answer")[0]["score"]]), wanted[2:])
+
+
+# ---------------------------------------------------------------------------------- PPO reads by itself: same number
+
+
+def rewards_as_ppo_reads_them(model, queries_and_responses, pad_token_id, context_length):
+    """What TRL's PPO does with a reward model, written from its contract: the decoder by `base_model_prefix`, the head
+    on every position, the reward before the first padding token after the context."""
+    real = queries_and_responses != pad_token_id
+    decoder = getattr(model, model.base_model_prefix)
+    with torch.no_grad():
+        out = decoder(
+            input_ids=queries_and_responses.masked_fill(~real, 0),
+            attention_mask=real,
+            position_ids=real.cumsum(1) - real.long(),
+            return_dict=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        per_token = model.score(out.hidden_states[-1])
+    assert per_token.shape == (*real.shape, 1)
+    rewards = []
+    for row, values in zip(queries_and_responses.tolist(), per_token.squeeze(-1), strict=True):
+        response = row[context_length:]
+        length = response.index(pad_token_id) if pad_token_id in response else len(response)
+        rewards.append(values[context_length + length - 1])
+    return torch.stack(rewards)
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_ppo_reads_the_reward_that_forward_gives(family, head_type):
+    model, pad_token = tiny_grm(family, head_type), 100  # a padding id that is neither 0 nor the end of a text
+    queries, responses = ([row % 97 + 3 for row in texts(lengths)] for lengths in ((5, 2, 6), (3, 4, 1)))
+    left, _ = pad(queries, left=True, token=pad_token)
+    right, _ = pad(responses, left=False, token=pad_token)
+    ids = torch.cat([left, right], 1)
+    found = rewards_as_ppo_reads_them(model, ids, pad_token, context_length=6)
+    assert_same(found, score(model, ids, ids != pad_token))
+    whole = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+    assert_same(found, expected(tiny_lm(family), model, whole))
+
+
+# ---------------------------------------------------------------------------------------------- bases that are none
+
+
+def test_live_bases_without_a_language_model_head_are_refused():
+    from transformers import AutoModel, BertConfig, BertLMHeadModel, GPT2Config, T5Config, T5ForConditionalGeneration
+
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    seq2seq = T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=9)
+    classifier = AutoModelForSequenceClassification.from_config(LlamaConfig(**small))
+    body = AutoModel.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
+    for base, words in (
+        (classifier, "LlamaForSequenceClassification has no language-model head.*AutoModelForCausalLM"),
+        (body, "GPT2Model has no language-model head.*AutoModelForCausalLM"),
+        (BertLMHeadModel(BertConfig(**small)), r"\(bert\) is no decoder.*causal language model"),
+        (T5ForConditionalGeneration(seq2seq), r"\(t5\) is no decoder.*causal language model"),
+        (tiny_grm(), "is a reward model already.*`.lm`"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GRMForSequenceClassification.from_base(base)
+    with pytest.raises(ValueError, match="live model, so .'dtype'. cannot be applied"):
+        GRMForSequenceClassification.from_base(tiny_lm(), dtype=torch.bfloat16)
+    assert GRMForSequenceClassification.from_base(tiny_grm().lm).score is not None
+
+
+def test_a_base_with_an_adapter_must_be_merged_first():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_lm(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    for base in (adapted, adapted.base_model.model):
+        with pytest.raises(ValueError, match="carries an adapter.*merge_and_unload"):
+            GRMForSequenceClassification.from_base(base)
+    GRMForSequenceClassification.from_base(adapted.merge_and_unload())
+
+
+def multimodal(kind="gemma3"):
+    from transformers import (
+        CLIPVisionConfig,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28)
+    if kind == "gemma3":
+        text = {**text, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "model_type": "gemma3_text"}
+        vision = SiglipVisionConfig(**vision, patch_size=14)
+        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        return Gemma3ForConditionalGeneration(config).eval()
+    vision = CLIPVisionConfig(**vision, patch_size=14)
+    config = LlavaConfig(text_config=LlamaConfig(**text), vision_config=vision, image_token_index=99)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_multimodal_base_is_refused_and_what_the_message_says_works(kind):
+    from transformers import AutoModelForCausalLM
+
+    full, ids = multimodal(kind), texts()[0][None]
+    with pytest.raises(ValueError, match="multimodal.*copy its text model out") as error:
+        GRMForSequenceClassification.from_base(full)
+    with pytest.raises(ValueError, match="`text_config`.*multimodal"):
+        GRMForSequenceClassification(GRMConfig(full.config))
+    steps = [part for part in str(error.value).split("`") if part.startswith(("lm = ", "lm."))]
+    assert len(steps) == 3
+    names = dict(full=full, AutoModelForCausalLM=AutoModelForCausalLM)
+    for step in steps:
+        exec(step, names)
+    model = GRMForSequenceClassification.from_base(names["lm"].eval())
+    torch.testing.assert_close(model(ids, return_lm_logits=True).lm_logits, full(ids).logits)
+
+
+def test_module_without_configuration_is_refused_as_a_base():
+    with pytest.raises((ValueError, TypeError)):
+        GRMForSequenceClassification.from_base(42)
+
+
+def test_llama_is_still_llama():
+    assert isinstance(tiny_grm().lm, LlamaForCausalLM)
