@@ -379,11 +379,11 @@ def layout_attention(model: nn.Module, layout: str, implementation: str = ATTENT
         layout (`str`):
             What [`resolve_layout`] returned. Nothing happens for `"padded"`.
     """
-    if layout == "padded":
+    configs = [getattr(module, "config", None) for module in model.modules()] if layout != "padded" else []
+    before = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PreTrainedConfig)}
+    if layout == "padded" or any(name == implementation for _, name in before.values()):  # or within it already
         yield
         return
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    before = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PreTrainedConfig)}
     hooks = _finish_read_rows_only(model)
     try:
         for config, _ in before.values():

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -161,9 +162,9 @@ class Encoder:
             ids, start = self._tokenize(text if text.endswith(eos) else text + eos, len(prompt), special_tokens=True)
         else:
             ids, start = self._encode_messages(_conversation(prompt, response), _tools(tools), template_kwargs)
-        words = [index for index in ids[start:] if index not in self._special_ids]
         # Templates may write a line break or two behind the terminator: a handful of blank tokens is no response.
-        if not words or (len(words) < 8 and not str(self.tokenizer.decode(words)).strip()):
+        words = list(islice((index for index in ids[start:] if index not in self._special_ids), 8))
+        if len(words) < 8 and not str(self.tokenizer.decode(words)).strip():
             raise ValueError(
                 "nothing of the response is left after rendering and tokenising it. Check what the chat template and "
                 "the tokenizer do to it, or remove the row."
@@ -205,8 +206,7 @@ class Encoder:
                 "choose overlength='truncate_left' (cuts the beginning) or 'drop' (leaves the pair out of a dataset)."
             )
         head, cut = min(self._leading_bos(ids), self.max_length - 1), len(ids) - self.max_length
-        start_now = max(start - cut, min(start, head))
-        return Encoded(ids[:head] + ids[head + cut :], start_now, cut, response_cut=head + cut > start)
+        return Encoded(ids[:head] + ids[head + cut :], max(start - cut, head), cut, response_cut=head + cut > start)
 
     def _encode_messages(
         self, messages: list[dict], tools: list | None, template_kwargs: dict
@@ -221,11 +221,11 @@ class Encoder:
             content = [{"type": "text", "text": _PROBE}] if isinstance(final.get("content"), list) else _PROBE
             before = os.path.commonprefix([text, render([*prompt, {"role": "assistant", "content": content}])])
 
-        eos, end, own = str(self.tokenizer.eos_token), text.rstrip(), _text(final).rstrip()
+        end, own = text.rstrip(), _text(final).rstrip()
         # The end of turn is the template's, not a token that the response itself happens to end with.
         quoted = own.endswith(self._ends) and end.endswith(own)
-        if not (end.endswith(eos) or (end.endswith(self._ends) and not quoted)):
-            text += eos
+        if quoted or not end.endswith(self._ends):
+            text += str(self.tokenizer.eos_token)
         return self._tokenize(text, len(before), special_tokens=self.bos == "double")
 
     def _render(

@@ -16,7 +16,7 @@ from tiny import BARE, CHATML, bare_tokenizer, byte_tokenizer, chatml_tokenizer,
 from transformers import ByT5Tokenizer
 
 from grm_hf import GRMConfig
-from grm_hf.pairs import Counts, Encoded, Encoder, OverlengthError, prepare_pairs
+from grm_hf.pairs import Counts, Encoded, Encoder, OverlengthError, _message, prepare_pairs
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -118,7 +118,10 @@ def test_bos():
     for prompt in ("2+2?", "<s>2+2?"):
         assert shown(single, single.encode(prompt, " 4")) == ("<s>2+2?", " 4</s>")
     assert shown(double, double.encode("<s>2+2?", " 4"))[0] == "<s><s>2+2?"
-    assert single.encode("", "4") == Encoded(tokenizer("4</s>")["input_ids"], start=1)
+    for response in ("4", "<s>4"):
+        assert single.encode("", response) == Encoded(tokenizer("4</s>")["input_ids"], start=1)
+    shortest = replace(double, max_length=2).encode([USER], [GOOD])
+    assert tokenizer.decode(shortest.ids) == "<s><|eot|>" and shortest.response_cut
     # Without a BOS in the template there is none, as in TRL.
     tokenizer.chat_template = CHATML
     assert shown(single, single.encode([USER], [GOOD]))[0].startswith("<|im_start|>")
@@ -138,12 +141,14 @@ def test_eos_is_not_doubled_either():
     # The same string for both, and for padding, as GPT-2 has it.
     encoder = Encoder(byte_tokenizer(**dict.fromkeys(["bos_token", "eos_token", "pad_token", "unk_token"], "<|e|>")))
     assert shown(encoder, encoder.encode("2+2?", " 4")) == ("2+2?", " 4<|e|>")
+    with pytest.raises(ValueError, match="nothing of the response is left"):
+        encoder.encode("2+2?", "<|e|>")
 
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_the_sequence_ends_like_a_finished_turn(chat):
     encoder = Encoder(CHATS[chat]())
-    for content in ("4", "4 >", "4 </tool>"):
+    for content in ("4", ">", "4 </tool>"):
         assert shown(encoder, encoder.encode([USER], content))[1] == content + ENDS[chat]
     full = encoder.encode([USER], "4")
     for max_length in range(2, len(full.ids)):
@@ -242,10 +247,11 @@ def test_response_that_is_one_unknown_word_or_only_calls_a_tool(chatml):
     rows = [{**PAIR, "chosen": [call]}, PAIR]
     prepared, _ = prepare(rows, chatml)
     assert prepared[1]["chosen_ids"] == chatml.encode([USER], GOOD).ids
+    assert _message(0, {**USER, "tool_calls": None}) == USER  # not left to transformers, which did not always do it
 
 
 def test_content_in_parts(chatml):
-    template = CHATML.replace("message.content or ''", "message.content | map(attribute='text') | join")
+    template = CHATML.replace("message.content or ''", "message.content[0].text + ''")  # a string would raise
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = template
     parts = [say(m["role"], [{"type": "text", "text": m["content"]}]) for m in (USER, GOOD)]
@@ -262,6 +268,7 @@ def test_common_beginning_of_two_texts(chatml):
         ("Q A: yes", "Q A: yes, sir", "Q A:"),
         ("Q A: yes.", "Q A: yes. Or no", "Q A:"),
         ("问：好吗？答：是的", "问：好吗？答：不是", "问：好吗？答："),
+        ("问：好吗？答：好的", "问：好吗？答：好吧", "问：好吗？答：好"),
         ("yes", "no", ""),
         ("yes", "yes, sir", ""),
     ]
@@ -345,7 +352,9 @@ def test_every_format_gives_the_same_rows(chatml):
     assert "margin" not in prepare([{**PAIR, "margin": None}], chatml)[0].column_names
     # Tools and settings of the template, in columns.
     tokenizer = chatml_tokenizer()
-    tokenizer.chat_template = "{{ 'note' if note is defined else '' }}" + CHATML
+    tokenizer.chat_template = (
+        "{{ 'note' if note is defined else '' }}{{ 'no tools' if tools is defined and tools == [] else '' }}" + CHATML
+    )
     columns = [
         {**PAIR, "tools": t, "chat_template_kwargs": k}
         for t, k in [("[]", {"x": 1}), ('[{"name": "f"}]', {"note": "x"})]

@@ -17,6 +17,7 @@ import metrics
 
 
 MAX_ROWS = 50_000
+MAX_SUBSETS = 100
 MAX_BYTES = 5_000_000
 NUMBERS = ("chosen", "rejected", "chosen_length", "rejected_length")
 LABELS = ("prompt", "subset")
@@ -26,12 +27,14 @@ CSS = """
 .report { color: var(--body-text-color); }
 .report h2 { margin: 0 0 .4rem; font-size: 1.15rem; }
 .report table { width: 100%; border-collapse: collapse; margin: .6rem 0 1rem; }
-.report th, .report td { padding: .25rem .4rem; border-bottom: 1px solid var(--border-color-primary); text-align: left;
-  overflow-wrap: anywhere; vertical-align: top; }
+.report tr, .report td { border: 0; }
+.report td { padding: .25rem .4rem .25rem 0; border-bottom: 1px solid var(--border-color-primary); vertical-align: top;
+  overflow-wrap: anywhere; }
+.report td:first-child { min-width: 7.5rem; }
 .report td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.report .quiet { color: var(--body-text-color-subdued); font-size: .9rem; }
-.report svg { width: 100%; height: auto; max-width: 34rem; display: block; }
-.report svg text { fill: currentColor; font-size: 13px; }
+.report .quiet { opacity: .75; font-size: .9rem; }
+.report svg { width: 100%; height: auto; max-width: 28rem; display: block; margin-bottom: .8rem; }
+.report svg text { fill: currentColor; font-size: 15px; }
 .report .problem { border-left: 4px solid #d9480f; padding: .5rem .8rem; }
 """
 
@@ -127,28 +130,28 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def interval_plot(rows: list[tuple[str, float, float, float]]) -> str:
-    """Accuracies with their intervals on one axis from 0 to 1; the dashed line is a coin. Names are shown as text."""
-    left, right, step = 10, 410, 44
+def percents(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def interval_plot(rows: list[tuple[str, float, tuple[float, float]]]) -> str:
+    """Accuracies with their intervals on an axis from 0 to 1 each; the dashed mark is a coin."""
+    left, right, step = 8, 412, 48
     parts = []
-    for i, (name, low, value, high) in enumerate(rows):
-        y = 34 + step * i
-        x_low, x, x_high = (left + (right - left) * share for share in (low, value, high))
+    for i, (name, value, interval) in enumerate(rows):
+        y = 36 + step * i
+        low, middle, high = (left + (right - left) * share for share in (interval[0], value, interval[1]))
+        coin = (left + right) / 2
+        text = f"{name if len(name) <= 24 else name[:23] + '…'}: {percent(value)} ({percents(interval)})"
         parts.append(
-            f'<text x="{left}" y="{y - 12}">{html.escape(name)}: {percent(value)} ({percent(low)} to {percent(high)})'
-            f'</text><line x1="{left}" x2="{right}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".25"/>'
-            f'<line x1="{x_low:.1f}" x2="{x_high:.1f}" y1="{y}" y2="{y}" stroke="#3b82f6" stroke-width="7"/>'
-            f'<circle cx="{x:.1f}" cy="{y}" r="6" fill="currentColor"/>'
+            f'<text x="{left}" y="{y - 13}">{html.escape(text)}</text>'
+            f'<line x1="{left}" x2="{right}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".25"/>'
+            f'<line x1="{coin}" x2="{coin}" y1="{y - 9}" y2="{y + 9}" stroke="currentColor" stroke-dasharray="3 3"/>'
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="#3b82f6" stroke-width="7"/>'
+            f'<circle cx="{middle:.1f}" cy="{y}" r="6" fill="currentColor"/>'
         )
-    bottom, coin = 34 + step * (len(rows) - 1) + 14, (left + right) / 2
-    parts.append(
-        f'<line x1="{coin}" x2="{coin}" y1="26" y2="{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>'
-        f'<text x="{left}" y="{bottom + 14}">0</text><text x="{right}" y="{bottom + 14}" text-anchor="end">1</text>'
-        f'<text x="{coin}" y="{bottom + 14}" text-anchor="middle">coin</text>'
-    )
-    return (
-        f'<svg viewBox="0 0 420 {bottom + 22}" role="img" aria-label="Accuracy with intervals">{"".join(parts)}</svg>'
-    )
+    height = step * len(rows) + 4
+    return f'<svg viewBox="0 0 420 {height}" role="img" aria-label="Accuracy with intervals">{"".join(parts)}</svg>'
 
 
 def reliability_plot(margins, temperature: float) -> str:
@@ -181,19 +184,16 @@ def reliability_plot(margins, temperature: float) -> str:
         x, y = x_of(row["confidence"]), y_of(row["accuracy"])
         parts.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y_of(row["confidence"]):.1f}" stroke="#3b82f6"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 + 14 * math.sqrt(row["n"] / n):.1f}" fill="#3b82f6" opacity=".75">'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 + 14 * math.sqrt(row["n"] / n):.1f}" fill="#3b82f6">'
             f"<title>{row['n']:.0f} pairs: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}</title>"
             "</circle>"
         )
     return f'<svg viewBox="0 0 424 346" role="img" aria-label="Reliability diagram">{"".join(parts)}</svg>'
 
 
-def rows_of(pairs: list[tuple[str, float, str]]) -> str:
-    return "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{number(value)}</td>'
-        f'<td class="quiet">{html.escape(meaning)}</td></tr>'
-        for name, value, meaning in pairs
-    )
+def table_row(name: str, value: float, meaning: str) -> str:
+    breakable = html.escape(name).replace("_", "_<wbr>")
+    return f'<tr><td>{breakable}</td><td class="number">{number(value)}</td><td class="quiet">{meaning}</td></tr>'
 
 
 def report(text: str, upload: bytes | None, ties: str, temperature: float) -> str:
@@ -215,6 +215,8 @@ def measured(columns: dict[str, list], unused: list[str], ties: str, temperature
     if prompts is not None and len(set(prompts)) < 2:
         notes.append("All pairs belong to one prompt: there is no interval over prompts.")
         prompts = None
+    if subsets is not None and len(set(subsets)) > MAX_SUBSETS:
+        raise ValueError(f"The table names {len(set(subsets))} subsets; this page shows up to {MAX_SUBSETS}.")
     of_rewardbench = {name for members in metrics.REWARDBENCH.values() for name in members}
     sections = "rewardbench" if subsets is not None and set(subsets) == of_rewardbench else None
     if sections:
@@ -232,25 +234,36 @@ def measured(columns: dict[str, list], unused: list[str], ties: str, temperature
     )
     if result["temperature_at_bound"]:
         notes.append("No temperature fits these pairs: the rewards make no error, or do no better than a coin.")
-    intervals = [("Wilson", result["accuracy_ci_low"], result["accuracy"], result["accuracy_ci_high"])]
+    intervals = [("Wilson", result["accuracy"], (result["accuracy_ci_low"], result["accuracy_ci_high"]))]
     if prompts is not None:
-        name = f"over {result['n_groups']:.0f} prompts"
-        low, high = result["accuracy_bootstrap_low"], result["accuracy_bootstrap_high"]
-        intervals.append((name, low, result["accuracy"], high))
-    named = [(name, result[name], meaning) for name, meaning in MEANING.items() if name in result]
-    parts = [(name, value, "") for name, value in result.items() if name.startswith(("section/", "accuracy/"))]
+        interval = result["accuracy_bootstrap_low"], result["accuracy_bootstrap_high"]
+        intervals.append((f"over {result['n_groups']:.0f} prompts", result["accuracy"], interval))
     margins = metrics.pair_margins(columns["chosen"], columns["rejected"])
-    return (
-        f'<div class="report"><h2>Accuracy {percent(result["accuracy"])} on {result["n"]:.0f} pairs</h2>'
-        + "".join(f'<p class="quiet">{html.escape(note)}</p>' for note in notes)
-        + interval_plot(intervals)
-        + '<p class="quiet">95 % intervals. Wilson’s takes the pairs for independent; where prompts have several pairs, '
-        "the one over prompts is right.</p>"
-        + f"<table>{rows_of(named)}</table>"
-        + f"<h2>Is the model as right as it is sure?</h2>{reliability_plot(margins, temperature)}"
-        + (f"<h2>Subsets</h2><table>{rows_of(parts)}</table>" if parts else "")
-        + "</div>"
-    )
+    named = [(name, result[name], meaning) for name, meaning in MEANING.items() if name in result]
+    named += [(name, value, "") for name, value in result.items() if name.startswith("section/")]
+    parts = [
+        f"<h2>Accuracy {percent(result['accuracy'])} on {result['n']:.0f} pairs</h2>",
+        *(f'<p class="quiet">{html.escape(note)}</p>' for note in notes),
+        interval_plot(intervals),
+        '<p class="quiet">95 % intervals; the dashed mark is a coin. Wilson’s takes the pairs for independent: where '
+        "prompts have several pairs, the one over prompts is right.</p>",
+        f"<table>{''.join(table_row(*row) for row in named)}</table>",
+        f"<h2>Is the model as right as it is sure?</h2>{reliability_plot(margins, temperature)}",
+    ]
+    if subsets is not None:
+        parts.append(f"<h2>Subsets</h2>{interval_plot(subset_intervals(margins, subsets, TIES[ties]))}")
+    return f'<div class="report">{"".join(parts)}</div>'
+
+
+def subset_intervals(margins, subsets: list[str], ties: metrics.Ties) -> list[tuple[str, float, tuple[float, float]]]:
+    wins: dict[str, list[float]] = {name: [] for name in subsets}
+    for name, win in zip(subsets, metrics.pair_wins(margins, ties).tolist(), strict=True):
+        if not math.isnan(win):  # a dropped tie
+            wins[name].append(win)
+    return [
+        (f"{name}, n={len(won)}", sum(won) / len(won), metrics.wilson_interval(sum(won), len(won)))
+        for name, won in wins.items()
+    ]
 
 
 def measure(
@@ -290,7 +303,7 @@ def example() -> str:
     lines = ["chosen,rejected,prompt,subset"]
     for i in range(60):
         rejected = rng.gauss(0, 2)
-        lines.append(f"{rejected + rng.gauss(1, 2):.2f},{rejected:.2f},{i // 2},{'chat' if i % 3 else 'code'}")
+        lines.append(f"{rejected + rng.gauss(1.5, 2):.2f},{rejected:.2f},{i // 2},{'chat' if i % 3 else 'code'}")
     return "\n".join(lines)
 
 
@@ -303,7 +316,7 @@ with gr.Blocks(title="Reward accuracy", analytics_enabled=False) as demo:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             text = gr.Textbox(example(), label="Rewards, as CSV", lines=12, max_lines=12)
-            upload = gr.File(label="or a CSV file (used instead, while it is here)", type="binary", height=110)
+            upload = gr.File(label="or a CSV file (used instead, while it is here)", type="binary", height=150)
             ties = gr.Radio(list(TIES), value="0.5", label="A tie counts")
             temperature = gr.Number(1.0, label="Temperature", info="Divides the rewards", minimum=1e-6)
             button = gr.Button("Measure", variant="primary")
