@@ -1,13 +1,13 @@
 """A batch of preference pairs as padded rows, as one packed row, or as one row of trees in which every common prefix
 stands once; and the attention that the last two need.
 
-`shared_prefix` is the padded computation without its repetitions: a token's hidden state depends on the tokens before it
-and on its position, so two sequences that begin alike share the states of what they share. Each token is computed once
-and keeps the position it has in its own sequence; a branch attends to its prefix and to itself.
+`shared_prefix` is the padded computation without its repetitions: a token's hidden state depends on its position and
+on the tokens before it, so sequences that begin alike share the states of what they share. Each token is computed
+once, at the position it has in its own sequence; a branch attends to its prefix and to itself.
 
-Which tokens a branch attends to is said by an explicit table, never inferred from position ids. It travels in the place of
-the attention mask, as a `(1, 1, segments, 4)` integer tensor that transformers hands to the attention function as it
-is, and that any other attention function refuses.
+What a branch attends to is said by an explicit table, never inferred from position ids. It travels in the place of
+the attention mask, as a `(1, 1, segments, 4)` integer tensor: transformers hands a mask of four dimensions to the
+attention function as it is, and any attention function but ours refuses integers.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedConfig
 
 from .modeling_grm import GRMForSequenceClassification
@@ -42,8 +43,8 @@ class Forest:
         ids, positions (`list[int]`):
             Token and position of each place in the row.
         segments (`list[tuple[int, int, int, int]]`):
-            Runs of the row, in order: start, length, parent segment (-1: none), and how many tokens of the parent's own
-            sequence come before the run's first token.
+            Runs of the row, in order: start, length, parent segment (-1: none), and how many tokens come before the
+            run, namely the first ones of the sequence that ends with the parent.
         paths (`list[list[int]]`):
             For each sequence, the place in the row of each of its tokens.
     """
@@ -85,8 +86,8 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 @dataclass
 class PairCollator:
     """
-    Turns tokenised preference pairs into a batch. With B pairs, sequences 0 to B-1 are the chosen ones and B to 2B-1 the
-    rejected ones; an index is a position in the flattened `(rows, length)` batch.
+    Turns tokenised preference pairs into a batch. With B pairs, sequences 0 to B-1 are the chosen ones and B to 2B-1
+    the rejected ones; an index is a position in the flattened `(rows, length)` batch.
 
     Args:
         pad_token_id (`int`):
@@ -99,15 +100,15 @@ class PairCollator:
         pad_to_multiple_of (`int`, *optional*):
             Fill rows up to a multiple of this length.
 
-    A pair is a `dict` with `chosen_ids`, `rejected_ids` (`list[int]`), `chosen_start`, `rejected_start` (`int`, index of
-    the first response token; needed with a text loss), and optionally `margin`, `ref_chosen_logps`,
+    A pair is a `dict` with `chosen_ids`, `rejected_ids` (`list[int]`), `chosen_start`, `rejected_start` (`int`, index
+    of the first response token; needed with a text loss), and optionally `margin`, `ref_chosen_logps`,
     `ref_rejected_logps` (`float`). A response at index 0 has no hidden state that predicts its first token: this token
     is left out of the text loss.
 
     Returns:
-        `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments`, `read_index` `(2B,)`;
-        `text_index`, `text_targets`, `text_owner` `(num_tokens,)` with a text loss; `margin` `(B,)` and `ref_logps`
-        `(2B,)` if the pairs have them.
+        `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments` (see [`Forest`]), `read_index` `(2B,)` and `output_rows` (every index whose hidden state is read); with a text loss
+        `text_index`, `text_targets`, `text_owner` `(num_tokens,)`; `margin` `(B,)` and `ref_logps` `(2B,)` if the pairs
+        have them.
     """
 
     pad_token_id: int
@@ -220,7 +221,7 @@ class _Plan:
         return self.masks[key]
 
     def ragged(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """For kernels on ragged batches: places of the keys of each segment, ends of queries and keys, longest of both."""
+        """For ragged batches: places of each segment's keys, ends of queries and of keys, longest of each."""
         if self.varlen is None:
             runs = [
                 [*((self.starts[s], n) for s, n in prefix), (start, length)]
@@ -234,17 +235,18 @@ class _Plan:
         return self.varlen
 
 
-def _plan_of(attention_mask: torch.Tensor | None, tokens: int) -> _Plan:
+_plans = WeakTensorKeyDictionary()  # one for all layers of a forward, and for those that the backward runs again
+
+
+def _plan_of(attention_mask: torch.Tensor | None) -> _Plan:
     if attention_mask is None or attention_mask.dim() != 4 or attention_mask.is_floating_point():
         raise ValueError(
-            f"The attention {ATTENTION!r} serves packed and shared-prefix batches only, and this one has no `segments`. "
-            "Make it by `PairCollator(layout='packed' or 'shared_prefix')` and pass it through `model_kwargs`."
+            f"The attention {ATTENTION!r} serves packed and shared-prefix batches only, and this one has no table of "
+            "segments. Make it by `PairCollator(layout='packed' or 'shared_prefix')` and pass it by `model_kwargs`."
         )
-    plan = getattr(attention_mask, "_grm_plan", None)
-    if plan is None:
-        plan = attention_mask._grm_plan = _Plan(attention_mask[0, 0].tolist())
-    assert sum(plan.lengths) == tokens, (sum(plan.lengths), tokens)
-    return plan
+    if attention_mask not in _plans:
+        _plans[attention_mask] = _Plan(attention_mask[0, 0].tolist())
+    return _plans[attention_mask]
 
 
 # What decoders hand down that does not change the attention. Anything else might (sinks, biases, chosen blocks).
@@ -278,6 +280,7 @@ def segment_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers' `AttentionInterface`: each segment of the row attends to its prefix and to
     itself, causally. `attention_mask` holds the table of segments; `query` is `(1, heads, tokens, head_dim)`."""
+    plan = _plan_of(attention_mask)
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
     if unknown or is_causal is False or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -285,7 +288,7 @@ def segment_attention(
             f"(arguments {unknown}, is_causal={is_causal}, queries {tuple(query.shape)}, keys {tuple(key.shape)}). "
             "Use layout='padded'."
         )
-    plan = _plan_of(attention_mask, query.shape[2])
+    assert sum(plan.lengths) == query.shape[2], (plan.lengths, query.shape)
     if (flash := _flash_kernel(query, value, dropout, softcap)) is not None:
         return flash(query, key, value, plan.ragged(query.device), scaling, dropout, sliding_window, softcap), None
 
@@ -361,7 +364,9 @@ def _torch_varlen(kernel, query, key, value, ragged, scaling, dropout, window, s
     places, *ends = ragged
     window = (-1 if window is None else window - 1, 0)
     grouped = query.shape[1] != key.shape[1]
-    return kernel(*_rows(query, key, value, places), *ends, scale=scaling, window_size=window, enable_gqa=grouped)[None]
+    return kernel(*_rows(query, key, value, places), *ends, scale=scaling, window_size=window, enable_gqa=grouped)[
+        None
+    ]
 
 
 AttentionInterface.register(ATTENTION, segment_attention)
@@ -370,8 +375,8 @@ AttentionInterface.register(ATTENTION, segment_attention)
 @contextmanager
 def layout_attention(model: nn.Module, layout: str, implementation: str = ATTENTION) -> Iterator[None]:
     """
-    Within it, `model` runs batches of `layout`. Keep the backward inside as well: gradient checkpointing runs layers again
-    there. Outside, the model has the attention it was loaded with, so nothing of this is ever saved.
+    Within it, `model` runs batches of `layout`. Keep the backward inside as well: gradient checkpointing runs layers
+    again there. Outside, the model has the attention it was loaded with, so nothing of this is ever saved.
 
     Args:
         model (`nn.Module`):
@@ -431,10 +436,12 @@ def _finish_read_rows_only(model: nn.Module) -> list:
 # ----------------------------------------------------------------------------------------------------------- exactness
 
 
-def resolve_layout(layout: str, model: nn.Module, warn: Callable[[str], None] = warnings.warn) -> str:
+def resolve_layout(
+    layout: str, model: GRMForSequenceClassification, warn: Callable[[str], None] = warnings.warn
+) -> str:
     """
-    The layout to train with: `layout`, if it is exact for this model, otherwise `"padded"`. One look at the model's class
-    and configuration, and one run of a few tokens in both layouts.
+    The layout to train with: `layout`, if it is exact for this model, otherwise `"padded"`. One look at the model's
+    class and configuration, and one run of a few tokens in both layouts.
 
     Args:
         layout (`str`):
@@ -456,13 +463,13 @@ def resolve_layout(layout: str, model: nn.Module, warn: Callable[[str], None] = 
     if reason is None:
         return wanted
     warn(
-        f"layout={layout!r}: using 'padded', because {wanted!r} is not exact for this model: {reason}. Results are the "
-        "same, steps are slower. Set layout='padded' to silence this."
+        f"layout={layout!r}: using 'padded', because {wanted!r} is not exact for this model: {reason}. Results are "
+        "the same, steps are slower. Set layout='padded' to silence this."
     )
     return "padded"
 
 
-def _why_inexact(layout: str, model: nn.Module) -> str | None:
+def _why_inexact(layout: str, model: GRMForSequenceClassification) -> str | None:
     decoder = model.get_decoder()
     config = decoder.config
     name = type(decoder).__name__
@@ -489,7 +496,7 @@ def _why_inexact(layout: str, model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _try(layout: str, model: nn.Module) -> tuple[float, float, int]:
+def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float, int]:
     """Relative difference of hidden states between `layout` and padded rows, what rounding explains, and the number of
     layers that asked for a sliding window."""
     embeddings = model.get_input_embeddings().weight

@@ -1,9 +1,9 @@
 """Log-probability of given tokens under the language-model head, summed per sequence, without ever holding the
 `(tokens, vocabulary)` matrix: rows of hidden states go through the head in chunks of at most `ROWS`.
 
-Two exact ways. A head that is one `nn.Linear` makes its gradient while the chunk of logits is still there (`_LinearHead`,
-three matrix products per token as with full logits). Any other head (soft-capped, scaled, with an adapter) goes through
-`model.lm_logits`, each chunk computed again in the backward.
+Two exact ways. A head that is one `nn.Linear` makes its gradient while the chunk of logits is still there
+(`_LinearHead`: three matrix products a token, as with full logits). Any other head (soft-capped, scaled, with an
+adapter) goes through `model.lm_logits`, and each chunk is computed again in the backward.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .modeling_grm import GRMForSequenceClassification
+
 
 ROWS = 256
 
@@ -22,7 +24,7 @@ _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def sequence_logps(
     hidden_states: torch.Tensor,
-    model: nn.Module,
+    model: GRMForSequenceClassification,
     index: torch.Tensor,
     targets: torch.Tensor,
     owner: torch.Tensor,
@@ -76,7 +78,7 @@ def _token_logps(rows: torch.Tensor, targets: torch.Tensor, lm_logits: Callable)
     return -F.cross_entropy(logits.to(_exact(logits.dtype)), targets, reduction="none")
 
 
-def _is_plain_linear(head: nn.Module, model: nn.Module, flat: torch.Tensor) -> bool:
+def _is_plain_linear(head: nn.Module, model: GRMForSequenceClassification, flat: torch.Tensor) -> bool:
     """Whether `model.lm_logits` is nothing but this `nn.Linear`, whose weight can be used as it is."""
     hooked = hasattr(head, "_hf_hook") or head._forward_hooks or head._forward_pre_hooks
     if type(head) is not nn.Linear or hooked or type(head.weight.data) is not torch.Tensor or not len(flat):
@@ -185,6 +187,7 @@ class _Gradients:
         if self.rows is not None:
             self.rows.index_copy_(0, rows, (residual @ chunks.weight).to(self.rows.dtype))
         if self.weight is not None:
+            assert coefficients is not None
             weighted = chunks.hidden * -coefficients[:, None].to(residual.dtype)
             if self.weight.dtype == residual.dtype:
                 torch.addmm(self.weight, residual.T, weighted, beta=0 if self.empty else 1, out=self.weight)
@@ -193,6 +196,7 @@ class _Gradients:
             else:
                 self.weight += residual.T @ weighted
         if self.bias is not None:
+            assert coefficients is not None
             self.bias -= (residual.T @ coefficients.to(residual.dtype)).to(self.bias.dtype)
         self.empty = False
 

@@ -223,35 +223,20 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if path is not None:
             path = os.fspath(path)
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-            if adapter is None and (base := _base_of_adapter(path, hub)) is not None:
+            base = _base_of_adapter(path, hub)
+            if adapter is None and base is not None:
                 adapter, path = path, base
                 adapter_kwargs = {**hub, **adapter_kwargs}
                 for name in ("revision", "subfolder"):  # the adapter's
                     hub.pop(name, None)
                     kwargs.pop(name, None)
-            if adapter == path:
-                raise ValueError(
-                    f"'{path}' holds both a model and an adapter (config.json and adapter_config.json). Move one away."
-                )
-            try:
-                GRMConfig.get_config_dict(path, **hub)
-            except (OSError, ValueError) as error:
-                if adapter is None:
-                    raise
-                raise ValueError(
-                    f"The adapter '{adapter}' says that it was trained on '{path}', which is no reward model that can "
-                    "be loaded from here. Load the reward model it belongs to with `from_pretrained`, then "
-                    "`load_adapter`."
-                ) from error
+            _require_grm(path, adapter, hub)
         # Shapes that differ are reported below, with what to do, together with whatever else is wrong.
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         _check_loaded(path, info, allow_missing_head)
         if adapter is not None:
-            # Here and not above: transformers would report on the adapter only, and its base may lack weights.
-            adapter_info = model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
-            _check_loaded(adapter, vars(adapter_info), allow_missing_head=False)
-            model.eval()  # transformers 5.0 leaves the adapter's dropout on
+            _load_adapter(model, os.fspath(adapter), adapter_name, adapter_kwargs)
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module):
@@ -467,7 +452,7 @@ def _among(token, ends):
 def _load_base(base, load_kwargs):
     """Load the causal language model `base` and refuse one that comes with weights missing."""
     hub = {name: load_kwargs[name] for name in HUB_ARGUMENTS if load_kwargs.get(name) is not None}
-    if _base_of_adapter(base, hub) is not None or os.path.exists(os.path.join(base, "adapter_config.json")):
+    if _base_of_adapter(base, hub) is not None:
         raise ValueError(
             f"'{base}' is an adapter. Load it with peft on its language model, merge it (`merge_and_unload()`), and "
             "pass the language model you get."
@@ -514,8 +499,13 @@ def _refuse_base(config, name):
 
 
 def _base_of_adapter(path, hub):
-    """What an adapter was trained on; `None` for a folder or repository that holds a model."""
-    if os.path.exists(os.path.join(path, hub.get("subfolder", ""), "config.json")):
+    """What an adapter says it was trained on; `None` for a folder or repository that holds a model."""
+    folder = os.path.join(path, hub.get("subfolder", ""))
+    if os.path.exists(os.path.join(folder, "config.json")):
+        if os.path.exists(os.path.join(folder, "adapter_config.json")):
+            raise ValueError(
+                f"'{folder}' holds both a model and an adapter (config.json and adapter_config.json): move one away."
+            )
         return None
     file = find_adapter_config_file(path, **{name: value for name, value in hub.items() if name != "proxies"})
     if file is None:
@@ -524,7 +514,45 @@ def _base_of_adapter(path, hub):
         return json.load(stream).get("base_model_name_or_path") or ""
 
 
-def _check_loaded(path, info, allow_missing_head):
+def _require_grm(path, adapter, hub):
+    """Refuse, before anything is built, a configuration that is not a reward model's."""
+    if adapter is None:
+        GRMConfig.get_config_dict(path, **hub)
+        return
+    said = "does not say which reward model it was trained on"
+    error = None
+    if path:
+        said = f"says that it was trained on '{path}', which is no reward model that can be loaded from here"
+        try:
+            GRMConfig.get_config_dict(path, **hub)
+            return
+        except (OSError, ValueError) as caught:
+            error = caught
+    raise ValueError(
+        f"The adapter '{adapter}' {said}. Load the reward model it belongs to with `from_pretrained`, then "
+        "`load_adapter`."
+    ) from error
+
+
+def _load_adapter(model, adapter, name, hub):
+    """Put an adapter into `model`, by peft itself: transformers (5.0 to at least 5.12) leaves out the head that an adapter
+    brings, and reports on the adapter only, not on the model below."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(f"'{adapter}' is an adapter: to load it, `pip install peft`.") from error
+    config = PeftConfig.from_pretrained(adapter, **hub)
+    config.inference_mode = True
+    wrapped = PeftModel(model, config, name)  # changes the layers of `model` itself
+    report = wrapped.load_adapter(adapter, name, torch_device=str(model.device), **hub)
+    own = [key for key, _ in wrapped.named_parameters() if name in key.split(".")]
+    missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
+    _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
+    model._hf_peft_config_loaded = True
+    model.eval()
+
+
+def _check_loaded(path, info, allow_missing_head=False):
     """Refuse a model that `from_pretrained` reports as incomplete, or whose file holds more than the model took."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     shapes = sorted(info["mismatched_keys"])  # (key, shape in the file, shape in the model)

@@ -115,7 +115,6 @@ for key, name, folder, again in job["loads"]:
         out[key] = model(ids, attention_mask=mask).logits.squeeze(-1).tolist()
     if again:
         model.save_pretrained(again)
-        import transformers.utils.logging as log
         again = auto.from_pretrained(again, trust_remote_code=True)
         with torch.no_grad():
             out[key + " again"] = again(ids, attention_mask=mask).logits.squeeze(-1).tolist()
@@ -162,7 +161,7 @@ PYTHONS = [
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_process_without_the_package_gives_the_same_scores(python, tmp_path):
     wanted, loads = {}, []
-    for family, head_type in (("llama", "mlp"), ("gpt2", "linear"), ("qwen3_moe", "mlp")):
+    for family, head_type in (("llama", "mlp"), ("gpt2", "linear"), ("gemma2", "mlp")):
         model = tiny_grm(family, head_type)
         path = tmp_path / family
         model.save_pretrained(path)
@@ -199,7 +198,9 @@ def test_a_process_without_the_package_gives_the_same_scores(python, tmp_path):
         torch.testing.assert_close(torch.tensor(third[key]), wanted[key], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(not OLDEST, reason="GRM_OLDEST_PYTHON names no interpreter with the oldest transformers we declare")
+@pytest.mark.skipif(
+    not OLDEST, reason="GRM_OLDEST_PYTHON names no interpreter with the oldest transformers we declare"
+)
 def test_oldest_interpreter_has_the_oldest_transformers_we_declare():
     project = (PACKAGE.parent / "pyproject.toml").read_text()
     declared = re.search(r"transformers>=(\d+\.\d+)", project).group(1)
@@ -551,10 +552,6 @@ def test_adapter_on_a_raw_base_is_refused(head_type, tmp_path):
     reconfigure_adapter(tmp_path / "adapter", tmp_path / "gone")
     with pytest.raises(ValueError, match="adapter.*trained on '.*gone', which is no reward model.*`load_adapter`"):
         load(tmp_path / "adapter")
-    # What the messages say.
-    torch.manual_seed(0)
-    model = tiny_grm() if head_type == "mlp" else tiny_grm(head_type="linear")
-    model.save_pretrained(tmp_path / "grm")
 
 
 def test_what_the_adapter_message_says_works(tmp_path):
@@ -658,7 +655,7 @@ def test_imports_go_one_way():
 def test_public_names_import_and_heavy_ones_come_late():
     code = (
         "import sys, grm_hf\n"
-        "heavy = {'trl', 'peft', 'datasets', 'accelerate.accelerator'} & set(sys.modules)\n"
+        "heavy = {'trl', 'peft', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert set(grm_hf.__all__) <= set(dir(grm_hf)), set(grm_hf.__all__) - set(dir(grm_hf))\n"
         "try:\n    grm_hf.nothing\nexcept AttributeError as error:\n    assert 'nothing' in str(error)\n"

@@ -84,7 +84,7 @@ def pretrain(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     world: World,
-    steps: int = 1000,
+    steps: int = 700,
     batch_size: int = 48,
     learning_rate: float = 3e-3,
     seed: int = 0,

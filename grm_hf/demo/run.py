@@ -1,24 +1,27 @@
-"""The demo: the Bradley-Terry baseline and GRM, trained alike on the same pairs in the demo world, compared over seeds.
+"""The demo: the Bradley-Terry baseline and GRM, trained alike on the same pairs of the demo world, over several seeds.
 
     grm demo [--output runs/demo] [--seeds 5] [--quick]
 
-Writes `results.json` (every number of every run), `report.md` (the tables it prints), `learning_curve.png` and `model/`,
-one trained reward model, which is then loaded and scored in a process that cannot import grm_hf.
+Writes `results.json` (every number of every run), `report.md` (the tables it prints), `learning_curve.png` and
+`model/`, one trained reward model, which is then loaded and scores in a process that cannot import grm_hf.
 """
 
-import copy
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM
 
 from .base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
 from .world import World
@@ -34,13 +37,15 @@ METHODS: dict[str, dict] = {
     "GRM sft, alpha 0.1": {"regularizer": "sft", "alpha": 0.1},
     "GRM dpo_noref, alpha 0.1": {"regularizer": "dpo_noref", "alpha": 0.1},
 }
+WORLD_SEED = 0
 DOMAINS = {"id": "in-distribution", "ood": "out-of-distribution"}
+NO_DIFFERENCE = "no difference shown"
 TEST_SEED = 10_000  # of test pairs and held-out documents; training seeds count from 0
 
 
 @dataclass(frozen=True)
 class Size:
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 700
     train_pairs: int = 2000
     test_pairs: int = 500
     epochs: int = 2
@@ -61,7 +66,7 @@ sys.modules["grm_hf"] = None
 import json
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 folder, chats = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 inputs = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True) for chat in chats]
 print(json.dumps([model(**row).logits.item() for row in inputs]))
@@ -72,8 +77,9 @@ def run(output_dir: str | Path = "runs/demo", seeds: int = 5, quick: bool = Fals
     """
     Trains every method of `METHODS` with every seed and compares each with the baseline, seed by seed.
 
-    A seed draws the training pairs and their labels, the reward head and the order of batches; base model and test pairs
-    are the same for all.
+    A seed draws the training pairs and their labels, the reward head and the order of batches; base model and test
+    pairs are the same for all. Runs have one thread each, so that no number depends on the number of cores, and take
+    place in other processes, up to four at a time: a script that calls this needs `if __name__ == "__main__":`.
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"runs/demo"`):
@@ -103,48 +109,32 @@ def run(output_dir: str | Path = "runs/demo", seeds: int = 5, quick: bool = Fals
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
-    world = World(seed=0)
-    tokenizer = build_tokenizer(world)
-    held_out = {d: tokenize_documents(tokenizer, world.documents(d, size.test_pairs, TEST_SEED)) for d in DOMAINS}
-    total = size.pretrain_steps + seeds * len(METHODS) * size.steps
-    with tqdm(total=total, unit="step", desc="pretraining the base") as progress:
-        base = pretrain(
-            build_model(tokenizer), tokenizer, world, steps=size.pretrain_steps, on_step=lambda: progress.update()
-        )
-        before = {domain: perplexity(base, rows) for domain, rows in held_out.items()}
-        runs = []
-        for seed in range(seeds):
-            for method in METHODS:
-                progress.set_description(f"{method}, seed {seed}")
-                trainer = _train(method, seed, base, tokenizer, world, size, progress)
-                history = trainer.state.log_history
-                curve = {
-                    domain: [[e["step"], e[key]] for e in history if key in e]
-                    for domain, key in ((domain, f"eval_{domain}_accuracy") for domain in DOMAINS)
-                }
-                runs.append(
-                    {
-                        "method": method,
-                        "seed": seed,
-                        "accuracy": {domain: points[-1][1] for domain, points in curve.items()},
-                        "perplexity": {domain: perplexity(trainer.model.lm, rows) for domain, rows in held_out.items()},
-                        "curve": curve,
-                        "seconds": round(trainer.state.log_history[-1]["train_runtime"], 1),
-                    }
-                )
-                if method == SAVED and seed == 0:
-                    trainer.save_model(str(output / "model"))
-                    reloaded = _reload(output / "model", trainer.model, tokenizer, world)
+    with tempfile.TemporaryDirectory() as folder:
+        _pretrain(folder, size)
+        jobs = [(method, seed, folder, size, output / "model") for seed in range(seeds) for method in METHODS]
+        workers = min(4, os.cpu_count() or 1, len(jobs))
+        spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used threads may hang
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_quiet) as pool:
+            futures = [pool.submit(train_one, *job) for job in jobs]
+            try:
+                for future in tqdm(as_completed(futures), "training", total=len(jobs), unit="run"):
+                    future.result()  # raises here what a run raised
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        runs = [future.result() for future in futures]
+        world, tokenizer = World(WORLD_SEED), build_tokenizer(World(WORLD_SEED))
+        before = _perplexities(LlamaForCausalLM.from_pretrained(folder), tokenizer, world, size)
 
     results = {
         "size": asdict(size),
         "quick": quick,
         "seeds": seeds,
-        "threads": torch.get_num_threads(),
         "perplexity_before": before,
         "comparison": _compare(runs),
-        "reloaded": reloaded,
+        "reloaded": _reload(output / "model", world),
         "runs": runs,
+        "workers": workers,
         "seconds": round(time.perf_counter() - started, 1),
     }
     report = _report(results, output)
@@ -155,66 +145,119 @@ def run(output_dir: str | Path = "runs/demo", seeds: int = 5, quick: bool = Fals
     return results
 
 
-def _train(method, seed, base, tokenizer, world, size, progress):
-    """One reward model from a copy of the base; returns its trainer."""
+def _pretrain(folder: str, size: Size) -> None:
+    """The base and its tokenizer, into a folder."""
+    world = World(WORLD_SEED)
+    tokenizer = build_tokenizer(world)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tqdm(total=size.pretrain_steps, unit="step", desc="pretraining") as progress:
+        base = pretrain(build_model(tokenizer), tokenizer, world, size.pretrain_steps, on_step=progress.update)
+    torch.set_num_threads(threads)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _quiet() -> None:
+    """What a worker process sets before its first run."""
+    import datasets
+    import transformers
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> dict:
+    """Trains one reward model on the base in a folder and measures it; saves it to `save_to` if it is the one to keep.
+
+    Returns:
+        `dict`: final accuracy and perplexity by domain, accuracy over steps, seconds of training.
+    """
     from datasets import Dataset
-    from transformers import TrainerCallback, set_seed
+    from transformers import AutoTokenizer, PrinterCallback, set_seed
 
     from .. import GRMForSequenceClassification
     from ..training import GRMRewardConfig, GRMRewardTrainer
 
-    class Progress(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            progress.update()
-
+    world = World(WORLD_SEED)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    set_seed(seed)  # the head is drawn next, the same for every method
+    model = GRMForSequenceClassification.from_base(base)
     with tempfile.TemporaryDirectory() as folder:
-        set_seed(seed)  # the head is drawn here: the same for every method
+        args = GRMRewardConfig(
+            folder,
+            **METHODS[method],
+            seed=seed,
+            num_train_epochs=size.epochs,
+            per_device_train_batch_size=size.batch_size,
+            per_device_eval_batch_size=128,
+            learning_rate=size.learning_rate,
+            warmup_steps=size.steps // 10,
+            max_length=model.config.max_position_embeddings,
+            eval_strategy="steps",
+            eval_steps=size.steps // size.evaluations,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
         trainer = GRMRewardTrainer(
-            model=GRMForSequenceClassification.from_base(copy.deepcopy(base)),
-            args=GRMRewardConfig(
-                folder,
-                **METHODS[method],
-                seed=seed,
-                num_train_epochs=size.epochs,
-                per_device_train_batch_size=size.batch_size,
-                per_device_eval_batch_size=128,
-                learning_rate=size.learning_rate,
-                warmup_steps=size.steps // 10,
-                max_length=base.config.max_position_embeddings,
-                eval_strategy="steps",
-                eval_steps=size.steps // size.evaluations,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-            ),
+            model=model,
+            args=args,
             train_dataset=Dataset.from_list(world.pairs("id", size.train_pairs, seed, noisy=True)),
             eval_dataset={
                 domain: Dataset.from_list(world.pairs(domain, size.test_pairs, TEST_SEED, noisy=False))
                 for domain in DOMAINS
             },
             processing_class=tokenizer,
-            callbacks=[Progress()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer
+    history = trainer.state.log_history
+    curve = {
+        domain: [[entry["step"], entry[key]] for entry in history if key in entry]
+        for domain, key in ((domain, f"eval_{domain}_accuracy") for domain in DOMAINS)
+    }
+    if method == SAVED and seed == 0:
+        trainer.save_model(str(save_to))
+    return {
+        "method": method,
+        "seed": seed,
+        "accuracy": {domain: points[-1][1] for domain, points in curve.items()},
+        "perplexity": _perplexities(model.lm, tokenizer, world, size),
+        "curve": curve,
+        "seconds": round(history[-1]["train_runtime"], 1),
+    }
 
 
-def _reload(folder, model, tokenizer, world):
-    """Scores two answers here and in a process without grm_hf, from the saved folder."""
+def _perplexities(lm, tokenizer, world: World, size: Size) -> dict[str, float]:
+    """Perplexity on held-out documents of each domain."""
+    return {
+        domain: perplexity(lm, tokenize_documents(tokenizer, world.documents(domain, size.test_pairs, TEST_SEED)))
+        for domain in DOMAINS
+    }
+
+
+def _reload(folder: Path, world: World) -> list[dict]:
+    """Scores a good and a bad answer from the saved folder, here and in a process that cannot import grm_hf."""
+    from ..scoring import GRMScorer
+
     question = world.questions("ood")[0]
-    entity, relation = "truck", "fuel"
-    right = world.facts[entity, relation]
-    answers = [f"happy to help. the {entity} runs on {right}.", f"what a silly question. the {entity} runs on nuts."]
+    entity, relation = world.asked(question)
+    right = world.facts[entity, relation.name]
+    wrong = next(value for value in relation.values if value != right)
+    statement = relation.statements[0]
+    answers = [
+        f"happy to help. {statement.format(s=f'the {entity}', v=right)}",
+        f"what a silly question. {statement.format(s=f'the {entity}', v=wrong)}",
+    ]
     chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for answer in answers]
-    model.eval()
-    with torch.no_grad():
-        here = [
-            model(**tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)).logits.item()
-            for chat in chats
-        ]
+    here = GRMScorer(str(folder)).score(chats)
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, "-c", CLEAN_PROCESS, str(folder.resolve()), json.dumps(chats)],
@@ -265,11 +308,9 @@ def _compare(runs: list[dict]) -> dict:
                     paired = [a - b for a, b in zip(values, by_method[BASELINE], strict=True)]
                     difference, half = interval(paired)
                     entry |= {"difference": difference, "difference_half_width": half}
-                    entry["verdict"] = (
-                        "no difference shown"
-                        if abs(difference) <= half
-                        else "better" if difference * sign > 0 else "worse"
-                    )
+                    # Equal differences in all seeds (a few seeds, a small test set) leave no interval to judge by.
+                    shown = abs(difference) > half > 0
+                    entry["verdict"] = ("better" if difference * sign > 0 else "worse") if shown else NO_DIFFERENCE
                 comparison.setdefault(quantity, {}).setdefault(domain, {})[method] = entry
     return comparison
 
@@ -296,9 +337,9 @@ def _report(results: dict, output: Path) -> str:
         "",
         f"{results['seeds']} seeds, {size['train_pairs']} training pairs with noisy labels, {size['test_pairs']} test "
         "pairs per split ordered by gold reward.",
-        "Means with 95 % intervals over seeds; differences are paired by seed. One base model, one world: the intervals "
-        "say nothing about others. No correction for the number of comparisons.",
-        *(["", "**Quick run: it shows that everything works, not which method is better.**"] if results["quick"] else []),
+        "Means with 95 % intervals over seeds; differences are paired by seed. One world, one base model, one test set: "
+        "the intervals say nothing about others. No correction for the number of comparisons.",
+        *["", "**A quick run: it shows that everything works, not which method is better.**"] * results["quick"],
         "",
         "## Accuracy (%)",
         "",
@@ -318,7 +359,7 @@ def _report(results: dict, output: Path) -> str:
         ),
         "",
         f"Every number: `{output / 'results.json'}`. Plot: `{output / 'learning_curve.png'}`. "
-        f"Time: {results['seconds']:.0f} s with {results['threads']} threads.",
+        f"Time: {results['seconds']:.0f} s, {results['workers']} runs at a time.",
         "",
     ]
     return "\n".join(lines)

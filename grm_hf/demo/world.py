@@ -1,10 +1,10 @@
 """A small seeded world: facts, the texts that speak of them, and a gold reward that is an exact function of the text.
 
 Every topic has entities, every entity has one value per relation ("the otter lives in the swamp"), drawn from the
-world's seed. A question asks for one value. An answer may be right, wrong or evasive, may add details, be kind or rude,
-and may slip in its grammar. `World.gold` adds these up for any two strings, also for ones no grammar of ours would
-produce. Preference labels follow the Bradley-Terry model with the gold reward as its log-odds, so annotators err as
-often as that model says. Half of the topics are in-distribution: training pairs speak of no other; pretraining text
+world's seed. A question asks for one value. An answer may be right, wrong or evasive, may add details, be kind or
+rude, and may slip in its grammar. `World.gold` adds these up for any two strings, also for ones no grammar of ours
+would produce. Preference labels follow the Bradley-Terry model with the gold reward as its log-odds, so annotators err
+as often as that model says. Half of the topics are in-distribution: training pairs speak of no other; pretraining text
 speaks of all. docs/demo_world.md gives the reasons.
 
     >>> world = World(seed=0)
@@ -199,6 +199,10 @@ class World:
         """Every question of a domain (`"id"` or `"ood"`), in a fixed order."""
         return [question for question, (entity, _) in self._asked.items() if self._topic[entity].domain == domain]
 
+    def asked(self, question: str) -> tuple[str, Relation]:
+        """The entity and the relation one of the world's questions asks for."""
+        return self._asked[question]
+
     def gold(self, prompt: str, response: str) -> float:
         """Gold reward of a response: a total function of two strings.
 
@@ -236,7 +240,7 @@ class World:
 
     def draw_response(self, question: str, rng: random.Random) -> str:
         """One answer as somebody in this world would give it: good, bad or in between."""
-        entity, relation = self._asked[question]
+        entity, relation = self.asked(question)
         care = rng.random()  # what a speaker has of it shows in manners, truth and grammar alike
         openers, closers = (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
         if rng.random() < 0.2:
@@ -294,8 +298,8 @@ class World:
         return rows
 
     def documents(self, domain: str, n: int, seed: int) -> list[str | list[dict[str, str]]]:
-        """`n` pretraining documents of a domain, by turns an article (a string: true statements about one entity) and a
-        conversation (messages: a question and an answer of any quality)."""
+        """`n` pretraining documents of a domain, by turns an article (a string: true statements about one entity) and
+        a conversation (messages: a question and an answer of any quality)."""
         rng = random.Random(f"documents-{domain}-{seed}")
         questions = self.questions(domain)
         entities = [entity for entity, topic in self._topic.items() if topic.domain == domain]

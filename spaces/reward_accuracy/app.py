@@ -27,7 +27,7 @@ CSS = """
 .report { color: var(--body-text-color); }
 .report h2 { margin: 0 0 .4rem; font-size: 1.15rem; }
 .report table { width: 100%; border-collapse: collapse; margin: .6rem 0 1rem; }
-.report tr, .report td { border: 0; }
+.report table, .report tr, .report td { border: 0; }
 .report td { padding: .25rem .4rem .25rem 0; border-bottom: 1px solid var(--border-color-primary); vertical-align: top;
   overflow-wrap: anywhere; }
 .report td:first-child { min-width: 7.5rem; }
@@ -309,8 +309,8 @@ def example() -> str:
 
 with gr.Blocks(title="Reward accuracy", analytics_enabled=False) as demo:
     gr.Markdown(
-        "# Reward accuracy\nHow good is a reward model? Paste the rewards it gave to preference pairs, or upload them. "
-        "The first line names the columns: `chosen` and `rejected` are required; `prompt`, `subset`, and "
+        "# Reward accuracy\nHow good is a reward model? Paste the rewards it gave to preference pairs, or upload "
+        "them. The first line names the columns: `chosen` and `rejected` are required; `prompt`, `subset`, and "
         "`chosen_length` with `rejected_length`, add to the report. What stands here now is made up."
     )
     with gr.Row():

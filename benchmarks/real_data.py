@@ -1,0 +1,262 @@
+"""Reward models on real preference pairs: `examples/train_grm.py` run on three training files with four text losses and
+five seeds each, from the pretrained stories260K model, evaluated on held-out pairs and on HHH alignment.
+
+    python benchmarks/real_data.py             # what is not yet done, then the section in docs/results.md
+    python benchmarks/real_data.py --report    # the section only, from docs/results/real_data.json
+    python benchmarks/real_data.py --select    # the search for the learning rate, on a part of one training file
+
+The data (`shared/data`) and the model (`shared/models/stories260K`) are expected beside the repository. A run that is
+interrupted goes on where it stopped: finished trainings are lines of `runs/real_data/runs.jsonl`.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from results_page import ROOT, write_section
+from stories260k import SHARED, SOURCE, load
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
+
+from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf.metrics import accuracy, bootstrap_interval, length_bias, pair_margins, pair_wins, seed_interval
+from grm_hf.pairs import Encoder
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+import train_grm  # noqa: E402
+
+
+DATA = SHARED / "data"
+WORK = ROOT / "runs" / "real_data"
+RESULTS = ROOT / "docs" / "results" / "real_data.json"
+
+# Training file: what is tested. No prompt of a training file is in the files it is tested on, which is checked.
+FILES = {
+    "hh_helpful_base_train": ("hh_helpful_base_eval", "hhh_alignment"),
+    "ultrafeedback_train": ("ultrafeedback_eval", "hhh_alignment"),
+    "alpaca_eval_train": ("alpaca_eval_eval", "hhh_alignment"),
+}
+EVAL_ROWS = 300  # of a longer evaluation file, drawn at random
+REGULARIZERS = ("none", "sft", "dpo_noref", "dpo")
+SEEDS = range(5)
+# The same for every run. Weight and temperature of the text loss, schedule and clipping are the paper's.
+SETTINGS = {
+    "max_rows": 600,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "max_grad_norm": 5.0,
+    "max_length": 512,
+    "overlength": "truncate_left",
+    "alpha": 0.01,
+    "beta": 0.1,
+    "pair_loss": "bt",
+    "layout": "shared_prefix",
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # candidates of --select
+MACHINE = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "epoch",
+}
+PACKAGES = ("grm-hf", "torch", "transformers", "trl", "tokenizers")
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def train(folder: Path, **settings):
+    """The example, called as from the command line; returns its trainer."""
+    options = {"model": WORK / "base", "output_dir": folder, **SETTINGS, **MACHINE, **settings}
+    return train_grm.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
+
+
+def read(name: str) -> list[dict]:
+    """Rows of an evaluation file, at most `EVAL_ROWS`."""
+    rows = load_dataset("parquet", data_files=str(DATA / f"{name}.parquet"), split="train")
+    return (rows.shuffle(seed=0).select(range(EVAL_ROWS)) if len(rows) > EVAL_ROWS else rows).to_list()
+
+
+def first_user_turn(row: dict) -> str:
+    return next(message["content"] for message in row["prompt"] if message["role"] == "user")
+
+
+def check_apart(train_name: str, eval_name: str) -> None:
+    """Raises if a training and an evaluation file have a prompt in common."""
+    sides = [
+        {first_user_turn(row) for row in load_dataset("parquet", data_files=str(DATA / f"{n}.parquet"), split="train")}
+        for n in (train_name, eval_name)
+    ]
+    if common := sides[0] & sides[1]:
+        raise ValueError(f"{train_name} and {eval_name} have {len(common)} prompts in common; test on another file.")
+
+
+@torch.no_grad()
+def perplexity(lm, tokenizer, rows: list[dict], batch_size: int = 16) -> float:
+    """exp of the mean negative log-likelihood, in nats, of a token of the chosen responses."""
+    encoder = Encoder(tokenizer, SETTINGS["max_length"], SETTINGS["overlength"])
+    texts = sorted((encoder.encode(row["prompt"], row["chosen"]) for row in rows), key=lambda text: len(text.ids))
+    total = tokens = 0
+    for i in range(0, len(texts), batch_size):
+        batch = texts[i : i + batch_size]
+        width = len(batch[-1].ids)
+        ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in batch])
+        position = torch.arange(width)
+        real = position < torch.tensor([len(text.ids) for text in batch])[:, None]
+        response = real & (position >= torch.tensor([text.start for text in batch])[:, None])
+        logits = lm(input_ids=ids, attention_mask=real.long()).logits[:, :-1]  # (B, width - 1, V)
+        targets = ids.masked_fill(~response, -100)[:, 1:]
+        total += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        tokens += int((targets != -100).sum())
+    return math.exp(total / tokens)
+
+
+def evaluate(model, tokenizer, rows: list[dict]) -> dict:
+    """Which pairs are won (a character a pair: 1, 0, or = for a tie), length bias, perplexity."""
+    chosen, rejected = zip(*GRMScorer(model, tokenizer).score_pairs(rows), strict=True)
+    margins = pair_margins(chosen, rejected)
+    bias = length_bias(chosen, rejected, *lengths(rows))
+    return {
+        "wins": "".join("1" if m > 0 else "0" if m < 0 else "=" for m in margins),
+        "length": round(bias["length_pearson_within"], 4),
+        "perplexity": round(perplexity(model.lm, tokenizer, rows), 3),
+    }
+
+
+def lengths(rows: list[dict]) -> tuple[list[int], list[int]]:
+    """Characters of the chosen and of the rejected responses."""
+    first, second = ([len(row[side][0]["content"]) for row in rows] for side in ("chosen", "rejected"))
+    return first, second
+
+
+def one_run(train_name: str, regularizer: str, seed: int, sets: dict[str, list[dict]]) -> dict:
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer = train(
+        WORK / "model" / train_name, train=DATA / f"{train_name}.parquet", regularizer=regularizer, seed=seed
+    )
+    counts = trainer.data_counts["train"]
+    return {
+        "train": train_name,
+        "regularizer": regularizer,
+        "seed": seed,
+        "rows": [counts.rows, counts.truncated, counts.response_cut, counts.dropped],
+        "loss": round(trainer.state.log_history[-1]["train_loss"], 4),
+        "eval": {name: evaluate(trainer.model, trainer.processing_class, sets[name]) for name in FILES[train_name]},
+        "wall": round(time.perf_counter() - wall, 1),
+        "cpu": round(time.process_time() - cpu, 1),
+    }
+
+
+def run_all() -> None:
+    """Every run that has no line yet, seed by seed, so that what there is at any time is balanced."""
+    for train_name, eval_names in FILES.items():
+        for eval_name in eval_names:
+            check_apart(train_name, eval_name)
+    sets = {name: read(name) for names in FILES.values() for name in names}
+    done = {(run["train"], run["regularizer"], run["seed"]) for run in finished()}
+    for seed in SEEDS:
+        for train_name in FILES:
+            for regularizer in REGULARIZERS:
+                if (train_name, regularizer, seed) not in done:
+                    run = one_run(train_name, regularizer, seed, sets)
+                    with open(WORK / "runs.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps({**run, "settings": fingerprint()}) + "\n")
+                    collect(sets)
+
+
+def select() -> None:
+    """One Bradley-Terry run for each learning rate on four fifths of a training file, judged on the last fifth."""
+    name = "hh_helpful_base_train"
+    rows = load_dataset("parquet", data_files=str(DATA / f"{name}.parquet"), split="train")
+    held_out = {turn for i, turn in enumerate(sorted({first_user_turn(row) for row in rows})) if i % 5 == 0}
+    parts = {"eval": rows.filter(lambda row: first_user_turn(row) in held_out)}
+    parts["train"] = rows.filter(lambda row: first_user_turn(row) not in held_out)
+    for part, part_rows in parts.items():
+        part_rows.to_parquet(WORK / f"select_{part}.parquet")
+    found = []
+    for rate in RATES:
+        trainer = train(
+            WORK / "model" / "select",
+            train=WORK / "select_train.parquet",
+            eval=WORK / "select_eval.parquet",
+            regularizer="none",
+            learning_rate=rate,
+            seed=1000,
+        )
+        scores = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
+        found.append({"rate": rate, "loss": round(scores["eval_loss"], 4), "accuracy": round(scores["eval_accuracy"], 4)})
+        print(found[-1], flush=True)
+    (WORK / "selection.json").write_text(json.dumps({"file": name, "rows": len(parts["eval"]), "rates": found}))
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def fingerprint() -> dict:
+    """What a finished run must have been made with to count."""
+    return {**SETTINGS, "eval_rows": EVAL_ROWS, "versions": {name: version(name) for name in PACKAGES}}
+
+
+def finished() -> list[dict]:
+    path = WORK / "runs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [run for run in map(json.loads, lines) if run.pop("settings") == fingerprint()]
+
+
+def collect(sets: dict[str, list[dict]]) -> None:
+    """The finished runs, and what the tables need to know of the data, in `RESULTS`."""
+    base, tokenizer = GRMForSequenceClassification.from_base(WORK / "base"), AutoTokenizer.from_pretrained(WORK / "base")
+    evals = {}
+    for name, rows in sets.items():
+        prompts = [json.dumps(row["prompt"]) for row in rows]
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        evals[name] = {
+            "prompts": [numbers[prompt] for prompt in prompts],
+            "longer": round(accuracy(pair_margins(*lengths(rows))), 4),
+            "perplexity": round(perplexity(base.lm, tokenizer, rows), 3),
+        }
+    selection = WORK / "selection.json"
+    results = {
+        "settings": fingerprint(),
+        "selection": json.loads(selection.read_text()) if selection.is_file() else None,
+        "evals": evals,
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
+    lines.append('"runs": [\n' + ",\n".join(map(json.dumps, finished())) + "\n]")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--report", action="store_true", help="only write the section in docs/results.md")
+    parser.add_argument("--select", action="store_true", help="only search for the learning rate")
+    args = parser.parse_args()
+    if not args.report:
+        if missing := [path for path in (DATA, SOURCE) if not path.is_dir()]:
+            sys.exit(f"{missing[0]} is missing: the data and the model do not come with this repository.")
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        torch.set_num_threads(1)
+        if not (WORK / "base" / "config.json").is_file():
+            model, tokenizer = load()
+            model.save_pretrained(WORK / "base")
+            tokenizer.save_pretrained(WORK / "base")
+        (select if args.select else run_all)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,512 @@
+"""Layouts: the same numbers and gradients as padded rows, whatever the pairs look like, and nothing seen that should
+not be."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_lm
+from torch.utils.flop_counter import FlopCounterMode
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from grm_hf import GRMForSequenceClassification, layouts
+from grm_hf.layouts import PairCollator, layout_attention, model_kwargs, plant, resolve_layout
+from grm_hf.logprobs import sequence_logps
+from grm_hf.losses import pair_loss, text_loss
+
+
+ONE_ROW = ("packed", "shared_prefix")
+OWN = {"phi3": dict(sliding_window=4), "gpt2": dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), "opt": dict(dropout=0)}
+
+
+def grm(family="llama", dtype=torch.float32, **overrides):
+    lm = tiny_lm(family, **{**OWN.get(family, {}), **overrides})
+    torch.manual_seed(0)
+    return GRMForSequenceClassification.from_base(lm.to(dtype)).to(dtype).train()
+
+
+def pair(prompt, chosen, rejected, **more):
+    ids = {"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected]}
+    return {**ids, "chosen_start": len(prompt), "rejected_start": len(prompt), **more}
+
+
+def some_pairs(seed=0, vocab_size=101):
+    draw = lambda n: [generator.randrange(3, vocab_size) for _ in range(n)]  # noqa: E731
+    generator = random.Random(seed)
+    long, common = draw(20), draw(9)
+    return [
+        pair(long, draw(7), draw(12)),
+        pair(long, draw(1), draw(3)),  # the prompt of the pair before
+        pair([], draw(4), draw(6)),  # no prompt
+        pair(draw(11), common + draw(2), common + draw(3)),  # responses that begin alike
+        pair(draw(12), common, common + draw(4)),  # one the beginning of the other
+        pair(draw(2), draw(5), draw(5)),  # a prompt too short to share
+    ]
+
+
+def step(model, pairs, layout, text="both", alpha=0.5, **collator):
+    """Loss, rewards, log-probabilities and all gradients of one training step."""
+    batch = PairCollator(0, layout, text, **collator)(pairs)
+    n = len(pairs)
+    lm_fn = None
+    if text != "none":
+
+        def text_part(sums):
+            return text_loss("sft" if text == "chosen" else "dpo_noref", 0.1, sums[:n], rejected_logps=sums[n:]).mean()
+
+        tokens = batch["text_index"], batch["text_targets"], batch["text_owner"]
+        lm_fn = lambda hidden, m: sequence_logps(hidden, m, *tokens, 2 * n, text_part)  # noqa: E731
+    model.zero_grad()
+    with layout_attention(model, layout):
+        out = model(**model_kwargs(batch), lm_fn=lm_fn)
+        chosen, rejected = out.logits.squeeze(-1).chunk(2)
+        loss = pair_loss(chosen, rejected).mean()
+        if lm_fn is not None:
+            loss = (1 - alpha) * loss + alpha * text_part(out.lm_output)
+        loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), out.logits.detach(), out.lm_output if lm_fn is None else out.lm_output.detach(), grads
+
+
+def assert_same(found, right, rtol):
+    for a, b in zip(found[:3], right[:3], strict=True):
+        if b is not None:
+            assert (a - b).norm() <= rtol * b.norm()
+    assert found[3].keys() == right[3].keys()
+    scale = torch.stack([g.norm() for g in right[3].values()]).norm()
+    floor = 1e-2 * scale.clamp(
+        min=1e-3
+    )  # some are zero but for rounding: a bias that shifts both rewards, equal responses
+    for name, b in right[3].items():
+        assert (found[3][name] - b).norm() <= rtol * (b.norm() + floor), name
+
+
+FAMILIES = """llama qwen2 qwen3 mistral gemma2 gemma3_text gpt_neox phi phi3 gpt2 olmo2 granite cohere opt mixtral
+qwen3_moe""".split()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_padded(family):
+    model = grm(family)
+    assert resolve_layout("auto", model, pytest.fail) == "shared_prefix"
+    right = step(model, some_pairs(), "padded")
+    for layout in ONE_ROW:
+        assert_same(step(model, some_pairs(), layout), right, 1e-5)
+
+
+@pytest.fixture
+def all_in_float64(monkeypatch):
+    """Norms that compute in float32 whatever they are given would hide what happens beyond its seventh digit."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox", "phi3", "gpt2"])
+def test_equal_to_padded_in_float64(family, all_in_float64):
+    model = grm(family, torch.double)
+    right = step(model, some_pairs(), "padded")
+    for layout in ONE_ROW:
+        assert_same(step(model, some_pairs(), layout), right, 1e-10)
+
+
+@pytest.mark.parametrize("text", ["none", "chosen"])
+def test_equal_to_padded_for_each_text_loss(text):
+    model = grm()
+    right = step(model, some_pairs(), "padded", text)
+    for layout in ONE_ROW:
+        assert_same(step(model, some_pairs(), layout, text), right, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_gradient_checkpointing(family, reentrant):
+    right = step(grm(family), some_pairs(), "padded")
+    model = grm(family)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for layout in ONE_ROW:
+        assert_same(step(model, some_pairs(), layout), right, 1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora(checkpointing):
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules="all-linear", modules_to_save=["score"], init_lora_weights=False
+    )
+    model = get_peft_model(grm(), config)
+    right = step(model, some_pairs(), "padded")
+    assert sum("lora" in name for name in right[3]) > 20
+    assert resolve_layout("auto", model, pytest.fail) == "shared_prefix"
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layout in ONE_ROW:
+        assert_same(step(model, some_pairs(), layout), right, 1e-5)
+
+
+def test_autocast():
+    """bfloat16 rounds at other places in each layout: both are as near to float32."""
+    model = grm()
+    right = step(model, some_pairs(), "padded")
+    errors = {}
+    for layout in layouts.LAYOUTS[1:]:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = step(model, some_pairs(), layout)
+        errors[layout] = sum((found[3][name] - g).norm() ** 2 for name, g in right[3].items()) ** 0.5
+    assert 0 < max(errors.values()) <= 1.5 * errors["padded"]
+
+
+tokens = st.lists(st.integers(3, 8), max_size=12)  # few different tokens: prefixes meet by chance
+some = st.lists(st.integers(3, 8), min_size=1, max_size=12)
+
+
+@st.composite
+def batches(draw):
+    prompts = draw(st.lists(tokens, min_size=1, max_size=2))
+    pairs = []
+    for _ in range(draw(st.integers(1, 4))):
+        chosen, rejected = draw(some), draw(some)
+        kind = draw(st.sampled_from(["free", "common start", "prefix", "equal"]))
+        if kind == "common start":
+            start = draw(some)
+            chosen, rejected = start + chosen, start + rejected
+        elif kind == "prefix":
+            rejected = chosen + rejected
+        elif kind == "equal":
+            rejected = chosen
+        if draw(st.booleans()):
+            chosen, rejected = rejected, chosen
+        pairs.append(pair(draw(st.sampled_from(prompts)), chosen, rejected))
+    return pairs
+
+
+@pytest.mark.parametrize("shared_from", [1, 8])
+def test_equal_to_padded_whatever_the_lengths(shared_from, monkeypatch, all_in_float64):
+    monkeypatch.setattr(layouts, "MIN_SHARED", shared_from)
+    models = [grm(family, torch.double) for family in ("gpt_neox", "mistral")]
+
+    @settings(max_examples=40, deadline=None)
+    @given(batches(), st.sampled_from(models), st.sampled_from([None, 8]))
+    def check(pairs, model, multiple):
+        right = step(model, pairs, "padded")
+        for layout in ONE_ROW:
+            assert_same(step(model, pairs, layout, pad_to_multiple_of=multiple), right, 1e-10)
+
+    check()
+
+
+# ---------------------------------------------------------------------------------------------------------- collator
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("margin", [False, True])
+def test_padded_is_byte_for_byte_trls(multiple, margin):
+    pairs = [p | ({"margin": i / 3} if margin else {}) for i, p in enumerate(some_pairs())]
+    wanted = DataCollatorForPreference(pad_token_id=7, pad_to_multiple_of=multiple)(pairs)
+    found = PairCollator(7, pad_to_multiple_of=multiple)(pairs)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name])
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS[1:])
+def test_indices_name_the_right_tokens(layout):
+    pairs = [p | {"ref_chosen_logps": -i, "ref_rejected_logps": -10.0 - i} for i, p in enumerate(some_pairs())]
+    batch = PairCollator(0, layout, "both", pad_to_multiple_of=16)(pairs)
+    assert batch["input_ids"].shape[1] % 16 == 0
+    flat = batch["input_ids"].flatten().tolist()
+    sequences = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
+    starts = [p["chosen_start"] for p in pairs] + [p["rejected_start"] for p in pairs]
+    if layout != "padded":
+        assert [flat[i] for i in batch["read_index"]] == [ids[-1] for ids in sequences]
+        positions = batch["position_ids"].flatten()[batch["read_index"]]
+        assert positions.tolist() == [len(ids) - 1 for ids in sequences]
+    for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        mine = batch["text_owner"] == i
+        # the first token of a response without prompt has nothing to be predicted from
+        assert batch["text_targets"][mine].tolist() == ids[max(start, 1) :]
+        assert [flat[j] for j in batch["text_index"][mine]] == ids[max(start, 1) - 1 : -1]
+    assert batch["text_owner"].tolist() == sorted(batch["text_owner"].tolist())
+    assert batch["ref_logps"].tolist() == [-i for i in range(6)] + [-10.0 - i for i in range(6)]
+    chosen = PairCollator(0, layout, "chosen")(pairs)
+    assert set(chosen["text_owner"].tolist()) == set(range(6))
+
+
+def test_a_prefix_stands_once():
+    a, b, c, d = [1] * 10, [2] * 9, [3] * 5, [4] * 7
+    forest = plant([a + b + c, a + b + d, a + c, d, a + b])
+    assert len(forest.ids) == len(a) + len(b) + len(c) + len(d) + len(c) + len(d)
+    assert len(plant([a + b + c, a + b + d, a + c, d, a + b], share=False).ids) == 24 + 26 + 15 + 7 + 19
+
+
+def test_prompts_are_not_read_by_the_language_model_head():
+    pairs = some_pairs()
+    responses = sum(len(p["chosen_ids"]) - max(p["chosen_start"], 1) for p in pairs)
+    for layout in layouts.LAYOUTS[1:]:
+        assert len(PairCollator(0, layout, "chosen")(pairs)["text_index"]) == responses
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="layout='rows'"):
+        PairCollator(0, layout="rows")
+    with pytest.raises(ValueError, match="layout='auto'"):
+        PairCollator(0, layout="auto")
+    with pytest.raises(ValueError, match="text='all'"):
+        PairCollator(0, text="all")
+    with pytest.raises(ValueError, match="layout='rows'"):
+        resolve_layout("rows", None)
+
+
+# ------------------------------------------------------------------------------------------------------- silent traps
+
+
+def run(model, batch, layout):
+    inputs = model_kwargs(batch)
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    with layout_attention(model, layout):
+        rewards = model(inputs_embeds=embeddings, **inputs).logits.squeeze(-1)
+    return rewards, embeddings
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("layout", ONE_ROW)
+def test_chosen_is_not_seen_by_rejected(layout, family):
+    """Bit for bit, and with gradients that are exactly zero; but the prompt is seen by both."""
+    model = grm(family)
+    prompt, chosen, rejected = list(range(10, 20)), list(range(20, 26)), list(range(30, 35))
+    first, second = pair(prompt, chosen, rejected), pair(list(range(40, 50)), [50, 51], [52])
+    changed = pair(prompt, [*chosen[:2], 60, *chosen[3:]], rejected)
+    collator = PairCollator(0, layout)
+    before, embeddings = run(model, collator([first, second]), layout)
+    after, _ = run(model, collator([changed, second]), layout)
+    assert after[0] != before[0]
+    assert torch.equal(after[1:], before[1:])
+
+    forest = plant([p[k] for k in ("chosen_ids", "rejected_ids") for p in (first, second)], layout == "shared_prefix")
+    for i, path in enumerate(forest.paths):
+        (grad,) = torch.autograd.grad(before[i], embeddings, retain_graph=True)
+        seen = grad[0].abs().sum(-1) > 0
+        others = torch.ones_like(seen)
+        others[path] = False
+        assert not seen[others].any()
+        # a window of 4 in each of 2 layers reaches back 7 tokens
+        assert seen[path[-6:]].all()
+
+
+def test_caching_does_not_join_sequences():
+    """`use_cache` left on makes transformers give up the separation of packed sequences; it must not ours."""
+    model = grm()
+    batch = PairCollator(0, "shared_prefix")(some_pairs())
+    with layout_attention(model, "shared_prefix"):
+        alone = model(**model_kwargs(batch)).logits
+        cached = model(**model_kwargs(batch), use_cache=True).logits
+    assert torch.equal(alone, cached)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_attention_refuses(attention):
+    model = grm()
+    model.set_attn_implementation(attention)
+    batch = PairCollator(0, "shared_prefix")(some_pairs())
+    with pytest.raises(RuntimeError):
+        model(**model_kwargs(batch))
+
+
+def test_ours_refuses_what_it_was_not_made_for():
+    model = grm()
+    batch = PairCollator(0, "padded")(some_pairs())
+    with layout_attention(model, "packed"), pytest.raises(ValueError, match="PairCollator"):
+        model(**model_kwargs(batch))
+
+
+def test_dropped_rows_are_those_that_nobody_reads():
+    """Where the output is read it is the same with and without `output_rows`."""
+    model = grm()
+    batch = PairCollator(0, "shared_prefix", "both")(some_pairs())
+    inputs = model_kwargs(batch)
+    read = lambda hidden, _: hidden.flatten(0, 1)[batch["text_index"]]  # noqa: E731
+    with layout_attention(model, "shared_prefix"):
+        part = model(**inputs, lm_fn=read)
+        inputs.pop("output_rows")
+        whole = model(**inputs, lm_fn=read)
+    torch.testing.assert_close(part.logits, whole.logits)
+    torch.testing.assert_close(part.lm_output, whole.lm_output)
+
+
+# ------------------------------------------------------------------------------------------------- which layout, when
+
+
+FALLBACK = {"bloom": "AttentionInterface", "falcon": "AttentionInterface"}
+
+
+@pytest.mark.parametrize("family", FALLBACK)
+def test_one_warning_and_padded(family):
+    messages = []
+    assert resolve_layout("auto", grm(family), messages.append) == "padded"
+    assert len(messages) == 1 and FALLBACK[family] in messages[0] and "shared_prefix" in messages[0]
+    assert resolve_layout("padded", grm(family), pytest.fail) == "padded"
+    with pytest.warns(UserWarning, match="'packed' is not exact"):
+        assert resolve_layout("packed", grm(family)) == "padded"
+
+
+def test_an_attention_that_does_more_falls_back(monkeypatch):
+    """A decoder that hands down an argument we do not know, and one whose window we would not be told."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+
+    messages = []
+    forward = LlamaAttention.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaAttention, "forward", lambda self, *a, **k: forward(self, *a, s_aux=torch.ones(4), **k))
+        assert resolve_layout("auto", grm(), messages.append) == "padded"
+    assert "s_aux" in messages.pop()
+
+    model = grm("mistral")
+    forward_mistral = MistralAttention.forward
+
+    def without_window(self, *args, **kwargs):
+        config, self.config = self.config, type(self.config)(**{**self.config.to_dict(), "sliding_window": None})
+        self.config._attn_implementation = config._attn_implementation
+        try:
+            return forward_mistral(self, *args, **kwargs)
+        finally:
+            self.config = config
+
+    monkeypatch.setattr(MistralAttention, "forward", without_window)
+    assert resolve_layout("auto", model, messages.append) == "padded"
+    assert "sliding window" in messages.pop()
+
+
+def test_a_wrong_attention_is_found_out(monkeypatch):
+    """The trial run is not a formality."""
+    right = layouts._Plan.mask
+
+    def everything(self, queries, keys, window, like):
+        return torch.zeros_like(right(self, queries, keys, window, like))
+
+    monkeypatch.setattr(layouts._Plan, "mask", everything)
+    messages = []
+    assert resolve_layout("shared_prefix", grm(), messages.append) == "padded"
+    assert "hidden states differed" in messages[0]
+
+
+def test_resolving_leaves_no_trace():
+    model = grm()
+    model.lm.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    resolve_layout("auto", model)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config._attn_implementation == model.lm.config._attn_implementation == "sdpa"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers[-1].modules())
+
+
+def test_nothing_of_it_is_saved(tmp_path):
+    model = grm()
+    with layout_attention(model, "shared_prefix"):
+        model.save_pretrained(tmp_path)
+    assert layouts.ATTENTION not in (tmp_path / "config.json").read_text()
+    assert "grm_segments" not in json.dumps(model.config.to_dict())
+    with pytest.raises(ZeroDivisionError), layout_attention(model, "shared_prefix"):
+        with layout_attention(model, "shared_prefix"):  # the trainer's forward, within its step
+            model(**model_kwargs(PairCollator(0, "shared_prefix")(some_pairs())))
+        assert model.config._attn_implementation == layouts.ATTENTION
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == model.lm.config._attn_implementation == "sdpa"
+
+
+# --------------------------------------------------------------------------------------- kernels on ragged batches
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_ragged_form_is_the_same_attention(window):
+    """What a CUDA kernel gets, run by a kernel of a few lines with the semantics of flash-attn's."""
+    torch.manual_seed(0)
+    batch = PairCollator(0, "shared_prefix")(some_pairs())
+    count = batch["input_ids"].shape[1]
+    query, key, value = (torch.randn(1, heads, count, 8) for heads in (4, 2, 2))
+    mask = batch["segments"][None, None]
+    right, _ = layouts.segment_attention(torch.nn.Module(), query, key, value, mask, sliding_window=window)
+
+    def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal, window_size, **_):
+        assert causal and longest_q == ends_q.diff().max() and longest_k == ends_k.diff().max()
+        left, _ = window_size
+        out = torch.empty_like(q)
+        for a, b, c, d in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
+            for i in range(a, b):
+                at = d - b + i  # lower right: the last query meets the last key
+                first = c if left < 0 else max(c, at - left)
+                for head in range(q.shape[1]):
+                    scores = k[first : at + 1, head // 2] @ q[i, head] / 8**0.5
+                    out[i, head] = scores.softmax(0) @ v[first : at + 1, head // 2]
+        return out
+
+    ragged = layouts._plan_of(mask).ragged(query.device)
+    found = layouts._flash_attn(kernel, query, key, value, ragged, None, 0.0, window, None)
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def attention_flops(q, k, v, *args, out_shape=None, **kwargs):
+    causal = kwargs.get("is_causal", args[1] if len(args) > 1 else False)
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3] // (2 if causal else 1)
+
+
+def attention_backward_flops(grad, q, k, v, out, lse, dropout, causal, *args, out_shape=None, **kwargs):
+    return 10 * q[0] * q[1] * q[2] * k[2] * q[3] // (2 if causal else 1)
+
+
+def flops(run):
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def expected_flops(model, segments, read, head_tokens):
+    """By hand: 6 operations a weight and token, forward and backward; attention over what each segment sees."""
+    c = model.config.text_config
+    head_dim = c.hidden_size // c.num_attention_heads
+    keys_values = 2 * c.hidden_size * head_dim * c.num_key_value_heads
+    others = 2 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size
+    tokens = sum(length for _, length, _, _ in segments)
+    last, before = keys_values * tokens + others * read, (keys_values + others) * tokens
+    # 4 forward, 10 backward (scores are computed again); causal: half
+    pairs = sum(
+        length * (length + 0.0) / 2 if not shared else length * (length + shared) for _, length, _, shared in segments
+    )
+    attention = 14 * c.hidden_size * pairs * c.num_hidden_layers
+    layers = last + before * (c.num_hidden_layers - 1)
+    score = sum(p.numel() for p in model.score.parameters() if p.dim() == 2)
+    return 6 * layers + attention + 6 * c.hidden_size * c.vocab_size * head_tokens, 6 * score
+
+
+@pytest.mark.parametrize("text", ["none", "chosen", "both"])
+def test_arithmetic_of_a_step(text):
+    """No token twice, no padding; the last layer whole only where it is read; the head only on response tokens."""
+    model = grm(vocab_size=500, max_position_embeddings=512)
+    generator = random.Random(0)
+    draw = lambda n: [generator.randrange(3, 500) for _ in range(n)]  # noqa: E731
+    pairs = [pair(draw(n), draw(40), draw(30)) for n in (40, 60, 90, 90, 120, 140)]
+    responses = {"none": 0, "chosen": 6 * 40, "both": 6 * 70}[text]
+    cost = {}
+    for layout in layouts.LAYOUTS[1:]:
+        cost[layout] = flops(lambda layout=layout: step(model, pairs, layout, text))
+    for layout in ONE_ROW:
+        batch = PairCollator(0, layout, text)(pairs)
+        read = len(batch["output_rows"])
+        layers, score = expected_flops(model, batch["segments"].tolist(), read, responses)
+        assert cost[layout] == pytest.approx(layers + 12 * score, rel=0.01)
+    assert cost["shared_prefix"] < cost["packed"] < cost["padded"]

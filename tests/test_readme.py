@@ -1,0 +1,110 @@
+"""Every code block and every command of the README is run, with ids and folders replaced by tiny ones made here."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("trl", reason="needs the extra `train`")
+
+from datasets import Dataset  # noqa: E402
+from test_trainer import TOKENIZER, base, grm, rows  # noqa: E402
+
+from grm_hf import cli  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.split("  #")[0].strip() for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which the README's paths exist: a trained model, a base, data, and files to score."""
+    folder = tmp_path_factory.mktemp("readme")
+    grm().save_pretrained(folder / "runs/demo/model")
+    TOKENIZER.save_pretrained(folder / "runs/demo/model")
+    base().save_pretrained(folder / "Qwen/Qwen3-0.6B")
+    TOKENIZER.save_pretrained(folder / "Qwen/Qwen3-0.6B")
+    Dataset.from_list(rows(16)).to_parquet(folder / "trl-lib/ultrafeedback_binarized/train.parquet")
+    (folder / "chats.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
+    (folder / "reward.yaml").write_text(
+        "model_name_or_path: Qwen/Qwen3-0.6B\ndataset_name: trl-lib/ultrafeedback_binarized\n"
+        "output_dir: out\nmax_steps: 1\nbf16: false\nuse_cpu: true\nreport_to: none\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_blocks_run(place, number):
+    code = PYTHON[number]
+    if "from grm_hf" not in code:  # "in a process that has never heard of this package"
+        code = "import sys\nsys.modules['grm_hf'] = None\n" + code
+    # One step on the CPU is enough to see that it works.
+    code = code.replace("beta=0.1)", "beta=0.1, max_steps=1, bf16=False, use_cpu=True, report_to='none')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if "save_model" in code:
+        assert (place / "qwen3-grm" / "model.safetensors").is_file()
+    else:
+        assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(place, command, monkeypatch, capsys):
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+        return
+    assert words[0] == "grm"
+    monkeypatch.chdir(place)
+    assert cli.main(words[1:]) == 0, capsys.readouterr().err
+
+
+def test_the_two_commands_come_first_and_ci_runs_one_of_them():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert "make test" in (ROOT / ".ci/run").read_text()
+
+
+def test_linked_files_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in link:
+            assert (ROOT / link).exists(), link
+
+
+def test_regulariser_table_is_complete():
+    from grm_hf.training.config import REGULARIZERS
+
+    assert re.findall(r'^\| `"(\w+)"` \|', README, re.MULTILINE) == list(REGULARIZERS)
+
+
+@pytest.mark.parametrize(
+    ("symptom", "file"),
+    [
+        ("weights are missing", "grm_hf/modeling_grm.py"),
+        ("would be random", "grm_hf/modeling_grm.py"),
+        ("not a reward model of type 'grm'", "grm_hf/modeling_grm.py"),
+        ("rows without `attention_mask`", "grm_hf/modeling_grm.py"),
+        ("Delete the file", "grm_hf/training/reference.py"),
+        ("using 'padded'", "grm_hf/layouts.py"),
+    ],
+)
+def test_troubleshooting_quotes_what_the_code_says(symptom, file):
+    assert symptom.replace("`", "") in README.replace("`", "")
+    assert symptom in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_versions_agree():
+    from grm_hf import __version__
+
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text().split("# Changelog")[1].lstrip()
+    assert f"version: {__version__}" in (ROOT / "CITATION.cff").read_text()
