@@ -106,9 +106,9 @@ class PairCollator:
     is left out of the text loss.
 
     Returns:
-        `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments` (see [`Forest`]), `read_index` `(2B,)` and `output_rows` (every index whose hidden state is read); with a text loss
-        `text_index`, `text_targets`, `text_owner` `(num_tokens,)`; `margin` `(B,)` and `ref_logps` `(2B,)` if the pairs
-        have them.
+        `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments` (see [`Forest`]),
+        `read_index` `(2B,)` and `output_rows` (every index whose hidden state is read); with a text loss `text_index`,
+        `text_targets`, `text_owner` `(num_tokens,)`; `margin` `(B,)` and `ref_logps` `(2B,)` if the pairs have them.
     """
 
     pad_token_id: int

@@ -5,7 +5,8 @@ The model owns the base's *complete* causal language model as `lm`, so that ever
 capped, scaled, with bias) stays exact. The reward is read at the last real token of each row, found in the attention
 mask, never by comparing token ids with a padding id.
 
-This file is shipped to the Hub as it is: it imports torch, transformers and its two neighbours, nothing else.
+This file is shipped to the Hub as it is: it imports torch, transformers and its two neighbours, nothing else
+(and peft, if there is an adapter to load).
 """
 
 import inspect
@@ -530,13 +531,13 @@ def _require_grm(path, adapter, hub):
             error = caught
     raise ValueError(
         f"The adapter '{adapter}' {said}. Load the reward model it belongs to with `from_pretrained`, then "
-        "`load_adapter`."
+        "the adapter with `peft.PeftModel.from_pretrained(model, adapter)`."
     ) from error
 
 
 def _load_adapter(model, adapter, name, hub):
-    """Put an adapter into `model`, by peft itself: transformers (5.0 to at least 5.12) leaves out the head that an adapter
-    brings, and reports on the adapter only, not on the model below."""
+    """Put an adapter into `model`, by peft itself: transformers (5.0 to at least 5.12) leaves out the head that the
+    adapter brings, and then reports on the adapter only, not on the model below."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -544,7 +545,16 @@ def _load_adapter(model, adapter, name, hub):
     config = PeftConfig.from_pretrained(adapter, **hub)
     config.inference_mode = True
     wrapped = PeftModel(model, config, name)  # changes the layers of `model` itself
-    report = wrapped.load_adapter(adapter, name, torch_device=str(model.device), **hub)
+    try:
+        report = wrapped.load_adapter(adapter, name, torch_device=str(model.device), **hub)
+    except (
+        KeyError,
+        RuntimeError,
+    ) as error:  # a module it brings whole, such as the head, is missing or of another shape
+        raise ValueError(
+            f"'{adapter}' does not fit its adapter_config.json and the reward model below, and was not loaded: it lacks "
+            f"{error}. Restore the files as `save_pretrained` wrote them."
+        ) from error
     own = [key for key, _ in wrapped.named_parameters() if name in key.split(".")]
     missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))

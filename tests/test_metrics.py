@@ -1,6 +1,6 @@
 """The mathematics of `grm_hf/metrics.py`: worked by hand, computed a second time by plain loops, by brute force or by
-simulation, compared with scipy and with the `rewardbench` package where they are installed, and held to the invariances
-a Bradley-Terry reward has (no number may depend on a shift of one prompt's rewards)."""
+simulation, compared with scipy and with the `rewardbench` package where they are installed, and held to the
+invariances of a Bradley-Terry reward (no number may depend on a shift of one prompt's rewards)."""
 
 import ast
 import doctest
@@ -307,6 +307,16 @@ def test_compare_models_is_paired_and_antisymmetric():
     assert (same["difference"], same["difference_low"], same["difference_high"], same["p_value"]) == (0, 0, 0, 1)
 
 
+def test_compare_models_counts_prompts():
+    # Prompt p: a is better, by two pairs; q: b is, by one; r: they part even.
+    margins_a, margins_b = [1.0, 1.0, -1.0, 1.0, -1.0], [-1.0, -1.0, 1.0, -1.0, 1.0]
+    result = metrics.compare_models(margins_a, margins_b, "ppqrr")
+    assert (result["better_a"], result["better_b"], result["p_value"]) == (1.0, 1.0, 1.0)
+    # Two prompts of differences (1, 1) and (-1): 1, 1/3 or -1 with probability 1/4, 1/2 and 1/4.
+    result = metrics.compare_models(margins_a[:3], margins_b[:3], "ppq", level=0.4)
+    assert (result["difference_low"], result["difference_high"]) == pytest.approx((1 / 3, 1 / 3))
+
+
 def test_compare_models_drops_a_pair_that_is_a_tie_for_either():
     result = metrics.compare_models([0.0, 1.0, 1.0], [1.0, -1.0, 1.0], ties="drop")
     assert (result["accuracy_a"], result["accuracy_b"]) == (1.0, 0.5)
@@ -411,8 +421,13 @@ def test_rewardbench2_ties_by_hand():
         ("tied:1", [5.0, 4.0, 2.0], 2),  # accurate; gap 2, spread 1: preferred; min(4, 2) > 1: preferred too; tanh(1)
         ("ref:2", [0.0, 1.0], 1),  # not; gap -1
         ("tied:2", [3.0, 1.0, 0.0], 2),  # accurate; gap 1, spread 2: not preferred; tanh(-1/2 - 1)
+        ("ref:3", [2.0, 0.0], 1),  # accurate; gap 2
+        ("tied:3", [1.0, 1.0, 0.0], 2),  # accurate; gap 1, spread 0: preferred both ways, and no ratio
+        ("ref:4", [2.0, 0.0], 1),  # accurate
+        ("tied:4", [0.0, 1.0], 1),  # not; one correct response: no spread, no preference
+        ("ref:5", [2.0, 0.0], 1),  # accurate; no tied row
     ]
-    expected = 0.3 * 1 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * (math.tanh(1) + math.tanh(-1.5)) / 2
+    expected = 0.3 * 3 / 4 + 0.3 * 4 / 5 + 0.2 * 2 / 3 + 0.2 * 2 / 3 + 0.01 * (math.tanh(1) + math.tanh(-1.5)) / 2
     assert metrics.rewardbench2_ties(*zip(*rows, strict=True)) == pytest.approx(expected, rel=1e-12)
     # A reward may be shifted for a prompt, and scaled.
     moved = [(name, [7.0 * score + len(name) for score in scores], correct) for name, scores, correct in rows]
@@ -558,6 +573,8 @@ def test_starc_values_that_are_known():
     assert distance(a, -a, groups) == pytest.approx(2)
     assert distance(a, shift, groups) == 1.0  # no preference on any prompt: the zero vector
     assert distance(shift, 2 * shift, groups) == 0.0
+    thirds = np.arange(60) // 3
+    assert distance(a, 0.1 + thirds / 7, thirds) == 1.0  # also where a mean of equal numbers is rounded
     assert distance(a, b, groups) == distance(b, a, groups)
     independent = distance(*[draw(20_000, seed) for seed in (5, 6)], np.repeat(np.arange(5000), 4))
     assert independent == pytest.approx(math.sqrt(2), rel=0.02)
@@ -569,14 +586,18 @@ def test_starc_interval_of_known_distances():
     a, _, groups = prompts()
     assert metrics.starc_interval(a, -a, groups) == pytest.approx((2, 2))
     assert metrics.starc_interval(a, groups.astype(float), groups) == (1.0, 1.0)
+    assert metrics.starc_interval(groups.astype(float), a, groups) == (1.0, 1.0)
     assert metrics.starc_interval(a, 2 * a + groups, groups) == pytest.approx((0, 0), abs=1e-6)
 
 
 def test_kappa():
-    # 20 of 50 both yes, 15 both no: observed 0.7, expected 0.5 * 0.6 + 0.5 * 0.4
+    # 20 of 50 both yes, 10 both no: observed 0.6; yes 0.5 and 0.7 of the time: expected 0.5 * 0.7 + 0.5 * 0.3.
     a = ["yes"] * 25 + ["no"] * 25
-    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
-    assert metrics.cohen_kappa(a, b) == pytest.approx((0.7 - 0.5) / (1 - 0.5))
+    b = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 15 + ["no"] * 10
+    assert metrics.cohen_kappa(a, b) == pytest.approx((0.6 - 0.5) / (1 - 0.5))
+    # yes 0.8 and 0.6 of the time, 0.5 both, 0.1 neither
+    a, b = ["yes"] * 8 + ["no"] * 2, ["yes"] * 5 + ["no"] * 3 + ["yes", "no"]
+    assert metrics.cohen_kappa(a, b) == pytest.approx((0.6 - 0.56) / (1 - 0.56))
     assert metrics.cohen_kappa(a, a) == 1.0
     assert metrics.cohen_kappa("xxyy", "xyxy") == 0.0
     with pytest.raises(ValueError, match="one and the same label"):
@@ -661,7 +682,7 @@ def test_starc_is_a_distance(rows):
     assert ab == pytest.approx(metrics.starc_distance(4 * b - groups, a + 2 * groups, groups), abs=1e-9)
 
 
-# -------------------------------------------------------------------------------------------------------- the trainer's
+# --------------------------------------------------------------------------------------------------------- the trainer
 
 
 def test_compute_metrics_counts_as_the_trainer_does():

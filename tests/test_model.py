@@ -386,7 +386,7 @@ def test_float64_stays_float64():
     assert score(model, texts()[0][None]).dtype == torch.float64
 
 
-# -------------------------------------------------------------------------------------------- the head's initial weights
+# ------------------------------------------------------------------------------------------ the head's initial weights
 
 
 def test_head_is_drawn_from_the_seed_as_torch_draws_it():

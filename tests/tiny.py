@@ -81,8 +81,8 @@ def word_tokenizer(words, template=CHATML, special=("<|im_start|>",), **tokens):
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
 
 
-# Twenty decoders: model type and what differs from the common dimensions. Where a family scales or caps its logits, the
-# number is one that shows at this size.
+# Twenty decoders: model type and what differs from the common dimensions. Where a family scales or caps its logits,
+# the number is one that shows at this size.
 COMMON = dict(
     hidden_size=32,
     intermediate_size=64,
