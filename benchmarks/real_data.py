@@ -1,5 +1,5 @@
-"""Reward models on real preference pairs: `examples/train_grm.py` run on three training files with four text losses and
-five seeds each, from the pretrained stories260K model, evaluated on held-out pairs and on HHH alignment.
+"""Reward models on real preference pairs: `examples/train_grm.py` run on three training files with four text losses
+and five seeds each, from the pretrained stories260K model, tested on held-out pairs and on HHH alignment.
 
     python benchmarks/real_data.py             # what is not yet done, then the section in docs/results.md
     python benchmarks/real_data.py --report    # the section only, from docs/results/real_data.json
@@ -18,14 +18,15 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import load_dataset
 from results_page import ROOT, write_section
 from stories260k import SHARED, SOURCE, load
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf import GRMScorer
 from grm_hf.metrics import accuracy, bootstrap_interval, length_bias, pair_margins, pair_wins, seed_interval
 from grm_hf.pairs import Encoder
 
@@ -85,9 +86,13 @@ def train(folder: Path, **settings):
     return train_grm.main([part for name, value in options.items() for part in (f"--{name}", str(value))])
 
 
+def pairs(name: str):
+    return load_dataset("parquet", data_files=str(DATA / f"{name}.parquet"), split="train")
+
+
 def read(name: str) -> list[dict]:
     """Rows of an evaluation file, at most `EVAL_ROWS`."""
-    rows = load_dataset("parquet", data_files=str(DATA / f"{name}.parquet"), split="train")
+    rows = pairs(name)
     return (rows.shuffle(seed=0).select(range(EVAL_ROWS)) if len(rows) > EVAL_ROWS else rows).to_list()
 
 
@@ -97,11 +102,8 @@ def first_user_turn(row: dict) -> str:
 
 def check_apart(train_name: str, eval_name: str) -> None:
     """Raises if a training and an evaluation file have a prompt in common."""
-    sides = [
-        {first_user_turn(row) for row in load_dataset("parquet", data_files=str(DATA / f"{n}.parquet"), split="train")}
-        for n in (train_name, eval_name)
-    ]
-    if common := sides[0] & sides[1]:
+    seen, tested = ({first_user_turn(row) for row in pairs(name)} for name in (train_name, eval_name))
+    if common := seen & tested:
         raise ValueError(f"{train_name} and {eval_name} have {len(common)} prompts in common; test on another file.")
 
 
@@ -153,7 +155,7 @@ def one_run(train_name: str, regularizer: str, seed: int, sets: dict[str, list[d
         "train": train_name,
         "regularizer": regularizer,
         "seed": seed,
-        "rows": [counts.rows, counts.truncated, counts.response_cut, counts.dropped],
+        "rows": [len(pairs(train_name)), counts.rows, counts.truncated, counts.response_cut, counts.dropped],
         "loss": round(trainer.state.log_history[-1]["train_loss"], 4),
         "eval": {name: evaluate(trainer.model, trainer.processing_class, sets[name]) for name in FILES[train_name]},
         "wall": round(time.perf_counter() - wall, 1),
@@ -167,6 +169,7 @@ def run_all() -> None:
         for eval_name in eval_names:
             check_apart(train_name, eval_name)
     sets = {name: read(name) for names in FILES.values() for name in names}
+    evals = describe(sets)
     done = {(run["train"], run["regularizer"], run["seed"]) for run in finished()}
     for seed in SEEDS:
         for train_name in FILES:
@@ -175,13 +178,13 @@ def run_all() -> None:
                     run = one_run(train_name, regularizer, seed, sets)
                     with open(WORK / "runs.jsonl", "a", encoding="utf-8") as file:
                         file.write(json.dumps({**run, "settings": fingerprint()}) + "\n")
-                    collect(sets)
+                    collect(evals)
 
 
 def select() -> None:
     """One Bradley-Terry run for each learning rate on four fifths of a training file, judged on the last fifth."""
     name = "hh_helpful_base_train"
-    rows = load_dataset("parquet", data_files=str(DATA / f"{name}.parquet"), split="train")
+    rows = pairs(name)
     held_out = {turn for i, turn in enumerate(sorted({first_user_turn(row) for row in rows})) if i % 5 == 0}
     parts = {"eval": rows.filter(lambda row: first_user_turn(row) in held_out)}
     parts["train"] = rows.filter(lambda row: first_user_turn(row) not in held_out)
@@ -197,8 +200,8 @@ def select() -> None:
             learning_rate=rate,
             seed=1000,
         )
-        scores = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
-        found.append({"rate": rate, "loss": round(scores["eval_loss"], 4), "accuracy": round(scores["eval_accuracy"], 4)})
+        loss = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row][-1]
+        found.append({"rate": rate, "loss": round(loss, 4)})
         print(found[-1], flush=True)
     (WORK / "selection.json").write_text(json.dumps({"file": name, "rows": len(parts["eval"]), "rates": found}))
 
@@ -217,28 +220,202 @@ def finished() -> list[dict]:
     return [run for run in map(json.loads, lines) if run.pop("settings") == fingerprint()]
 
 
-def collect(sets: dict[str, list[dict]]) -> None:
-    """The finished runs, and what the tables need to know of the data, in `RESULTS`."""
-    base, tokenizer = GRMForSequenceClassification.from_base(WORK / "base"), AutoTokenizer.from_pretrained(WORK / "base")
-    evals = {}
+def describe(sets: dict[str, list[dict]]) -> dict:
+    """What the tables say of each evaluation file: the prompt of each pair, as a number; the share of pairs in which
+    the longer response is the chosen one; pairs that were cut, and cut inside a response; the base's perplexity."""
+    tokenizer = AutoTokenizer.from_pretrained(WORK / "base")
+    lm = AutoModelForCausalLM.from_pretrained(WORK / "base")
+    encoder = Encoder(tokenizer, SETTINGS["max_length"], SETTINGS["overlength"])
+    result = {}
     for name, rows in sets.items():
         prompts = [json.dumps(row["prompt"]) for row in rows]
         numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        evals[name] = {
+        sides = [[encoder.encode(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows]
+        result[name] = {
             "prompts": [numbers[prompt] for prompt in prompts],
             "longer": round(accuracy(pair_margins(*lengths(rows))), 4),
-            "perplexity": round(perplexity(base.lm, tokenizer, rows), 3),
+            "truncated": sum(any(text.truncated for text in pair) for pair in sides),
+            "response_cut": sum(any(text.response_cut for text in pair) for pair in sides),
+            "perplexity": round(perplexity(lm, tokenizer, rows), 3),
         }
+    return result
+
+
+def collect(evals: dict) -> None:
+    """Everything the section is made of, in `RESULTS`: one line a run."""
     selection = WORK / "selection.json"
     results = {
         "settings": fingerprint(),
-        "selection": json.loads(selection.read_text()) if selection.is_file() else None,
+        "selection": json.loads(selection.read_text(encoding="utf-8")) if selection.is_file() else None,
         "evals": evals,
     }
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
     lines.append('"runs": [\n' + ",\n".join(map(json.dumps, finished())) + "\n]")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def verdict(*intervals: tuple[float, float]) -> str:
+    """"higher" or "lower" where every interval of a difference is on that side of zero."""
+    if all(low > 0 for low, _ in intervals):
+        return "higher"
+    if all(high < 0 for _, high in intervals):
+        return "lower"
+    return "no difference shown"
+
+
+def over_seeds(values: list[float]) -> tuple[float, tuple[float, float]]:
+    """Mean and 95 % interval (Student's t)."""
+    result = seed_interval(values)
+    return result["mean"], (result["low"], result["high"])
+
+
+def wins_of(scores: dict) -> np.ndarray:
+    return pair_wins([{"1": 1, "0": -1, "=": 0}[pair] for pair in scores["wins"]])
+
+
+def section(results: dict) -> str:
+    """The section of docs/results.md: every number and every verdict in it is computed here from the results file."""
+    settings, evals = results["settings"], results["evals"]
+    table = {(run["train"], run["regularizer"], run["seed"]): run for run in results["runs"]}
+    seeds = [  # those that every cell has: differences are paired
+        seed
+        for seed in sorted({run["seed"] for run in results["runs"]})
+        if all((name, regularizer, seed) in table for name in FILES for regularizer in REGULARIZERS)
+    ]
+    if len(seeds) < 2:
+        raise ValueError(f"The results file has {len(seeds)} complete seeds; intervals need 2. Go on with the runs.")
+    counted = [table[name, regularizer, s] for name in FILES for regularizer in REGULARIZERS for s in seeds]
+
+    lines: dict[str, list[str]] = {"accuracy": [], "length": [], "perplexity": []}
+    verdicts: dict[str, list[str]] = {name: [] for name in lines}
+    above_chance = []
+    for train_name, eval_name in ((name, e) for name, names in FILES.items() for e in names):
+        prompts = evals[eval_name]["prompts"]
+        scores = {r: [table[train_name, r, seed]["eval"][eval_name] for seed in seeds] for r in REGULARIZERS}
+        wins = {r: 100 * np.stack([wins_of(score) for score in scores[r]]) for r in REGULARIZERS}  # (seeds, pairs)
+        for r in REGULARIZERS:
+            names = f"| {train_name} | {eval_name} | {r} "
+            mean, spread = over_seeds(wins[r].mean(1))
+            sample = bootstrap_interval(wins[r].mean(0), prompts)
+            above_chance.append(sample[0] > 50)
+            row = f"{names}| {mean:.1f} | {_span(spread, 1)} | {_span(sample, 1)} "
+            if r == "none":
+                row += "| | | | baseline |"
+            else:
+                difference = wins[r] - wins["none"]
+                mean, spread = over_seeds(difference.mean(1))
+                sample = bootstrap_interval(difference.mean(0), prompts)
+                verdicts["accuracy"].append(verdict(spread, sample))
+                row += f"| {mean:+.1f} | {_span(spread, 1)} | {_span(sample, 1)} | {verdicts['accuracy'][-1]} |"
+            lines["accuracy"].append(row)
+            for quantity, digits in (("length", 2), ("perplexity", 1)):
+                ours, theirs = ([score[quantity] for score in scores[x]] for x in (r, "none"))
+                mean, spread = over_seeds(ours)
+                row = f"{names}| {mean:.{digits}f} | {_span(spread, digits)} "
+                if r == "none":
+                    row += "| | | baseline |"
+                else:
+                    mean, spread = over_seeds([a - b for a, b in zip(ours, theirs, strict=True)])
+                    verdicts[quantity].append(verdict(spread))
+                    row += f"| {mean:+.{digits}f} | {_span(spread, digits)} | {verdicts[quantity][-1]} |"
+                lines[quantity].append(row)
+
+    def count(quantity: str) -> str:
+        words = ("higher", "lower", "no difference shown")
+        found = ", ".join(f"{verdicts[quantity].count(word)} {word}" for word in words)
+        return f"{len(verdicts[quantity])} comparisons with `none`: {found}."
+
+    def head(*names: str) -> list[str]:
+        return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    options = ", ".join(f"`{name}={settings[name]}`" for name in SETTINGS)
+    wall, cpu = (sum(run[clock] for run in counted) / 60 for clock in ("wall", "cpu"))
+    cut = ("pairs cut", "of these, inside a response")
+    columns, interval = ("trained on", "tested on", "text loss"), ("over seeds", "over prompts")
+    return "\n".join(
+        [
+            "## Real preference data, from a base of 260,032 parameters",
+            "",
+            "`python benchmarks/real_data.py` (needs `shared/data` and `shared/models` beside the repository).",
+            "",
+            "`examples/train_grm.py` on three files of real preference pairs, from stories260K, a language model "
+            "trained on English children's stories with a vocabulary of 512 pieces and a context of 512 tokens. It can "
+            "hardly read these texts, so this shows how the training behaves on real input and says nothing about what "
+            "GRM does for a base of useful size. `none` is a Bradley-Terry model with the same head, pairs, steps and "
+            "settings; a seed draws the reward head and the order of the pairs, alike for all text losses.",
+            "",
+            f"- {len(seeds)} seeds, so {len(counted)} runs: {wall:.0f} minutes of wall time on one thread of a shared "
+            f"machine, {cpu:.0f} of processor time.",
+            f"- Settings, alike for every run: {options}.",
+            *_selection(results["selection"], settings["learning_rate"]),
+            "- The intervals are 95 %. Over seeds: Student's t on the means of the runs; it holds for these test "
+            "pairs. Over prompts: test prompts drawn with replacement (bootstrap, each with all its pairs), of the "
+            "average over seeds; it holds for these runs. Differences are paired by seed and by pair. A verdict on "
+            "accuracy needs both intervals on one side of zero. Nothing is corrected for the number of comparisons.",
+            f"- Versions: {versions}.",
+            "",
+            "### Data",
+            "",
+            "No prompt of a training file is in the files it is tested on. A pair longer than the context loses its "
+            "beginning: the prompt first, then that of the response.",
+            "",
+            *head("training file", "pairs", "drawn", *cut, "left out"),
+            *(f"| {name} | {' | '.join(map(str, table[name, 'none', seeds[0]]['rows']))} |" for name in FILES),
+            "",
+            *head("test file", "pairs", "prompts", *cut, "chosen is the longer one, %"),
+            *(
+                f"| {name} | {len(about['prompts'])} | {len(set(about['prompts']))} | {about['truncated']} | "
+                f"{about['response_cut']} | {100 * about['longer']:.1f} |"
+                for name, about in evals.items()
+            ),
+            "",
+            "### Accuracy, %",
+            "",
+            f"{sum(above_chance)} of {len(above_chance)} lines are above chance (interval over prompts above 50 %). "
+            + count("accuracy"),
+            "",
+            *head(*columns, "accuracy", *interval, "minus `none`", *interval, "verdict"),
+            *lines["accuracy"],
+            "",
+            "### Length",
+            "",
+            "Correlation (Pearson) of the difference in reward with the difference in characters between the two "
+            "responses of a pair: 0 where the reward does not follow length. " + count("length"),
+            "",
+            *head(*columns, "correlation", "over seeds", "minus `none`", "over seeds", "verdict"),
+            *lines["length"],
+            "",
+            "### Does the hidden state still speak?",
+            "",
+            "Perplexity of a token of the chosen test responses under the kept language-model head (lower is better). "
+            + count("perplexity")
+            + " Before training: "
+            + ", ".join(f"{name} {about['perplexity']:.1f}" for name, about in evals.items())
+            + ".",
+            "",
+            *head(*columns, "perplexity", "over seeds", "minus `none`", "over seeds", "verdict"),
+            *lines["perplexity"],
+        ]
+    )
+
+
+def _span(interval: tuple[float, float], digits: int) -> str:
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+def _selection(selection: dict | None, rate: float) -> list[str]:
+    if selection is None:
+        return []
+    found = ", ".join(f"{row['loss']:.4f} at {row['rate']}" for row in selection["rates"])
+    return [
+        f"- The learning rate {rate} is the one with the lowest loss of `none` on {selection['rows']} pairs held out "
+        f"of {selection['file']} (`--select`; {found}). No test file was used."
+    ]
 
 
 def main() -> None:
@@ -256,6 +433,8 @@ def main() -> None:
             model.save_pretrained(WORK / "base")
             tokenizer.save_pretrained(WORK / "base")
         (select if args.select else run_all)()
+    if not args.select:
+        write_section("real_data", section(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""`docs/results.md`: one section per experiment, each written by its own script between two markers and left alone by all
-others. A section is a function of a results file in `docs/results/`, so that a test can write it again."""
+"""`docs/results.md`: one section per experiment, each written by its own script between two markers and left alone by
+all others. A section is a function of a results file in `docs/results/`, so that a test can write it again."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
 HEADER = (
-    "# Results\n\nEvery section is written by the command it names, from a results file in `docs/results/`. Nothing here is "
-    "typed by hand.\n"
+    "# Results\n\nEvery section is written by the command it names, from a results file in `docs/results/`. "
+    "Nothing here is typed by hand.\n"
 )
 
 
 def write_section(name: str, text: str, page: Path = PAGE) -> None:
-    """Put `text` (Markdown that begins with its heading) into the section `name`, or behind all others if it is new."""
+    """Put `text` (Markdown, beginning with its heading) into the section `name`, or behind the others if it is new."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
     old = page.read_text(encoding="utf-8") if page.is_file() else HEADER
     if begin in old:

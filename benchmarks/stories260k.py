@@ -1,5 +1,6 @@
-"""A real pretrained language model that fits into a megabyte: stories260K of karpathy/llama2.c (260,032 parameters, trained
-on English children's stories), as a transformers `LlamaForCausalLM` with a fast tokenizer and a plain chat template.
+"""A real pretrained language model that fits into a megabyte: stories260K of karpathy/llama2.c (260,032 parameters,
+trained on English children's stories), as a transformers `LlamaForCausalLM` with a fast tokenizer and a plain chat
+template.
 
     python benchmarks/stories260k.py FOLDER [--source FOLDER_OF_THE_ORIGINAL_FILES]
 
@@ -110,8 +111,8 @@ def load_model(path: Path) -> LlamaForCausalLM:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Sentencepiece BPE (a score for each piece; the adjacent pair whose union scores highest is merged first), as merges
-    in the order of the scores."""
+    """Sentencepiece BPE (a score for each piece; the adjacent pair whose union scores highest is merged first), as
+    merges in the order of the scores."""
     data, position = path.read_bytes(), 4  # the first int32 is the length of the longest piece
     pieces, scores = [], []
     while position < len(data):

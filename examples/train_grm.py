@@ -2,8 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["grm-hf[train]"]
 # ///
-"""Train a Generalizable Reward Model on preference pairs: a Hub dataset or a local file (parquet, JSON lines, CSV) in any of
-TRL's preference formats, starting from any causal language model.
+"""Train a Generalizable Reward Model on preference pairs: a Hub dataset or a local file (parquet, JSON lines, CSV) in
+any of TRL's preference formats, starting from any causal language model.
 
     python examples/train_grm.py --model Qwen/Qwen3-0.6B --train trl-lib/ultrafeedback_binarized --output_dir runs/grm
 

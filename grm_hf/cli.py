@@ -1,4 +1,4 @@
-"""The `grm` command. Every subcommand ends with 0 (done), 1 (could not be done, one line says why) or 2 (wrong usage)."""
+"""The `grm` command. Each subcommand ends with 0 (done), 1 (could not be done, one line says why) or 2 (wrong usage)."""
 
 import argparse
 import contextlib

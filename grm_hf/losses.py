@@ -67,11 +67,15 @@ def pair_loss(
         )
     logits = chosen - rejected
     if kind == "margin":
+        assert margin is not None
         logits = logits - margin
     loss = -logsigmoid(logits)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-logits)
-    return margin * loss if kind == "scaled" else loss
+    if kind == "scaled":
+        assert margin is not None
+        loss = margin * loss
+    return loss
 
 
 def text_loss(

@@ -120,7 +120,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def model(self):
         return self.lm.base_model
 
-    # ------------------------------------------------------------------------------------------------ making, loading
+    # ------------------------------------------------------------------------------------------------- making, loading
 
     @classmethod
     def from_base(
@@ -308,7 +308,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         return self.lm.prepare_inputs_for_generation(*args, **kwargs)
 
-    # -------------------------------------------------------------------------------------------------------- forward
+    # --------------------------------------------------------------------------------------------------------- forward
 
     @can_return_tuple
     def forward(
@@ -547,13 +547,10 @@ def _load_adapter(model, adapter, name, hub):
     wrapped = PeftModel(model, config, name)  # changes the layers of `model` itself
     try:
         report = wrapped.load_adapter(adapter, name, torch_device=str(model.device), **hub)
-    except (
-        KeyError,
-        RuntimeError,
-    ) as error:  # a module it brings whole, such as the head, is missing or of another shape
+    except (KeyError, RuntimeError) as error:  # the head, or another module that it brings whole
         raise ValueError(
-            f"'{adapter}' does not fit its adapter_config.json and the reward model below, and was not loaded: it lacks "
-            f"{error}. Restore the files as `save_pretrained` wrote them."
+            f"'{adapter}' does not fit its adapter_config.json and the reward model below, and was not loaded: it "
+            f"lacks {error}. Restore the files as `save_pretrained` wrote them."
         ) from error
     own = [key for key, _ in wrapped.named_parameters() if name in key.split(".")]
     missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]

@@ -59,7 +59,7 @@ def lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-# ----------------------------------------------------------------------------------------------------------------- train
+# --------------------------------------------------------------------------------------------------------------- train
 
 
 def yaml(tmp_path, base_folder, data, **more):
@@ -154,7 +154,7 @@ def test_a_bad_row_is_named_before_training(tmp_path, base_folder, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------- score
+# --------------------------------------------------------------------------------------------------------------- score
 
 
 def expected(model_folder):
@@ -240,7 +240,7 @@ def test_missing_file_and_wrong_model(tmp_path, model_folder, base_folder, capsy
     assert "from_base" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------------------------- compare
 
 
 def test_compare_says_who_wins_with_what_probability(model_folder, capsys):
@@ -258,7 +258,7 @@ def test_compare_says_who_wins_with_what_probability(model_folder, capsys):
     assert capsys.readouterr().out.startswith("Tie")
 
 
-# ------------------------------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------------------------------------------------ the rest
 
 
 def test_usage_errors_end_with_two():
@@ -281,7 +281,7 @@ def test_the_command_is_installed():
         assert command in done.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------- scorer
+# -------------------------------------------------------------------------------------------------------------- scorer
 
 
 def test_scores_do_not_depend_on_the_batch_or_the_order(model_folder):

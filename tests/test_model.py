@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     DynamicCache,
     LlamaConfig,
-    LlamaForCausalLM,
     pipeline,
 )
 
@@ -29,6 +28,8 @@ from grm_hf.heads_grm import GRMLinearHead, GRMMLPHead
 
 HEADS = ("mlp", "linear")
 LENGTHS = (7, 1, 4, 9)
+# How far a reward may move, relative to the larger of 1 and the reward itself; docs/numerics.md measures how far it does.
+FLOAT32, BFLOAT16 = 1e-6, 1e-2
 
 
 def tiny_grm(family="llama", head_type="mlp", **overrides):
@@ -80,13 +81,9 @@ def expected(lm, model, rows):
         return head_by_hand(model, torch.stack(last))
 
 
-def assert_same(found, wanted, tolerance=1e-6):
-    """Equal relative to the larger of 1 and the reward itself."""
+def assert_same(found, wanted, tolerance=FLOAT32):
     scale = wanted.abs().clamp(min=1)
     assert ((found.double() - wanted.double()).abs() <= tolerance * scale).all(), (found, wanted)
-
-
-_assert_same = assert_same
 
 
 # ----------------------------------------------------------------------------------------------------------- families
@@ -118,17 +115,15 @@ def test_one_text_has_one_reward(family, head_type):
     wanted = expected(tiny_lm(family), model, rows)
     assert wanted.std() > 0.01, "rewards too close to tell apart"
 
-    def assert_same(found, wanted):  # some families round more often (measured in docs/numerics.md)
-        _assert_same(found, wanted, tolerance=2e-6)
-
-    assert_same(alone(model, rows), wanted)
+    tolerance = 2 * FLOAT32  # Gemma 3 rounds more often than others
+    assert_same(alone(model, rows), wanted, tolerance)
     for side in (True, False, [True, False, False, True]):
         ids, mask = pad(rows, side, width=12)
         for dtype in (torch.bool, torch.int64, torch.float32):
-            assert_same(score(model, ids, mask.to(dtype)), wanted)
-        assert_same(score(model, ids, mask, return_lm_logits=True), wanted)
-        assert_same(score(model, ids, mask, output_hidden_states=True, use_cache=True), wanted)
-    assert_same(score(model, ids[[2, 0]], mask[[2, 0]]), wanted[[2, 0]])
+            assert_same(score(model, ids, mask.to(dtype)), wanted, tolerance)
+        assert_same(score(model, ids, mask, return_lm_logits=True), wanted, tolerance)
+        assert_same(score(model, ids, mask, output_hidden_states=True, use_cache=True), wanted, tolerance)
+    assert_same(score(model, ids[[2, 0]], mask[[2, 0]]), wanted[[2, 0]], tolerance)
 
 
 @pytest.mark.parametrize("head_type", HEADS)
@@ -184,12 +179,11 @@ def test_score_is_the_same_in_any_batch_with_any_padding(family, data):
 
 
 def test_bfloat16_stays_within_the_published_tolerance():
-    """`docs/numerics.md` says how far bfloat16 moves; this is its first row, and the bound it states."""
-    model, rows = tiny_grm().to(torch.bfloat16), texts(range(1, 24), seed=3)
+    model, rows = tiny_grm(dtype=torch.bfloat16), texts(range(1, 24), seed=3)
     ids, mask = pad(rows, left=True, width=30)
     batched, single = score(model, ids, mask), alone(model, rows)
-    assert batched.dtype == torch.float32
-    assert_same(batched, single, tolerance=2e-2)
+    assert batched.dtype == torch.float32 and model.dtype == torch.bfloat16
+    assert_same(batched, single, BFLOAT16)
 
 
 # ------------------------------------------------------------------------------------------------- where it is read
@@ -834,12 +828,3 @@ def test_multimodal_base_is_refused_and_what_the_message_says_works(kind):
         exec(step, names)
     model = GRMForSequenceClassification.from_base(names["lm"].eval())
     torch.testing.assert_close(model(ids, return_lm_logits=True).lm_logits, full(ids).logits)
-
-
-def test_module_without_configuration_is_refused_as_a_base():
-    with pytest.raises((ValueError, TypeError)):
-        GRMForSequenceClassification.from_base(42)
-
-
-def test_llama_is_still_llama():
-    assert isinstance(tiny_grm().lm, LlamaForCausalLM)

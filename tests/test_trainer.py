@@ -115,7 +115,7 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-# ------------------------------------------------------------------------------------------------- TRL, to the last bit
+# ------------------------------------------------------------------------------------------------ TRL, to the last bit
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_without_text_loss_it_is_trl_bit_for_bit(tmp_path, ours, shared):
     assert not same_weights(run.model, grm())
 
 
-# ------------------------------------------------------------------------------------------- the loss against a second one
+# --------------------------------------------------------------------------------------- the loss against a second one
 
 
 def their_loss(model, frozen, batch, starts, kind, alpha, beta):
@@ -250,7 +250,7 @@ def test_freeze_backbone_trains_the_head_alone(tmp_path):
     assert "score.out.weight" in moved and all(name.startswith("score.") for name in moved)
 
 
-# --------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 def test_evaluation_is_exact_with_an_uneven_last_batch(tmp_path):
@@ -323,7 +323,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ ways of training
+# ---------------------------------------------------------------------------------------------------- ways of training
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -398,7 +398,7 @@ def test_a_model_by_its_folder(tmp_path, start):
     assert run.model.config.max_sequence_length == 1024
 
 
-# --------------------------------------------------------------------------------------------- checkpoints in other hands
+# ------------------------------------------------------------------------------------------ checkpoints in other hands
 
 
 def scores_in_a_clean_process(folder, chats):
@@ -488,7 +488,7 @@ def test_a_base_folder_of_other_adapters_is_not_overwritten(tmp_path):
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == weights
 
 
-# ---------------------------------------------------------------------------------------------------------------- resume
+# -------------------------------------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
@@ -553,7 +553,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert same_weights(straight.model, resumed.model)
 
 
-# ------------------------------------------------------------------------------------------------- reference of dpo
+# ---------------------------------------------------------------------------------------------------- reference of dpo
 
 
 def batch_of(run):
@@ -618,7 +618,7 @@ def test_precomputed_values_are_reused_and_refused_when_stale(tmp_path, monkeypa
         trainer(tmp_path, **make)
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
 class _Widest(TorchDispatchMode):
@@ -659,7 +659,7 @@ def test_prompt_tokens_never_reach_the_language_model_head(tmp_path):
     assert batch["text_targets"].tolist() == example["chosen_ids"][starts:]
 
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ class GRMRewardConfig(RewardConfig):
             `trainer.data_counts` and said.
         layout (`str`, *optional*, defaults to `"auto"`):
             How pairs lie in a batch: `"padded"`, `"packed"` (no padding), `"shared_prefix"` (no padding, and what
-            chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model. All
-            give the same numbers to rounding; without a text loss `"auto"` is `"padded"`, whose numbers are TRL's to the
-            last bit.
+            chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model.
+            All give the same numbers to rounding; without a text loss `"auto"` is `"padded"`, whose numbers are TRL's
+            to the last bit.
     """
 
     regularizer: str = field(

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging
 from trl import RewardTrainer
 
