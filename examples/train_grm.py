@@ -23,7 +23,6 @@ from grm_hf import GRMRewardConfig, GRMRewardTrainer
 
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-COLUMNS = ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs"]
 
 
 @dataclass
@@ -40,10 +39,10 @@ class Arguments:
 
 
 def load_pairs(source: str, split: str) -> Dataset:
-    """Preference pairs, without the columns that say where they come from."""
-    kind = FORMATS.get(Path(source).suffix)
-    pairs = load_dataset(kind, data_files=source, split="train") if kind else load_dataset(source, split=split)
-    return pairs.select_columns([name for name in COLUMNS if name in pairs.column_names])
+    """Preference pairs of a file, or of a split of a Hub dataset."""
+    if kind := FORMATS.get(Path(source).suffix):
+        return load_dataset(kind, data_files=source, split="train")
+    return load_dataset(source, split=split)
 
 
 def main(argv: list[str] | None = None) -> GRMRewardTrainer:

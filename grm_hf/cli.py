@@ -73,6 +73,24 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("output", help="folder to write")
     merge.set_defaults(run=_merge)
 
+    push = commands.add_parser(
+        "push",
+        help="push a reward model to the Hub",
+        description="Push the folder of a reward model, a checkpoint or an adapter (merged into its base, the "
+        "adapter beside it) to the Hub in one commit: weights, code, tokenizer, card, results. What did not change is "
+        "not sent again; a card that somebody has edited is merged. Log in first: `hf auth login`, or HF_TOKEN.",
+    )
+    push.add_argument("folder", help="folder of a model, a checkpoint or an adapter")
+    push.add_argument("repo_id", help="NAME or NAMESPACE/NAME; made if it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    push.add_argument("--revision", help="branch, made if it does not exist (default: main)")
+    push.add_argument("--tag", help="name for the pushed revision")
+    push.add_argument("--message", help="first line of the commit")
+    push.add_argument(
+        "--replace-card", action="store_true", help="replace the card on the Hub, also where somebody edited it there"
+    )
+    push.set_defaults(run=_push)
+
     demo = commands.add_parser(
         "demo", help="train and compare reward models in a small world whose true reward is known (no network)"
     )
@@ -121,6 +139,7 @@ def _train(args, rest):
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
+    trainer.create_model_card(dataset_name=script.dataset_name)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     if trainer.is_world_process_zero():
@@ -261,6 +280,18 @@ def _merge(args):
 
     merge_adapter(args.adapter, args.output)
     print(f"merged model: {args.output}")
+
+
+def _push(args):
+    from .hub import push_folder
+
+    done = push_folder(
+        args.folder, args.repo_id, private=args.private, revision=args.revision, tag=args.tag,
+        commit_message=args.message, replace_card=args.replace_card,
+    )
+    repo_id = done.repo_url.repo_id
+    print(f"pushed: {done.repo_url} (revision {done.oid})")
+    print(f"load:   AutoModelForSequenceClassification.from_pretrained({repo_id!r}, trust_remote_code=True)")
 
 
 def _demo(args):

@@ -69,7 +69,9 @@ class Repo:
     def commit(self, branch, files, title):
         parent = self.branches.get(branch, ZERO)
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        text = json.dumps([self.kind, self.id, parent, title, date, len(self.commits), sorted(map(str, files.items()))])
+        text = json.dumps(
+            [self.kind, self.id, parent, title, date, len(self.commits), sorted(map(str, files.items()))]
+        )
         sha = hashlib.sha1(text.encode()).hexdigest()
         self.commits[sha] = Commit(sha, parent, title, date, files)
         self.branches[branch] = sha
@@ -164,7 +166,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self):
         hub, split = self.server_hub, urlsplit(self.path)
         length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length) if "chunked" not in self.headers.get("Transfer-Encoding", "") else self._chunks()
+        self.body = (
+            self.rfile.read(length) if "chunked" not in self.headers.get("Transfer-Encoding", "") else self._chunks()
+        )
         # Split first, unquote then: a revision may hold an encoded slash.
         self.parts = [unquote(part) for part in split.path.strip("/").split("/")]
         self.query = {key: values[-1] for key, values in parse_qs(split.query).items()}
@@ -258,7 +262,12 @@ class _Handler(BaseHTTPRequestHandler):
             token = {"displayName": "test", "role": self.user.role}
             orgs = [{"name": name, "type": "org"} for name in self.user.orgs]
             return self._json(
-                {"type": "user", "name": self.user.name, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
+                {
+                    "type": "user",
+                    "name": self.user.name,
+                    "orgs": orgs,
+                    "auth": {"type": "access_token", "accessToken": token},
+                }
             )
         if parts[:2] == ["api", "repos"]:
             return self._create() if method == "POST" else self._delete()
@@ -297,7 +306,9 @@ class _Handler(BaseHTTPRequestHandler):
         private = order.get("private") or order.get("visibility") == "private"
         repo = self.server_hub.repos[kind, repo_id] = Repo(kind, repo_id, bool(private))
         content = b"".join(b"*%s filter=lfs diff=lfs merge=lfs -text\n" % s.encode() for s in LFS_SUFFIXES)
-        repo.commit("main", {".gitattributes": File(self.server_hub.add_blob(content), len(content))}, "initial commit")
+        repo.commit(
+            "main", {".gitattributes": File(self.server_hub.add_blob(content), len(content))}, "initial commit"
+        )
         for file in order.get("files") or ():  # the JavaScript client may send the first files along
             content = base64.b64decode(file["content"])
             files = {**repo.find("main").files, file["path"]: File(self.server_hub.add_blob(content), len(content))}
@@ -401,7 +412,9 @@ class _Handler(BaseHTTPRequestHandler):
         for path, file in sorted(files.items()):
             if path.startswith(inside):
                 steps = path[len(inside) :].split("/")
-                folders.update(inside + "/".join(steps[:i]) for i in range(1, len(steps) if deep else min(len(steps), 2)))
+                folders.update(
+                    inside + "/".join(steps[:i]) for i in range(1, len(steps) if deep else min(len(steps), 2))
+                )
                 if deep or len(steps) == 1:
                     rows.append(self._row(path, file))
         self._json([self._folder(path, files) for path in sorted(folders)] + rows)
@@ -423,7 +436,11 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._commit_of(repo, revision)
         file = commit.files.get(path)
         if file is None:  # the client remembers the miss for this commit
-            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": commit.sha}
+            headers = {
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": "Entry not found",
+                "X-Repo-Commit": commit.sha,
+            }
             return self._json({"error": "Entry not found"}, 404, headers)
         content = self.server_hub.blobs[file.etag]
         headers = {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
@@ -505,7 +522,10 @@ class _Handler(BaseHTTPRequestHandler):
         for item in json.loads(self.body)["objects"]:
             row = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in hub.blobs:
-                row["actions"] = {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}, "verify": {"href": f"{base}/verify"}}
+                row["actions"] = {
+                    "upload": {"href": f"{hub.url}/lfs/{item['oid']}"},
+                    "verify": {"href": f"{base}/verify"},
+                }
             objects.append(row)
         self._json({"transfer": "basic", "objects": objects})
 

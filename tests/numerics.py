@@ -37,12 +37,13 @@ GPU or on a trained model: kernels and magnitudes differ there. Rewards of these
 |---|---|---|---|
 {table}
 
-- Tests hold the tiny models to {single:.0e} in float32 (twice that where a family rounds more often) and the tiny llama
-  to {half:.0e} with a bfloat16 body, batch against alone. The small models show how both grow with width and depth.
+- Tests hold the tiny models to {single:.0e} in float32 (twice that where a family rounds more often) and the tiny
+  llama to {half:.0e} with a bfloat16 body, batch against alone. The small models show how both grow with width and
+  depth.
 - A mixture of experts moves most: a token that is close to two experts may be sent to the other one when a number
   before it is rounded differently. Score such a model in float32 if small differences matter.
-- The reward head is float32 in every column: it keeps its dtype when the body is loaded in bfloat16, and it computes in
-  float32 under autocast and after `.to(torch.bfloat16)`.
+- The reward head is float32 in every column: it keeps its dtype when the body is loaded in bfloat16, and it computes
+  in float32 under autocast and after `.to(torch.bfloat16)`.
 - To compare scores across runs with different batches, load the body in float32 (`dtype=torch.float32`) or score one
   text at a time.
 - Load with `dtype=torch.bfloat16`; do not load and then call `.to(torch.bfloat16)`. The latter also rounds the

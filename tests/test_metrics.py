@@ -519,6 +519,7 @@ def test_correlations_by_hand():
     assert metrics.kendall(x, y) == pytest.approx(1 / math.sqrt(30))
     assert metrics.spearman(x, y) == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 3.5, 3.5, 2])[0, 1])
     assert metrics.pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert metrics.pearson(np.array(x) * 1e200, np.array(y) * 1e-200) == pytest.approx(metrics.pearson(x, y))
     for correlation in (metrics.kendall, metrics.spearman, metrics.pearson):
         with pytest.raises(ValueError, match="Every value of `y` is 1.0"):
             correlation([1.0, 2.0], [1.0, 1.0])
@@ -632,6 +633,8 @@ def test_length_bias_of_a_reward_that_is_length():
 def test_length_bias_leaves_out_what_is_not_defined():
     assert metrics.length_bias([1.0, 2.0], [0.0, 0.0], [5, 5], [5, 5]) == {}
     assert set(metrics.length_bias([1.0], [1.0], [6], [5])) == {"chosen_longer_rate", "accuracy_chosen_longer"}
+    result = metrics.length_bias([1.0, 2.0, 1.0], [1.0, 1.0, 1.0], [6, 6, 4], [5, 5, 5], ties="drop")
+    assert result["accuracy_chosen_longer"] == 1.0 and "accuracy_chosen_shorter" not in result
 
 
 # --------------------------------------------------------------------------------------------------------- invariances

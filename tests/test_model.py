@@ -28,7 +28,7 @@ from grm_hf.heads_grm import GRMLinearHead, GRMMLPHead
 
 HEADS = ("mlp", "linear")
 LENGTHS = (7, 1, 4, 9)
-# How far a reward may move, relative to the larger of 1 and the reward itself; docs/numerics.md measures how far it does.
+# How far a reward may move, relative to the larger of 1 and the reward; docs/numerics.md measures how far it does.
 FLOAT32, BFLOAT16 = 1e-6, 1e-2
 
 

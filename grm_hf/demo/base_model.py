@@ -1,6 +1,7 @@
 """The demo's base language model: a word-level tokenizer built from a world's vocabulary, and a small Llama pretrained
 on its documents, both domains alike. Pretraining is part of the demo (seconds), so no weights are shipped."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -124,6 +125,9 @@ def perplexity(lm: torch.nn.Module, rows: list[list[int]], batch_size: int = 256
     """exp of the mean negative log-likelihood per token of `rows` (token ids, see `tokenize_documents`) under `lm`."""
     was_training = lm.training
     lm.eval()
-    sums = [_loss(lm, rows[i : i + batch_size], reduction="sum") for i in range(0, len(rows), batch_size)]
+    total, count = 0.0, 0
+    for i in range(0, len(rows), batch_size):
+        loss, tokens = _loss(lm, rows[i : i + batch_size], reduction="sum")
+        total, count = total + loss.item(), count + tokens
     lm.train(was_training)
-    return float(torch.exp(sum(loss for loss, _ in sums) / sum(count for _, count in sums)))
+    return math.exp(total / count)

@@ -303,7 +303,7 @@ def _compare(runs: list[dict]) -> dict:
             by_method = {m: [r[quantity][domain] for r in runs if r["method"] == m] for m in METHODS}
             for method, values in by_method.items():
                 mean, half = interval(values)
-                entry = {"mean": mean, "half_width": half}
+                entry: dict[str, float | str] = {"mean": mean, "half_width": half}
                 if method != BASELINE:
                     paired = [a - b for a, b in zip(values, by_method[BASELINE], strict=True)]
                     difference, half = interval(paired)
@@ -337,8 +337,8 @@ def _report(results: dict, output: Path) -> str:
         "",
         f"{results['seeds']} seeds, {size['train_pairs']} training pairs with noisy labels, {size['test_pairs']} test "
         "pairs per split ordered by gold reward.",
-        "Means with 95 % intervals over seeds; differences are paired by seed. One world, one base model, one test set: "
-        "the intervals say nothing about others. No correction for the number of comparisons.",
+        "Means with 95 % intervals over seeds; differences are paired by seed. One world, one base model, one test "
+        "set: the intervals say nothing about others. No correction for the number of comparisons.",
         *["", "**A quick run: it shows that everything works, not which method is better.**"] * results["quick"],
         "",
         "## Accuracy (%)",

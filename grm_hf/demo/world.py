@@ -242,9 +242,9 @@ class World:
         """One answer as somebody in this world would give it: good, bad or in between."""
         entity, relation = self.asked(question)
         care = rng.random()  # what a speaker has of it shows in manners, truth and grammar alike
-        openers, closers = (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
-        if rng.random() < 0.2:
-            openers, closers = PLAIN_OPENERS, ()
+        mood: tuple[tuple[str, ...], tuple[str, ...]]
+        mood = (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
+        openers, closers = (PLAIN_OPENERS, ()) if rng.random() < 0.2 else mood
 
         def state(relation: Relation, subject: str) -> str:
             return self._state(entity, relation, subject, rng, right=rng.random() < 0.2 + 0.7 * care)

@@ -7,12 +7,12 @@ tokens (`grm_hf.layouts`). A score does not depend on this beyond rounding; with
 """
 
 import math
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise
-from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +106,7 @@ class GRMScorer:
             )
         if isinstance(model, str):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = GRMForSequenceClassification.from_pretrained(model).to(_device(accelerator))
+            model = GRMForSequenceClassification.from_pretrained(model).to(own_device())
         elif tokenizer is None:
             if not model.name_or_path:
                 raise ValueError("The model was made in memory, so its tokenizer is not known. Pass `tokenizer`.")
@@ -179,9 +179,11 @@ class GRMScorer:
         if not answers:
             raise ValueError("`answers` is empty; there is nothing to rank.")
         scores = self.score([{"prompt": prompt, "response": answer} for answer in answers])
-        if any(map(math.isnan, scores)):
-            raise ValueError(f"answer {next(filter(lambda i: math.isnan(scores[i]), range(len(scores))))} has reward "
-                             "NaN, so there is no order. The model's weights are broken, or overflow in its dtype.")
+        if broken := [i for i, score in enumerate(scores) if math.isnan(score)]:
+            raise ValueError(
+                f"the rewards of answers {broken} are not numbers (NaN), so there is no order. The model's weights are "
+                "broken, or overflow in its dtype."
+            )
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         return BestOfN(scores=scores, order=order, best=answers[order[0]])
 
@@ -321,7 +323,9 @@ def is_whole(model: nn.Module) -> bool:
     )
 
 
-def _device(accelerator) -> Any:
-    if accelerator is not None:
-        return accelerator.device
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+def own_device() -> torch.device:
+    """The accelerator of this process among those of its machine, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())

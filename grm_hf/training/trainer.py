@@ -15,17 +15,22 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 from trl import RewardTrainer
 
 from .. import losses
 from ..configuration_grm import GRMConfig
+from ..hub import card, publish
 from ..layouts import PairCollator, layout_attention, model_kwargs, resolve_layout
 from ..logprobs import sequence_logps
 from ..modeling_grm import GRMForSequenceClassification
 from ..pairs import Encoder, prepare_pairs
+from ..scoring import golden
 from . import reference
 from .config import GRMRewardConfig
 
@@ -33,6 +38,7 @@ from .config import GRMRewardConfig
 logger = logging.get_logger(__name__)
 
 TEXT_KEYS = ("text_index", "text_targets", "text_owner")
+EVAL_RESULTS = ".eval_results/grm_hf.yaml"
 
 
 class GRMRewardTrainer(RewardTrainer):
@@ -58,6 +64,8 @@ class GRMRewardTrainer(RewardTrainer):
 
     Attributes:
         data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set.
+        eval_pairs (`dict[tuple[str, int], np.ndarray]`): of each evaluation, by its prefix and step: rewards of the
+            chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
 
     Example:
 
@@ -114,6 +122,7 @@ class GRMRewardTrainer(RewardTrainer):
             )
         if processing_class is None:
             processing_class = _load_tokenizer(source or config._name_or_path or config.base_model, args)
+        config.max_sequence_length = args.max_length
         if peft_config is not None:
             peft_config = _with_reward_head(peft_config)
             _give_a_folder(base, args, processing_class)
@@ -137,8 +146,7 @@ class GRMRewardTrainer(RewardTrainer):
                 "reference='model' (a frozen copy), or train an adapter (reference='adapter_off')."
             )
         reference_model = copy.deepcopy(base) if self._reference == "model" else None
-        config.max_sequence_length = args.max_length
-        self.data_counts = {}
+        self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
         self._bos_policy = config.bos_policy
 
         super().__init__(
@@ -270,7 +278,7 @@ class GRMRewardTrainer(RewardTrainer):
             loss = losses.total_loss(loss, text.mean(), args.alpha)
 
         with torch.no_grad():
-            self._record(mode, chosen, rejected, pair, text, details, _num_tokens(inputs))
+            self._record(mode, chosen, rejected, pair, text, details, _lengths(inputs))
         if return_outputs:
             return loss, {"logits": torch.stack([chosen, rejected], dim=1)}
         return loss
@@ -295,7 +303,7 @@ class GRMRewardTrainer(RewardTrainer):
 
     # --------------------------------------------------------------------------------------------------------- metrics
 
-    def _record(self, mode, chosen, rejected, pair, text, details, tokens):
+    def _record(self, mode, chosen, rejected, pair, text, details, lengths):
         """Add one batch to the sums. Evaluation gathers row by row, so that rows a sampler repeats count once."""
         rows = {
             "pairs": torch.ones_like(chosen),
@@ -313,8 +321,10 @@ class GRMRewardTrainer(RewardTrainer):
         table = torch.stack([value.double() for value in rows.values()], dim=1)
         if mode == "eval":
             table = self.accelerator.gather_for_metrics(table)
+            seen = torch.stack([chosen, rejected, *lengths.chunk(2)], dim=1).double()
+            self._eval_rows.append(self.accelerator.gather_for_metrics(seen).cpu())
         else:
-            self._tokens_since = self._tokens_since + tokens
+            self._tokens_since = self._tokens_since + lengths.sum()
         sums = self._sums[mode]
         for column, name in enumerate(rows):
             values = table[:, column]
@@ -376,6 +386,9 @@ class GRMRewardTrainer(RewardTrainer):
             averages["num_tokens"] = self._total_train_tokens
         # `eval`, or `eval_<name>` where there are several evaluation sets.
         prefix = next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime")), "eval")
+        if self._eval_rows:
+            self.eval_pairs[prefix, self.state.global_step] = torch.cat(self._eval_rows).numpy()
+            self._eval_rows = []
         logs.update(averages if mode == "train" else {f"{prefix}_{name}": value for name, value in averages.items()})
         super().log(logs, start_time)
 
@@ -388,15 +401,118 @@ class GRMRewardTrainer(RewardTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        here, folder = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
         if is_peft_model(self.model):
-            _require_head_in_adapter(Path(output_dir or self.args.output_dir))
+            _require_head_in_adapter(folder)
+        if folder != here and (here / "README.md").is_file():  # TRL writes the card before it saves a checkpoint
+            shutil.copy(here / "README.md", folder)
+            if (here / EVAL_RESULTS).is_file():
+                (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
+                shutil.copy(here / EVAL_RESULTS, folder / EVAL_RESULTS)
+        if self.args.should_save:
+            self._save_golden(folder)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        card = Path(self.args.output_dir) / "README.md"
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and card.is_file():
-            shutil.copy(card, folder)
+    def _save_golden(self, folder):
+        """Golden rows beside the weights. This rank alone runs the forward, so `save_golden` refuses a model that is
+        split over ranks, where it would wait for the others forever. A quantised base is loaded unquantised by its
+        adapter's folder, which is another number."""
+        try:
+            if getattr(_unwrapped(self.model), "hf_quantizer", None) is not None:
+                raise ValueError("the model is quantised")
+            golden.save_golden(self.model, self.processing_class, folder)
+        except ValueError as error:
+            (folder / golden.FILE).unlink(missing_ok=True)  # an earlier run's
+            logger.warning_once(f"{folder} gets no golden rows for `grm verify`: {error}")
+
+    # --------------------------------------------------------------------------------------------------------- the Hub
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Write `README.md` (and `.eval_results`) in the output folder. What a person changed in them stays.
+
+        Args:
+            model_name (`str`, *optional*):
+                Defaults to the Hub id, or the name of the output folder.
+            dataset_name (`str`, *optional*):
+                Hub id of the data. By default what the dataset says of itself.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = self.hub_model_id or model_name or folder.name
+        text = card.card_of_run(self, name, dataset_name, [tags] if isinstance(tags, str) else tags)
+        path = folder / "README.md"
+        if path.is_file():
+            text = card.merge_cards(path.read_text(encoding="utf-8"), text)
+        path.write_text(text, encoding="utf-8")
+        results = card.eval_results(self, dataset_name)
+        if results is not None:
+            (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
+            (folder / EVAL_RESULTS).write_text(results, encoding="utf-8")
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """As [`~transformers.Trainer.push_to_hub`], complete and in one commit: see [`~grm_hf.hub.push_folder`]."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._push(self.args.output_dir, commit_message, blocking, token, revision or self.args.hub_revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # transformers pushes the output folder with the weights copied over: without code, an adapter without base.
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            logger.info(f"{checkpoint_folder} is not pushed: the push before it is still under way.")
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        self._finish_current_push()
+        jobs = [self._push(checkpoint_folder, message, False, args.hub_token, args.hub_revision)]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                HfApi(token=args.hub_token).upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=checkpoint_folder,
+                    path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
+                    commit_message=f"{message}, checkpoint",
+                    ignore_patterns=["training_args.bin"],  # holds the token
+                    revision=args.hub_revision,
+                    run_as_future=True,
+                )
+            )
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _push(self, folder, message, blocking, token, revision):
+        """Stage a folder now and send it now, or in the background (a future)."""
+        staged = publish.stage(folder, self.hub_model_id, _unwrapped(self.model).config)
+
+        def send():
+            with staged:
+                return publish.commit(
+                    staged.name, self.hub_model_id, revision=revision, token=token, commit_message=message
+                )
+
+        return send() if blocking else HfApi().run_as_future(send)
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", ()):
+            if job.exception() is not None:
+                logger.warning(f"A checkpoint was not pushed: {job.exception()}")
+        self.push_in_progress = None
 
 
 def _num_sequences(inputs):
@@ -404,11 +520,11 @@ def _num_sequences(inputs):
     return inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
 
 
-def _num_tokens(inputs):
-    """Number of tokens of all sequences, the same in every layout (a shared prefix counts for each that has it)."""
+def _lengths(inputs):
+    """Number of tokens of each sequence, `(2B,)`: the same in every layout (a shared prefix counts for each)."""
     if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum()
-    return (inputs["position_ids"].flatten()[inputs["read_index"]] + 1).sum()
+        return inputs["attention_mask"].sum(-1)
+    return inputs["position_ids"].flatten()[inputs["read_index"]] + 1
 
 
 def _unwrapped(model):

@@ -1,0 +1,79 @@
+"""Preference pairs from ratings by several factors of which one is more important than the next, as in HERON (arXiv
+2309.02632)."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+
+
+class RankedPair(NamedTuple):
+    """Indices of the preferred and of the other answer, and the factor that decided."""
+
+    chosen: int
+    rejected: int
+    factor: str
+
+
+def factor_thresholds(
+    ratings: Sequence[Mapping[str, float]], order: Sequence[str], multiplier: float = 0.5
+) -> dict[str, float]:
+    """
+    How much two answers must differ in a factor for it to decide: `multiplier` standard deviations of the factor over
+    `ratings` (all answers to all prompts), so that the unit of a factor does not matter.
+
+    Args:
+        ratings (`Sequence[Mapping[str, float]]`):
+            One number per factor for each answer.
+        order (`Sequence[str]`):
+            The factors.
+        multiplier (`float`, *optional*, defaults to `0.5`):
+            0 or more.
+    """
+    if multiplier < 0:
+        raise ValueError(f"`multiplier` is {multiplier}; it must be 0 or more.")
+    values = [_values(rating, order, index) for index, rating in enumerate(ratings)]
+    if not values:
+        raise ValueError("`ratings` is empty.")
+    deviations = torch.tensor(values, dtype=torch.float64).std(0, correction=0)
+    return {factor: multiplier * float(deviation) for factor, deviation in zip(order, deviations, strict=True)}
+
+
+def hierarchical_pairs(
+    ratings: Sequence[Mapping[str, float]], order: Sequence[str], thresholds: Mapping[str, float]
+) -> tuple[list[RankedPair], list[tuple[int, int]]]:
+    """
+    Compare all answers to one prompt by ranked factors: the most important one decides if two answers differ in it by
+    more than its threshold, else the next one, and so on.
+
+    Args:
+        ratings (`Sequence[Mapping[str, float]]`):
+            One number per factor for each answer; more is better.
+        order (`Sequence[str]`):
+            The factors, the most important first.
+        thresholds (`Mapping[str, float]`):
+            Per factor, in its unit; see [`factor_thresholds`].
+
+    Returns:
+        `tuple[list[RankedPair], list[tuple[int, int]]]`: the pairs that a factor decides, and those that none does
+        (which HERON skips).
+    """
+    values = [_values(rating, order, index) for index, rating in enumerate(ratings)]
+    if missing := [factor for factor in order if factor not in thresholds]:
+        raise ValueError(f"`thresholds` has none for {missing}; give one for each of {list(order)}.")
+    decided, skipped = [], []
+    for a, b in combinations(range(len(values)), 2):
+        for factor, first, second in zip(order, values[a], values[b], strict=True):
+            if abs(first - second) > thresholds[factor]:
+                decided.append(RankedPair(a, b, factor) if first > second else RankedPair(b, a, factor))
+                break
+        else:
+            skipped.append((a, b))
+    return decided, skipped
+
+
+def _values(rating, order, index):
+    if missing := [factor for factor in order if rating.get(factor) is None]:
+        raise ValueError(f"answer {index} has no rating for {missing}; found {sorted(rating)}.")
+    return [float(rating[factor]) for factor in order]

@@ -1,0 +1,206 @@
+"""Golden rows: a few texts, their token ids and their rewards, stored beside the weights when these are saved. Whoever
+loads the folder can ask, on any machine and with any versions, whether the number is still the same: `grm verify`.
+"""
+
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from .. import __version__
+from ..modeling_grm import GRMForSequenceClassification
+from ..pairs import OverlengthError
+from .scorer import GRMScorer, is_whole
+
+
+FILE = "golden_rows.json"
+# Digits, line breaks and indentation, several scripts, a second turn: what tokenizers and templates disagree about.
+CHATS: list[dict] = [
+    {"prompt": "What is 2 + 2?", "response": "4"},
+    {"prompt": "Write add(a, b) in Python.", "response": "def add(a, b):\n    return a + b\n\n# add(17, 25) == 42"},
+    {"prompt": "¿Cómo se dice «gracias» en japonés?", "response": "ありがとう (arigatō) 🙏"},
+    {
+        "messages": [
+            {"role": "user", "content": "Name a river."},
+            {"role": "assistant", "content": "The Danube."},
+            {"role": "user", "content": "And the sea it flows into?"},
+            {"role": "assistant", "content": "The Black Sea."},
+        ]
+    },
+]
+# Of a reward, relative to max(1, |reward|), by the dtype of the body. The text is computed alone, so what is left is
+# rounding that differs between machines and versions; docs/numerics.md says how large rounding gets.
+TOLERANCES = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+
+
+class GoldenError(ValueError):
+    """Golden rows do not hold. The message has a table of all rows, with what differs."""
+
+
+def tolerance(model: nn.Module) -> float:
+    """How far a reward of `model` may be off by rounding, relative to max(1, |reward|)."""
+    return TOLERANCES.get(_dtype(model), 5e-2)
+
+
+def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None) -> Path:
+    """
+    Score a few chats with a live model and write them, with token ids and rewards, into the folder of its weights.
+
+    Args:
+        model ([`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
+            The model that was saved there. It is left as it was.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer that was saved with it.
+        folder (`str` or `Path`):
+            Folder of the weights, or of the adapter.
+        chats (`list`, *optional*):
+            What [`GRMScorer.score`] takes, as far as JSON can hold it. By default four short ones.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: a chat cannot be scored.
+    """
+    if not is_whole(model):
+        raise ValueError(
+            "The model is split over processes, and this one cannot score with it alone. Save it, load it whole "
+            "(`GRMForSequenceClassification.from_pretrained(folder)`), and pass that."
+        )
+    given = chats is not None
+    if chats is None:
+        chats = CHATS if tokenizer.chat_template else [chat for chat in CHATS if "messages" not in chat]
+    scorer = GRMScorer(model, tokenizer, deterministic=True)
+    rows = []
+    for number, chat in enumerate(chats):
+        try:
+            rows.append({"chat": chat, "ids": list(scorer._encode(chat).ids)})
+        except OverlengthError as error:
+            if given:
+                raise ValueError(f"chat {number}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"chat {number}: {error}") from error
+    if not rows:
+        raise ValueError(f"no golden row fits into max_length={scorer.encoder.max_length}. Give shorter `chats`.")
+    with _outside_autocast(model):
+        scores = _rewards(scorer, [row["ids"] for row in rows])
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"the rewards are {scores}: the model's weights are broken, or overflow in its dtype.")
+    for row, score in zip(rows, scores, strict=True):
+        row["score"] = score
+    path = Path(folder) / FILE
+    content = {"saved_with": _environment(model), "rows": rows}
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def verify(path: str | Path, **load_kwargs) -> str:
+    """
+    Load a reward model, tokenise and score its golden rows again, and compare.
+
+    Args:
+        path (`str` or `Path`):
+            Hub id or folder of a reward model or an adapter.
+        **load_kwargs:
+            Passed to [`~GRMForSequenceClassification.from_pretrained`], for instance `revision`. Dtype and attention
+            implementation are those the rows were made with, if not given.
+
+    Returns:
+        `str`: a table of the rows.
+
+    Raises:
+        [`GoldenError`]: token ids differ, or a reward does by more than rounding.
+        `ValueError`: there are no golden rows.
+    """
+    path = str(path)
+    hub = {key: load_kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in load_kwargs}
+    try:
+        file = cached_file(path, FILE, **hub)
+    except OSError as error:
+        raise ValueError(
+            f"'{path}' has no {FILE}, so there is nothing to compare with. GRMRewardTrainer writes it; for a model that "
+            "was saved otherwise, call `grm_hf.scoring.save_golden(model, tokenizer, folder)` while it is known to be "
+            f"right. ({error})"
+        ) from error
+    content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    saved = content["saved_with"]
+    given = {"dtype": getattr(torch, saved["dtype"])}
+    if saved["attn_implementation"] in ("eager", "sdpa"):  # others may not be here
+        given["attn_implementation"] = saved["attn_implementation"]
+    model = GRMForSequenceClassification.from_pretrained(path, **{**given, **load_kwargs})
+    scorer = GRMScorer(model, AutoTokenizer.from_pretrained(path, **hub), deterministic=True)
+
+    vocabulary, limit = model.get_input_embeddings().weight.shape[0], tolerance(model)
+    lines = ["row  tokens                                 stored         now  difference"]
+    wrong = []
+    for number, row in enumerate(content["rows"]):
+        ids, expected = row["ids"], row["score"]
+        try:
+            tokens = _compare(ids, list(scorer._encode(row["chat"]).ids))
+        except ValueError as error:
+            tokens = f"cannot be encoded: {error}"
+        # Of the stored ids: a change of the tokenizer is not taken for one of the weights.
+        score = _rewards(scorer, [ids])[0] if max(ids) < vocabulary else math.nan
+        difference = abs(score - expected) / max(1.0, abs(expected))
+        holds = tokens == f"{len(ids)} equal" and difference <= limit
+        mark = "" if holds else "  DIFFERS"
+        lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {difference:.1e}{mark}")
+        if not holds:
+            wrong.append(number)
+    here = _environment(model)
+    lines += [f"{name}: {', '.join(f'{k} {v}' for k, v in e.items())}" for name, e in (("saved", saved), ("here", here))]
+    lines.append(f"a difference, relative to max(1, |reward|), may be {limit:.0e}")
+    table = "\n".join(lines)
+    if wrong:
+        raise GoldenError(f"'{path}': golden rows {wrong} of {len(content['rows'])} do not hold.\n{table}")
+    return table
+
+
+def _compare(stored: list[int], now: list[int]) -> str:
+    if stored == now:
+        return f"{len(stored)} equal"
+    at = next((i for i, pair in enumerate(zip(stored, now, strict=False)) if pair[0] != pair[1]), None)
+    if at is None:
+        return f"{len(stored)} stored, {len(now)} now"
+    return f"token {at} was {stored[at]}, is {now[at]}"
+
+
+def _rewards(scorer: GRMScorer, ids: list[list[int]]) -> list[float]:
+    return scorer._rewards([array("i", row) for row in ids], tqdm(disable=True))
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+
+
+def _environment(model: nn.Module) -> dict[str, str]:
+    return {
+        "grm_hf": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": model.get_input_embeddings().weight.device.type,
+        "dtype": _dtype(model),
+        "attn_implementation": model.get_decoder().config._attn_implementation,
+    }
+
+
+@contextmanager
+def _outside_autocast(model: nn.Module) -> Iterator[None]:
+    """accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none."""
+    if "_original_forward" not in model.__dict__:
+        yield
+        return
+    wrapped, model.forward = model.forward, model._original_forward
+    try:
+        yield
+    finally:
+        model.forward = wrapped

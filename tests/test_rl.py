@@ -1,0 +1,199 @@
+"""Reward models in TRL's trainers: the numbers that reach a trainer, one real step of every recipe, and the recipes for
+other frameworks by their call signatures. PPO runs where TRL has it (up to 1.12), the rest everywhere."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_rewards import ANSWERS, PROMPTS, completions, expected, grm
+from tiny import chatml_tokenizer, llama_tokenizer
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+
+pytest.importorskip("trl", reason="needs the extra `train`")
+
+from datasets import Dataset  # noqa: E402
+
+from grm_hf import GRMForSequenceClassification  # noqa: E402
+from grm_hf.rewards import grm_reward_func, ppo_reward_model  # noqa: E402
+
+
+try:
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+except ImportError:
+    PPOTrainer = None
+
+pytestmark = pytest.mark.trainer
+needs_ppo = pytest.mark.skipif(PPOTrainer is None, reason="TRL has no PPO trainer since 1.13")
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = chatml_tokenizer()
+COMMON = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--disable_tqdm", "true", "--learning_rate", "0.01"]
+COMMON += ["--gradient_checkpointing", "false", "--save_strategy", "no", "--logging_steps", "1"]
+
+
+def policy(tokenizer=TOKENIZER):
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A policy, a reward model with its tokenizer, one with another tokenizer, and prompts."""
+    root = tmp_path_factory.mktemp("rl")
+    llama = llama_tokenizer()
+    model = grm()
+    model.config.reward_mean, model.config.reward_std = 0.25, 2.0
+    for name, saved, tokenizer in (
+        ("policy", policy(), TOKENIZER),
+        ("grm", model, TOKENIZER),
+        ("other", grm(llama), llama),
+    ):
+        saved.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    prompts = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[2]}] * 4
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return root
+
+
+def load(path):
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def moved(before, after):
+    return max((a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------- numbers inside trainers
+
+
+def group_trainer(folder, kind, reward, tmp_path, **kwargs):
+    import trl
+
+    trainer, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    settings = dict(per_device_train_batch_size=2, num_generations=2, max_completion_length=4, max_steps=1)
+    settings |= dict(use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
+    return trainer(
+        model=policy(),
+        reward_funcs=reward,
+        args=config(str(tmp_path), **settings),
+        train_dataset=Dataset.from_list([{"prompt": PROMPTS[0]}] * 4),
+        processing_class=TOKENIZER,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_module_folder_and_callable_give_the_same_numbers(kind, folders, tmp_path):
+    """Everything that a trainer takes, asked by the trainer's own method for the rewards of the same completions."""
+    module = AutoModelForSequenceClassification.from_pretrained(folders / "grm")
+    rewards = [module, str(folders / "grm"), grm_reward_func(str(folders / "grm"), name="callable")]
+    trainer = group_trainer(folders, kind, rewards, tmp_path)
+    assert trainer.reward_func_names == ["grm", "grm", "callable"]
+    trainer.model.eval()
+    with torch.no_grad():
+        found = trainer._calculate_rewards([{"prompt": p} for p in PROMPTS], PROMPTS, completions(), [[1]] * 3)
+    by_hand = torch.tensor(expected(grm(), TOKENIZER))
+    torch.testing.assert_close(found, by_hand[:, None].expand(3, 3), atol=1e-5, rtol=1e-5)
+
+
+def test_online_dpo_gets_the_same_numbers(folders, tmp_path):
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    module = AutoModelForSequenceClassification.from_pretrained(folders / "grm")
+    settings = dict(max_new_tokens=4, max_length=64, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
+    sums = []
+    for reward in (module, str(folders / "grm"), grm_reward_func(str(folders / "grm"))):
+        trainer = OnlineDPOTrainer(
+            model=policy(),
+            reward_funcs=reward,
+            args=OnlineDPOConfig(str(tmp_path), **settings),
+            train_dataset=Dataset.from_list([{"prompt": PROMPTS[0]}] * 2),
+            processing_class=TOKENIZER,
+            reward_processing_classes=TOKENIZER,
+        )
+        sums.append(trainer._calculate_rewards_from_functions(PROMPTS, completions(), [[1]] * 3))
+    for found in sums:
+        torch.testing.assert_close(found, torch.tensor(expected(grm(), TOKENIZER)), atol=1e-5, rtol=1e-5)
+
+
+@needs_ppo
+def test_trl_get_reward_reads_the_same_numbers(folders):
+    """TRL's own function, on the wrapper and on the plain model."""
+    from test_rewards import rollout
+    from trl.experimental.utils import get_reward
+
+    ids, context, rows = rollout(TOKENIZER)
+    by_hand = expected(grm(), TOKENIZER)
+    for prompts in (None, rows):
+        wrapped = ppo_reward_model(str(folders / "grm"), TOKENIZER, prompts=prompts)
+        logits, rewards, _ = get_reward(wrapped, ids, TOKENIZER.pad_token_id, context)
+        assert logits.shape == (*ids.shape, 1)
+        assert rewards.tolist() == pytest.approx(by_hand, abs=1e-5)
+    # The plain model reads where PPO stops: at EOS, in front of the line break that ChatML puts behind it.
+    model = grm()
+    _, plain, _ = get_reward(model, ids, TOKENIZER.pad_token_id, context)
+    mask = ids != TOKENIZER.pad_token_id
+    with torch.no_grad():
+        forward = [model(row[real][None]).logits.item() for row, real in zip(ids, mask, strict=True)]
+    assert plain.tolist() == pytest.approx(forward, abs=1e-5)
+    assert plain.tolist() != pytest.approx(by_hand, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ recipes, one step
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "rloo", "online_dpo"])
+def test_recipe_takes_a_step(recipe, folders, tmp_path):
+    """With the reward model that has another tokenizer, and a LoRA policy for one of them."""
+    if recipe != "online_dpo":
+        own = ["--num_generations", "2", "--max_completion_length", "4", "--transform", "length_residual"]
+    else:
+        own = ["--max_new_tokens", "4", "--max_length", "64", "--lora"]
+    trainer = load(ROOT / "examples" / f"{recipe}.py").main(
+        ["--model", str(folders / "policy"), "--reward_model", str(folders / "other")]
+        + ["--train", str(folders / "prompts.jsonl"), "--output_dir", str(tmp_path), "--max_steps", "1"]
+        + ["--per_device_train_batch_size", "4", *own, *COMMON]
+    )
+    assert trainer.state.global_step == 1
+    weights = "adapter_model.safetensors" if recipe == "online_dpo" else "model.safetensors"
+    assert (tmp_path / weights).exists()
+    if recipe != "online_dpo":
+        assert any("rewards/other/mean" in row for row in trainer.state.log_history)
+        assert moved(policy(), trainer.model) > 0
+
+
+@needs_ppo
+@pytest.mark.parametrize("reward_model", ["grm", "other"])
+def test_ppo_recipe_takes_a_step(reward_model, folders, tmp_path):
+    """Full training with the value model from the reward model, LoRA with it from the policy."""
+    own = ["--lora"] if reward_model == "other" else ["--transform", "standardize"]
+    trainer = load(ROOT / "examples" / "ppo.py").main(
+        ["--model", str(folders / "policy"), "--reward_model", str(folders / reward_model), "--samples", "2"]
+        + ["--train", str(folders / "prompts.jsonl"), "--output_dir", str(tmp_path), "--total_episodes", "4"]
+        + ["--per_device_train_batch_size", "4", "--num_mini_batches", "1", "--num_ppo_epochs", "1"]
+        + ["--response_length", "4", "--num_sample_generations", "1", "--local_rollout_forward_batch_size", "2"]
+        + ["--per_device_eval_batch_size", "2", *own, *COMMON]
+    )
+    logged = next(row for row in trainer.state.log_history if "objective/scores" in row)
+    assert all(torch.isfinite(torch.tensor(value)) for value in logged.values())
+    value = trainer.model.value_model
+    assert isinstance(value, GRMForSequenceClassification)
+    if reward_model == "grm":
+        assert moved(grm().score, value.score) > 0
+        assert moved(policy(), trainer.model.policy) > 0
+        assert (tmp_path / "model.safetensors").exists()
+    else:
+        assert (tmp_path / "adapter_model.safetensors").exists()
+    # The reward model stays as it is.
+    assert moved(GRMForSequenceClassification.from_pretrained(folders / reward_model), trainer.reward_model) == 0
