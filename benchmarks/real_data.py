@@ -53,7 +53,7 @@ SETTINGS = {
     "max_rows": 600,
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
     "max_grad_norm": 5.0,
@@ -294,7 +294,7 @@ def section(results: dict) -> str:
 
     lines: dict[str, list[str]] = {"accuracy": [], "length": [], "perplexity": []}
     verdicts: dict[str, list[str]] = {name: [] for name in lines}
-    above_chance = []
+    above_chance, beyond_length = [], []
     for train_name, eval_name in ((name, e) for name, names in FILES.items() for e in names):
         prompts = evals[eval_name]["prompts"]
         scores = {r: [table[train_name, r, seed]["eval"][eval_name] for seed in seeds] for r in REGULARIZERS}
@@ -304,6 +304,7 @@ def section(results: dict) -> str:
             mean, spread = over_seeds(wins[r].mean(1))
             sample = bootstrap_interval(wins[r].mean(0), prompts)
             above_chance.append(sample[0] > 50)
+            beyond_length.append(mean > 100 * evals[eval_name]["longer"])
             row = f"{names}| {mean:.1f} | {_span(spread, 1)} | {_span(sample, 1)} "
             if r == "none":
                 row += "| | | | baseline |"
@@ -317,7 +318,8 @@ def section(results: dict) -> str:
             for quantity, digits in (("length", 2), ("perplexity", 1)):
                 ours, theirs = ([score[quantity] for score in scores[x]] for x in (r, "none"))
                 mean, spread = over_seeds(ours)
-                row = f"{names}| {mean:.{digits}f} | {_span(spread, digits)} "
+                before = f"| {evals[eval_name]['perplexity']:.1f} " if quantity == "perplexity" else ""
+                row = f"{names}{before}| {mean:.{digits}f} | {_span(spread, digits)} "
                 if r == "none":
                     row += "| | | baseline |"
                 else:
@@ -363,8 +365,9 @@ def section(results: dict) -> str:
             "",
             "### Data",
             "",
-            "No prompt of a training file is in the files it is tested on. A pair longer than the context loses its "
-            "beginning: the prompt first, then that of the response.",
+            "No prompt of a training file is in the files it is tested on. Pairs to train on are drawn at random, alike "
+            f"for every run; so are {settings['eval_rows']} of a test file that has more. A text longer than the context "
+            "loses its beginning: the prompt first, then that of the response.",
             "",
             *head("training file", "pairs", "drawn", *cut, "left out"),
             *(f"| {name} | {' | '.join(map(str, table[name, 'none', seeds[0]]['rows']))} |" for name in FILES),
@@ -378,7 +381,8 @@ def section(results: dict) -> str:
             "",
             "### Accuracy, %",
             "",
-            f"{sum(above_chance)} of {len(above_chance)} lines are above chance (interval over prompts above 50 %). "
+            f"{sum(above_chance)} of {len(above_chance)} lines are above chance (interval over prompts above 50 %), "
+            f"{sum(beyond_length)} of {len(beyond_length)} are better than always choosing the longer response (mean). "
             + count("accuracy"),
             "",
             *head(*columns, "accuracy", *interval, "minus `none`", *interval, "verdict"),
@@ -394,13 +398,10 @@ def section(results: dict) -> str:
             "",
             "### Does the hidden state still speak?",
             "",
-            "Perplexity of a token of the chosen test responses under the kept language-model head (lower is better). "
-            + count("perplexity")
-            + " Before training: "
-            + ", ".join(f"{name} {about['perplexity']:.1f}" for name, about in evals.items())
-            + ".",
+            "Perplexity of a token of the chosen test responses under the kept language-model head, before and after "
+            "training (lower is better). " + count("perplexity"),
             "",
-            *head(*columns, "perplexity", "over seeds", "minus `none`", "over seeds", "verdict"),
+            *head(*columns, "before", "after", "over seeds", "minus `none`", "over seeds", "verdict"),
             *lines["perplexity"],
         ]
     )

@@ -5,7 +5,7 @@
 """Train a policy with Online DPO: of two answers to a prompt, the one that a Generalizable Reward Model scores higher
 is the chosen one. Only the order counts, so a transformation that keeps it changes nothing: there is none to choose.
 
-    python examples/online_dpo.py --model Qwen/Qwen3-0.6B --reward_model runs/grm --train prompts.jsonl --output_dir runs/odpo
+    python examples/online_dpo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/od
 
 `--lora` trains an adapter. Every setting of `OnlineDPOConfig` is an option too, or a line of a YAML file (`--config
 FILE`).
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from transformers import AutoTokenizer
 from trl import TrlParser
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> OnlineDPOTrainer:
         model=args.model,
         reward_funcs=grm_reward_func(args.reward_model),
         args=config,
+        processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"),
         train_dataset=load_prompts(args.train, args.train_split),
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if args.lora else None,
     )

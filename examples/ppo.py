@@ -5,7 +5,7 @@
 """Train a policy with PPO on the rewards of a Generalizable Reward Model, which also is where the value model starts.
 TRL had a PPO trainer up to version 1.12: `pip install "grm-hf[ppo]"`, in an environment of its own.
 
-    python examples/ppo.py --model Qwen/Qwen3-0.6B --reward_model runs/grm --train prompts.jsonl --output_dir runs/ppo
+    python examples/ppo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/ppo
 
 The policy may have another tokenizer than the reward model (its value model then starts from the policy), but needs a
 padding token that is not its EOS token. `--response_length`, `--kl_coef` and `--missing_eos_penalty` are the settings

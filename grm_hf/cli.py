@@ -53,10 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         help="score the chats of a JSONL file",
         description="Score each row of a JSONL file: {'messages': [...]}, {'prompt': ..., 'response': ...} or {'text': "
         "...}. Writes one line a row: row, score, tokens, truncated (and the row's id). With --output an interrupted "
-        "run goes on where it stopped.",
+        "run goes on where it stopped. For several processes: `accelerate launch -m grm_hf.cli score ...`.",
     )
     score.add_argument("file", help="JSONL file, or - for standard input")
-    score.add_argument("--model", required=True, help="Hub id or folder of a reward model")
+    score.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        help="Hub id or folder of a reward model; several times: an ensemble",
+    )
+    score.add_argument(
+        "--ensemble",
+        default="mean",
+        help="how members combine, standardized: mean (default), median, min, mean_minus_std, nominal_min",
+    )
+    score.add_argument("--transform", help="of the reward: center, standardize, log_sigmoid or clip")
+    score.add_argument("--reference", type=float, help="reference reward of log_sigmoid, threshold of clip")
     score.add_argument("--output", help="JSONL file to write (default: standard output)")
     score.set_defaults(run=_score)
 
@@ -67,6 +79,29 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--model", required=True, help="Hub id or folder of a reward model")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.set_defaults(run=_compare)
+
+    best = commands.add_parser(
+        "best-of-n",
+        help="rank any number of answers to one prompt",
+        description="Rank answers to one prompt, best first. The prompt is computed once.",
+    )
+    best.add_argument("prompt")
+    best.add_argument("answers", nargs="*", metavar="answer")
+    best.add_argument(
+        "--answers", dest="file", help="file with further answers, or - for standard input: a line each, or a JSON string"
+    )
+    best.add_argument("--model", required=True, help="Hub id or folder of a reward model")
+    best.add_argument("--json", action="store_true", help="print JSON")
+    best.set_defaults(run=_best_of_n)
+
+    verify = commands.add_parser(
+        "verify",
+        help="score a model's golden rows again and compare",
+        description="Tokenise and score again the texts that were stored beside the weights when they were saved. Ends "
+        "with 1 if token ids differ, or a reward does by more than rounding.",
+    )
+    verify.add_argument("model", help="Hub id or folder of a reward model or an adapter")
+    verify.set_defaults(run=_verify)
 
     merge = commands.add_parser("merge", help="merge an adapter into a standalone reward model")
     merge.add_argument("adapter", help="folder of an adapter (a checkpoint of a LoRA run)")
@@ -187,33 +222,71 @@ def summary(trainer) -> str:
 
 
 def _score(args):
-    from .scoring import GRMScorer
-
+    accelerator = _accelerator()
+    if accelerator is not None and args.file == "-":
+        raise ValueError("standard input has one reader, and there are several processes. Give a file.")
+    is_main = accelerator is None or accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         source = sys.stdin
         if args.file != "-":
-            if not os.path.isfile(args.file):
-                raise ValueError(f"no such file: {args.file}")
-            source = stack.enter_context(open(args.file, encoding="utf-8"))
+            source = stack.enter_context(_open(args.file))
         rows = [_row(line, number) for number, line in enumerate(source, 1) if line.strip()]
-        scorer = GRMScorer(args.model, progress=True)
-        done = 0
-        if args.output:
-            done = _resume(Path(args.output), rows, scorer)
-            if done:
-                print(f"grm score: {done} of {len(rows)} rows are done already", file=sys.stderr)
-        sink = stack.enter_context(open(args.output, "a", encoding="utf-8")) if args.output else sys.stdout
+        scorer, transform = _scorer(args, accelerator)
+        kept = _resume(Path(args.output), rows, scorer, transform) if args.output else []
+        done = len(kept)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # all have read the output before it changes
+        sink = sys.stdout
+        if args.output and is_main:
+            if os.path.exists(args.output):
+                os.truncate(args.output, len("".join(kept).encode("utf-8")))
+            sink = stack.enter_context(open(args.output, "a", encoding="utf-8"))
+        if done and is_main:
+            print(f"grm score: {done} of {len(rows)} rows are done already", file=sys.stderr)
         truncated = 0
         for number, (row, result) in enumerate(
-            zip(rows[done:], scorer.stream(_chat(row) for row in rows[done:]), strict=True), done
+            zip(rows[done:], scorer.stream([_chat(row) for row in rows[done:]]), strict=True), done
         ):
-            line = {"row": number, "score": result.score, "tokens": result.tokens, "truncated": result.truncated}
+            score = transform([result.score]).item()
+            line = {"row": number, "score": score, "tokens": result.tokens, "truncated": result.truncated}
             if "id" in row:
                 line["id"] = row["id"]
-            sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             truncated += result.truncated
-        sink.flush()
-    print(f"grm score: {len(rows) - done} rows scored, {truncated} truncated", file=sys.stderr)
+            if is_main:
+                print(json.dumps(line, ensure_ascii=False), file=sink, flush=True)
+    if is_main:
+        print(f"grm score: {len(rows) - done} rows scored, {truncated} truncated", file=sys.stderr)
+
+
+def _scorer(args, accelerator):
+    """What scores, and what is done to each score."""
+    from .rewards import RewardEnsemble, Transform
+    from .scoring import GRMScorer
+
+    if args.transform == "length_residual":
+        raise ValueError("length_residual needs all rewards at once: use grm_hf.rewards.length_residual.")
+    if len(args.model) > 1 and accelerator is not None:
+        raise ValueError("an ensemble scores in one process, and there are several.")
+    if len(args.model) == 1:
+        scorer = GRMScorer(args.model[0], progress=True, accelerator=accelerator)
+    else:
+        scorer = RewardEnsemble(args.model, how=args.ensemble)
+    return scorer, Transform(args.transform, getattr(scorer.model, "config", None), args.reference)
+
+
+def _accelerator():
+    """The processes that `accelerate launch` or `torchrun` started; None for one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator()
+
+
+def _open(path):
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file: {path}")
+    return open(path, encoding="utf-8")
 
 
 def _row(line, number):
@@ -233,26 +306,31 @@ def _chat(row):
     return row["text"] if "text" in row else {"prompt": row["prompt"], "response": row["response"]}
 
 
-def _resume(path, rows, scorer):
-    """How many rows `path` already holds. Mends a line that an interruption cut, and refuses a file of other scores."""
-    if not path.exists():
-        return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+def _resume(path, rows, scorer, transform):
+    """The lines of `path` that this run need not compute, without one that an interruption cut. Refuses a file of other
+    scores."""
+    from .rewards import RewardEnsemble
+    from .scoring.golden import tolerance
+
+    lines = []
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     if not lines:
-        path.write_text("", encoding="utf-8")
-        return 0
+        return []
     try:
         first, last = json.loads(lines[0]), json.loads(lines[-1])
         matches = last["row"] == len(lines) - 1 < len(rows)
-        matches = matches and abs(first["score"] - scorer.score([_chat(rows[0])])[0]) <= 1e-3 * (1 + abs(first["score"]))
+        off = abs(first["score"] - transform(scorer.score([_chat(rows[0])])).item()) if matches else 0.0
+        model = scorer.model[0] if isinstance(scorer, RewardEnsemble) else scorer.model
+        matches = matches and off <= tolerance(model) * max(1.0, abs(first["score"]))
     except (json.JSONDecodeError, KeyError, TypeError):
         matches = False
     if not matches:
         raise ValueError(f"{path} exists and holds other scores than this run's. Choose another --output.")
-    path.write_text("".join(lines), encoding="utf-8")
-    return len(lines)
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------- compare, others
@@ -273,6 +351,44 @@ def _compare(args):
         return
     winner, chance = ("A", probability) if reward_a > reward_b else ("B", 1 - probability)
     print(f"{winner} wins with probability {chance:.3f} (rewards: A {reward_a:.4f}, B {reward_b:.4f}).")
+
+
+def _best_of_n(args):
+    from .scoring import GRMScorer
+
+    answers = list(args.answers)
+    if args.file:
+        with contextlib.nullcontext(sys.stdin) if args.file == "-" else _open(args.file) as source:
+            answers += [_answer(line) for line in source if line.strip()]
+    if not answers:
+        raise ValueError("no answers: give them behind the prompt, or in a file by --answers.")
+    result = GRMScorer(args.model).best_of_n(args.prompt, answers)
+    if args.json:
+        print(json.dumps({"best": result.best, "order": result.order, "scores": result.scores}, ensure_ascii=False))
+        return
+    for place, i in enumerate(result.order, 1):
+        print(f"{place}. {result.scores[i]:.4f}  {answers[i]}")
+
+
+def _answer(line):
+    """An answer from a line: the line itself, or the string that it is as JSON (which may hold line breaks)."""
+    line = line.rstrip("\n")
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return line
+    return value if isinstance(value, str) else line
+
+
+def _verify(args):
+    from .scoring import GoldenError, verify
+
+    try:
+        print(verify(args.model))
+    except GoldenError as error:
+        summary, table = str(error).split("\n", 1)
+        print(table)
+        raise ValueError(summary) from error
 
 
 def _merge(args):

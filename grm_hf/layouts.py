@@ -99,6 +99,9 @@ class PairCollator:
             Whose response tokens the text loss needs: `"none"`, `"chosen"` or `"both"`.
         pad_to_multiple_of (`int`, *optional*):
             Fill rows up to a multiple of this length.
+        max_tokens (`int`, *optional*):
+            Split the pairs, in their order, into batches of at most so many tokens, padding included (a longer pair
+            is a batch by itself), and return `{"parts": [batch, ...]}`.
 
     A pair is a `dict` with `chosen_ids`, `rejected_ids` (`list[int]`), `chosen_start`, `rejected_start` (`int`, index
     of the first response token; needed with a text loss), and optionally `margin`, `ref_chosen_logps`,
@@ -115,6 +118,7 @@ class PairCollator:
     layout: str = "padded"
     text: str = "none"
     pad_to_multiple_of: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self):
         if self.layout not in LAYOUTS[1:]:
@@ -122,7 +126,26 @@ class PairCollator:
         if self.text not in ("none", "chosen", "both"):
             raise ValueError(f"text={self.text!r} is unknown: use 'none', 'chosen' or 'both'.")
 
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.max_tokens is None:
+            return self._batch(pairs)
+        parts: list[list[dict[str, Any]]] = [[]]
+        sizes: list[int] = []
+        for pair in pairs:
+            sequences = (pair["chosen_ids"], pair["rejected_ids"])
+            if self.layout == "padded":
+                sizes.append(max(map(len, sequences)))
+                tokens = 2 * len(sizes) * self._length(max(sizes))
+            else:
+                sizes.append(len(plant(sequences, share=self.layout == "shared_prefix").ids))
+                tokens = self._length(sum(sizes))
+            if parts[-1] and tokens > self.max_tokens:
+                parts.append([])
+                sizes = sizes[-1:]
+            parts[-1].append(pair)
+        return {"parts": [self._batch(part) for part in parts]}
+
+    def _batch(self, pairs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
         batch, paths = self._padded(sequences) if self.layout == "padded" else self._one_row(sequences)
         if self.text != "none":

@@ -289,8 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
         if len(rest) > 3 and rest[1].endswith(".git") and rest[2:5] == ["info", "lfs", "objects"]:
             repo = self._repo(kind, f"{rest[0]}/{rest[1].removesuffix('.git')}")
             return self._lfs_batch(repo) if rest[5] == "batch" else self._lfs_verify()
-        if len(rest) > 4 and rest[2] == "resolve":
-            return self._resolve(self._repo(kind, "/".join(rest[:2])), rest[3], "/".join(rest[4:]))
+        if len(rest) > 4 and rest[2] in ("resolve", "raw"):
+            repo = self._repo(kind, "/".join(rest[:2]))
+            return self._resolve(repo, rest[3], "/".join(rest[4:]), raw=rest[2] == "raw")
         raise Fail(404, f"No such endpoint: {method} {self.path}")
 
     def _create(self):
@@ -429,7 +430,7 @@ class _Handler(BaseHTTPRequestHandler):
         rows += [self._folder(path, files) for path in paths if any(p.startswith(f"{path}/") for p in files)]
         self._json(rows)
 
-    def _resolve(self, repo, revision, path):
+    def _resolve(self, repo, revision, path, raw):
         if repo.gated and (self.user is None or self.user.name not in (repo.id.split("/")[0], *repo.readers)):
             status = 401 if self.user is None else 403
             raise Fail(status, f"Access to model {repo.id} is restricted. You must be authenticated.", "GatedRepo")
@@ -442,6 +443,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Repo-Commit": commit.sha,
             }
             return self._json({"error": "Entry not found"}, 404, headers)
+        if raw:  # as git stores it
+            file = File(file.oid, len(self.server_hub.blobs[file.oid]))
         content = self.server_hub.blobs[file.etag]
         headers = {"ETag": f'"{file.etag}"', "X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes"}
         if file.sha256:

@@ -322,3 +322,49 @@ def test_a_model_in_memory_needs_its_tokenizer():
     with pytest.raises(ValueError, match="Pass `tokenizer`"):
         GRMScorer(grm())
     assert len(GRMScorer(grm(), chatml_tokenizer()).score(["one"])) == 1
+
+
+# -------------------------------------------------------------------------------------------- transformed and combined
+
+
+def saved(folder, seed):
+    model = grm(seed)
+    model.config.reward_mean, model.config.reward_std = 0.1 * seed, 0.5
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def test_score_transforms_and_resumes(tmp_path, capsys):
+    model, output = saved(tmp_path / "model", 1), tmp_path / "out.jsonl"
+    source = write(tmp_path / "chats.jsonl", CHATS[:3])
+    raw = GRMScorer(model).score([CHATS[0]["messages"], CHATS[1], CHATS[2]["text"]])
+    arguments = ["score", source, "--model", model, "--output", str(output), "--transform", "log_sigmoid"]
+    arguments += ["--reference", "0.25"]
+    assert main(arguments) == 0
+    by_hand = [-math.log1p(math.exp(0.25 - reward)) for reward in raw]
+    assert [line["score"] for line in lines(output.read_text())] == pytest.approx(by_hand, abs=1e-6)
+
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "2 of 3 rows are done already" in capsys.readouterr().err
+    assert main([*arguments[:-3], "standardize"]) == 1  # another transformation: other scores
+    assert "holds other scores" in capsys.readouterr().err
+    assert main(["score", source, "--model", model, "--transform", "length_residual"]) == 1
+    assert "all rewards at once" in capsys.readouterr().err
+
+
+def test_score_takes_an_ensemble(tmp_path, capsys):
+    models = [saved(tmp_path / str(seed), seed) for seed in (1, 2)]
+    source = write(tmp_path / "chats.jsonl", CHATS[:3])
+    chats = [CHATS[0]["messages"], CHATS[1], CHATS[2]["text"]]
+    apart = [[(r - 0.1 * seed) / 0.5 for r in GRMScorer(m).score(chats)] for seed, m in enumerate(models, 1)]
+    output = str(tmp_path / "out.jsonl")
+    options = [option for model in models for option in ("--model", model)]
+    for _ in range(2):  # the second time everything is done
+        assert main(["score", source, *options, "--ensemble", "min", "--output", output]) == 0
+        found = [line["score"] for line in lines((tmp_path / "out.jsonl").read_text())]
+        assert found == pytest.approx([min(pair) for pair in zip(*apart, strict=True)], abs=1e-5)
+    assert main(["score", source, "--model", models[0], "--model", models[0]]) == 1
+    assert "identical" in capsys.readouterr().err

@@ -101,9 +101,11 @@ def test_means_intervals_and_verdicts():
     assert {name: row[-1] for name, row in length.items()} == {
         "none": "baseline", **dict.fromkeys(("sft", "dpo_noref", "dpo"), "no difference shown"),
     }  # fmt: skip
-    assert perplexity["dpo"] == ["35.0", "35.0 to 35.0", "+5.0", "5.0 to 5.0", "higher"]
+    assert perplexity["dpo"] == ["61.5", "35.0", "35.0 to 35.0", "+5.0", "5.0 to 5.0", "higher"]
     assert "18 comparisons with `none`: 2 higher, 2 lower, 14 no difference shown." in text  # two test files each
     assert "18 comparisons with `none`: 6 higher, 0 lower, 12 no difference shown." in text  # perplexity of dpo
+    # The rule that the longer response is the better one is right in 60 %, and only sft (77.5) does better: on two files.
+    assert "2 of 24 are better than always choosing the longer response" in text
     assert "3 seeds, so 36 runs: 36 minutes of wall time on one thread of a shared machine, 18 of processor" in text
 
 
@@ -174,3 +176,25 @@ def test_evaluation_against_one_text_at_a_time():
     assert found["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
     assert "0" in found["wins"] or "1" in found["wins"]
     assert real_data.lengths(rows) == ([3, 6, 9, 12, 15], [22, 18, 14, 10, 6])
+
+
+def test_a_seed_draws_head_and_order_alike_for_every_text_loss(tmp_path, monkeypatch):
+    tokenizer = chatml_tokenizer()
+    tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    Dataset.from_list([chat(f"{i}?", "yes", "no") for i in range(12)]).to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setattr(real_data, "WORK", tmp_path)
+    seen = {}
+
+    def begin(trainer):
+        """In place of a training: the head as it was drawn, and the pairs in the order they come."""
+        pairs = [batch["input_ids"].clone() for batch in trainer.get_train_dataloader()]
+        run = trainer.args.regularizer, trainer.args.seed
+        seen[run] = next(trainer.model.score.parameters()).detach().clone(), torch.cat([p.flatten() for p in pairs])
+
+    monkeypatch.setattr(real_data.train_grm.GRMRewardTrainer, "train", begin)
+    for regularizer, seed in [*itertools.product(real_data.REGULARIZERS, [0]), ("none", 1)]:
+        real_data.train(tmp_path / "out", train=tmp_path / "train.parquet", regularizer=regularizer, seed=seed)
+    for regularizer in real_data.REGULARIZERS:
+        assert all(torch.equal(a, b) for a, b in zip(seen[regularizer, 0], seen["none", 0], strict=True)), regularizer
+    assert not any(torch.equal(a, b) for a, b in zip(seen["none", 0], seen["none", 1], strict=True))

@@ -1,9 +1,12 @@
-"""Reward models in TRL's trainers: the numbers that reach a trainer, one real step of every recipe, and the recipes for
-other frameworks by their call signatures. PPO runs where TRL has it (up to 1.12), the rest everywhere."""
+"""Reward models in TRL's trainers: the numbers that reach a trainer, one real step of every recipe, and the recipes
+for other frameworks by their call signatures. PPO runs where TRL has it (up to 1.12), the rest everywhere."""
 
 import importlib.util
 import json
+import math
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,16 +21,14 @@ pytest.importorskip("trl", reason="needs the extra `train`")
 from datasets import Dataset  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification  # noqa: E402
-from grm_hf.rewards import grm_reward_func, ppo_reward_model  # noqa: E402
+from grm_hf.rewards import grm_reward_func, ppo_reward_model, self_test  # noqa: E402
+from grm_hf.scoring import GoldenError, save_golden  # noqa: E402
 
-
-try:
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-except ImportError:
-    PPOTrainer = None
 
 pytestmark = pytest.mark.trainer
-needs_ppo = pytest.mark.skipif(PPOTrainer is None, reason="TRL has no PPO trainer since 1.13")
+needs_ppo = pytest.mark.skipif(
+    importlib.util.find_spec("trl.experimental.ppo") is None, reason="TRL has no PPO trainer since 1.13"
+)
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = chatml_tokenizer()
@@ -56,6 +57,8 @@ def folders(tmp_path_factory):
     ):
         saved.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+        if name != "policy":
+            save_golden(saved, tokenizer, root / name)
     prompts = [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[2]}] * 4
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     return root
@@ -84,7 +87,7 @@ def group_trainer(folder, kind, reward, tmp_path, **kwargs):
     settings = dict(per_device_train_batch_size=2, num_generations=2, max_completion_length=4, max_steps=1)
     settings |= dict(use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
     return trainer(
-        model=policy(),
+        model=str(folder / "policy"),
         reward_funcs=reward,
         args=config(str(tmp_path), **settings),
         train_dataset=Dataset.from_list([{"prompt": PROMPTS[0]}] * 4),
@@ -150,7 +153,7 @@ def test_trl_get_reward_reads_the_same_numbers(folders):
     assert plain.tolist() != pytest.approx(by_hand, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------------ recipes, one step
+# --------------------------------------------------------------------------------------------------- recipes, one step
 
 
 @pytest.mark.parametrize("recipe", ["grpo", "rloo", "online_dpo"])
@@ -186,7 +189,8 @@ def test_ppo_recipe_takes_a_step(reward_model, folders, tmp_path):
         + ["--per_device_eval_batch_size", "2", *own, *COMMON]
     )
     logged = next(row for row in trainer.state.log_history if "objective/scores" in row)
-    assert all(torch.isfinite(torch.tensor(value)) for value in logged.values())
+    values = [float(value) for name, value in logged.items() if name.startswith(("objective/", "loss/"))]
+    assert len(values) >= 6 and all(map(math.isfinite, values))
     value = trainer.model.value_model
     assert isinstance(value, GRMForSequenceClassification)
     if reward_model == "grm":
@@ -197,3 +201,118 @@ def test_ppo_recipe_takes_a_step(reward_model, folders, tmp_path):
         assert (tmp_path / "adapter_model.safetensors").exists()
     # The reward model stays as it is.
     assert moved(GRMForSequenceClassification.from_pretrained(folders / reward_model), trainer.reward_model) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- the self-test
+
+
+def test_self_test_stops_what_a_group_trainer_would_misread(folders, tmp_path):
+    path = str(folders / "grm")
+    module = AutoModelForSequenceClassification.from_pretrained(path)
+    trainer = group_trainer(folders, "GRPO", [module, path, grm_reward_func(path), lambda **_: [0.0]], tmp_path)
+    assert self_test(trainer) == [path] * 3
+
+    with torch.no_grad():
+        module.score.out.bias += 1  # as a head drawn at random would be
+    with pytest.raises(GoldenError, match=r"grm' does not give here .* instead of .*grm_reward_func"):
+        self_test(trainer)
+    with torch.no_grad():
+        module.score.out.bias -= 1
+    module.score.dropout.p = 0.5
+    module.train()
+    with pytest.raises(GoldenError, match="evaluation mode"):
+        self_test(trainer)
+    module.eval()
+    trainer.reward_processing_classes[0] = llama_tokenizer()
+    with pytest.raises(GoldenError, match="reward_processing_classes"):
+        self_test(trainer)
+
+
+@needs_ppo
+def test_self_test_stops_what_ppo_would_misread(folders, tmp_path):
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    path = str(folders / "grm")
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4})
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "total_episodes": 4, "num_mini_batches": 1}
+
+    def trainer(reward_model):
+        return PPOTrainer(
+            args=PPOConfig(str(tmp_path), **settings),
+            processing_class=TOKENIZER,
+            model=policy(),
+            ref_model=None,
+            reward_model=reward_model,
+            value_model=grm(),
+            train_dataset=data,
+            eval_dataset=data,
+        )
+
+    assert self_test(trainer(ppo_reward_model(path, TOKENIZER))) == [path]
+    # PPO would read it at EOS, not at the end of turn as it was trained.
+    with pytest.raises(GoldenError, match=r"reward_model=ppo_reward_model"):
+        self_test(trainer(GRMForSequenceClassification.from_pretrained(path)))
+
+
+def test_loading_tests_itself(folders, tmp_path):
+    """A folder whose weights are not those its golden rows belong to."""
+    path = tmp_path / "tampered"
+    shutil.copytree(folders / "grm", path)
+    changed = grm()
+    with torch.no_grad():
+        changed.score.out.bias += 1
+    changed.save_pretrained(path)
+    for make in (grm_reward_func, lambda p, **kw: ppo_reward_model(p, TOKENIZER, **kw)):
+        with pytest.raises(GoldenError, match="not those that were saved"):
+            make(str(path))
+        make(str(path), check=False)
+
+
+# ---------------------------------------------------------------------------------------------------- other frameworks
+
+
+def test_openrlhf_recipe(folders, monkeypatch):
+    """As OpenRLHF's agent does it: the file is executed, and asked for one text at a time, by position, in threads."""
+    file = ROOT / "examples" / "recipes" / "openrlhf_reward.py"
+    monkeypatch.delenv("GRM_MODEL", raising=False)
+    with pytest.raises(ValueError, match="GRM_MODEL"):
+        load(file)
+    monkeypatch.setenv("GRM_MODEL", str(folders / "grm"))
+    reward_func = load(file).reward_func
+    rendered = [TOKENIZER.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in PROMPTS]
+    queries = [text + answer + TOKENIZER.eos_token for text, answer in zip(rendered, ANSWERS, strict=True)]
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda q, p: reward_func([q], [p], [None]), queries, rendered))
+    by_hand = expected(grm(), TOKENIZER)
+    assert [result["rewards"].item() for result in results] == pytest.approx(by_hand, abs=1e-5)
+    assert all(set(result) == {"rewards", "scores", "extra_logs"} for result in results)
+    assert all(0 <= result["scores"].item() <= 1 for result in results)
+    assert reward_func(queries, rendered, [None] * 3)["rewards"].tolist() == pytest.approx(by_hand, abs=1e-5)
+    with pytest.raises(ValueError, match="not the reward model's"):
+        reward_func(["[INST] other template [/INST] answer"], ["[INST] other template [/INST]"], [None])
+
+
+def test_verl_recipe(folders):
+    """As verl's batch and naive reward managers and its reward loop do it: by keyword, with `reward_kwargs` behind."""
+    module = load(ROOT / "examples" / "recipes" / "verl_reward.py")
+    kwargs = {"model": str(folders / "grm")}
+    extra = [{"prompt": prompt, "index": i} for i, prompt in enumerate(PROMPTS)]
+    by_hand = expected(grm(), TOKENIZER)
+    found = module.compute_scores(
+        data_sources=["chat"] * 3, solution_strs=ANSWERS, ground_truths=[None] * 3, extra_infos=extra, **kwargs
+    )
+    assert found == pytest.approx(by_hand, abs=1e-5)
+    one = module.compute_score(
+        data_source="chat",
+        solution_str=ANSWERS[1],
+        ground_truth=None,
+        extra_info=extra[1],
+        reward_router_address=None,
+        reward_model_tokenizer=None,
+        **kwargs,
+        transform="standardize",
+    )
+    assert one == pytest.approx((by_hand[1] - 0.25) / 2, abs=1e-5)
+    with pytest.raises(ValueError, match="answer 0: its `extra_info` has no `prompt`"):
+        module.compute_score("chat", "a", None, None, **kwargs)

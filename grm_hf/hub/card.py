@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..configuration_grm import GRMConfig
 from ..metrics import brier, expected_calibration_error, fit_temperature, length_bias, pair_wins, wilson_interval
 from ..pairs import Encoder
+from ..scoring.scorer import is_whole
 
 
 logger = logging.get_logger(__name__)
@@ -69,11 +70,9 @@ def card_of_run(trainer, name: str, dataset_name: str | None = None, tags: list[
     adapter = hasattr(model, "peft_config")
     config = (model.get_base_model() if adapter else model).config
     datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.train_dataset)
-    # A forward of a model that is spread over processes needs all of them; this one runs alone.
-    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     evaluation = _evaluation(trainer)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    facts = _facts(config, trainer.processing_class, name, None if spread else model, state.global_step)
+    facts = _facts(config, trainer.processing_class, name, model if is_whole(model) else None, state.global_step)
     facts.update(
         datasets=datasets,
         adapter=adapter,
@@ -408,6 +407,8 @@ def merge_cards(theirs: str, ours: str) -> str:
     """
     data, their_record, _, their_body = _read(theirs)
     our_data, our_record, name, our_body = _read(ours)
+    if name is None:
+        return theirs  # neither is of our making: there is nothing to add
     merged = {key: value for key, value in our_data.items() if key in data or key not in their_record}
     for key, value in data.items():
         if their_record.get(key) == _digest(_dump(value)):
@@ -438,6 +439,18 @@ def edited_lines(card: str) -> set[str]:
 def metadata(card: str) -> dict[str, Any]:
     """The metadata of a card."""
     return _read(card)[0]
+
+
+def without_paths(card: str) -> str:
+    """The card without a base model that is a path of this machine, as PEFT's own card names it."""
+    data, record, name, body = _read(card)
+    base = data.get("base_model")
+    if not isinstance(base, str) or not (Path(base).is_absolute() or Path(base).exists()):
+        return card
+    del data["base_model"]
+    if isinstance(data.get("tags"), list):
+        data["tags"] = [tag for tag in data["tags"] if base not in tag]
+    return _join(data, record, name, body.replace(base, "its base"))
 
 
 def set_field(card: str, key: str, value) -> str:

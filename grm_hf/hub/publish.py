@@ -29,9 +29,12 @@ from . import card
 logger = logging.get_logger(__name__)
 
 CODE = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
-# Stay here: pickles (they hold the settings of the run, a token among them, and loading them runs code), the state of
-# the run, private and hidden files.
-KEPT_BACK = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "_*", ".*")
+# Stay here without a word: pickles (they hold the settings of the run, a token among them, and loading them runs
+# code), what only the run needs, private and hidden files.
+KEPT_BACK = (
+    *("*.pt", "*.pth", "*.bin", "trainer_state.json", "_*", ".*"),
+    *("checkpoint-*", "base", "reference_logps", "runs", "logs"),
+)
 FOLDERS = (".eval_results", "additional_chat_templates", "adapter")
 # What belongs to one set of weights, and to one tokenizer: of an earlier push it would be wrong beside new ones.
 OF_WEIGHTS = (
@@ -185,10 +188,10 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
             if path.is_dir():
                 if path.name in FOLDERS:
                     shutil.copytree(path, out / path.name, copy_function=_link)
-                else:
+                elif not any(fnmatch(path.name, pattern) for pattern in KEPT_BACK):
                     left.append(f"{path.name}/")
             elif any(fnmatch(path.name, pattern) for pattern in KEPT_BACK):
-                left.append(path.name)
+                continue
             elif adapter and path.name.startswith("adapter_"):
                 (out / "adapter").mkdir(exist_ok=True)
                 if path.name != "adapter_config.json":
@@ -196,15 +199,17 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
             elif not (out / path.name).exists():
                 _link(path, out / path.name)
         if left:
-            logger.info(f"Not pushed from '{folder}': {', '.join(left)}")
+            logger.warning(f"Folders in '{folder}' that are not pushed: {left}")
         if adapter:
             _write_adapter_config(folder, out)
         _require_complete(folder, out)
         for code in CODE:
             if not (out / code).is_file():
                 shutil.copy(Path(__file__).parents[1] / code, out / code)
-        if not (out / "README.md").is_file():
-            (out / "README.md").write_text(card.card_of_folder(out, name), encoding="utf-8")
+        readme = out / "README.md"
+        text = readme.read_text(encoding="utf-8") if readme.is_file() else card.card_of_folder(out, name)
+        readme.unlink(missing_ok=True)  # it may be a link to the folder's
+        readme.write_text(card.without_paths(text), encoding="utf-8")
         return staged
     except BaseException:
         staged.cleanup()

@@ -5,6 +5,7 @@ from .adapters import GRMRewardFunction, grm_reward_func
 from .ensemble import RewardEnsemble, combine, ensemble_heads
 from .labels import RankedPair, factor_thresholds, hierarchical_pairs
 from .ppo import PPORewardModel, ppo_reward_model
+from .selftest import self_test
 from .transforms import (
     TRANSFORMS,
     Transform,
@@ -39,5 +40,6 @@ __all__ = [
     "logical_and",
     "ppo_reward_model",
     "reference_reward",
+    "self_test",
     "standardize",
 ]

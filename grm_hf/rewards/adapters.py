@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ..modeling_grm import GRMForSequenceClassification
 from ..pairs import Encoded, OverlengthError
 from ..scoring import GRMScorer
+from .selftest import check_scorer
 from .transforms import Transform
 
 
@@ -50,16 +51,19 @@ class PolicyScorer(GRMScorer):
     A [`GRMScorer`] for what policies write. It takes [`Rollout`] and [`Rendered`] besides chats, scores answers
     without text as well (a policy that learns will write some), and puts the end of turn where the reward model was
     trained to read, whether or not the policy got that far.
+
+    Attributes:
+        opening: What the chat template writes in front of an answer; empty without a template.
     """
 
     def __init__(self, model, tokenizer=None, **kwargs):
         super().__init__(model, tokenizer, **kwargs)
-        self._opening, self._chat_end = "", []
+        self.opening, self._chat_end = "", []
         if self.tokenizer.chat_template:
             user = [{"role": "user", "content": "a"}]
             render = self.encoder._render
             with_opening, without = (render(user, None, {}, add_generation_prompt=on) for on in (True, False))
-            self._opening = with_opening.removeprefix(without).strip()
+            self.opening = with_opening.removeprefix(without).strip()
             # What two conversations with different answers have in common at their ends.
             one, other = (self.encoder.encode(user, answer).ids for answer in ("a", "b"))
             same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
@@ -97,7 +101,7 @@ class PolicyScorer(GRMScorer):
     def _ended(self, ids: list[int]) -> list[int]:
         """`ids` with all that the reward model expects behind an answer, of which they may hold the beginning."""
         eos = self.tokenizer.eos_token_id
-        chat = self._chat_end and self._opening in self.tokenizer.decode(ids, skip_special_tokens=False)
+        chat = self._chat_end and self.opening in self.tokenizer.decode(ids, skip_special_tokens=False)
         end = self._chat_end if chat else [eos]
         there = next(n for n in range(len(end), -1, -1) if n == 0 or ids[-n:] == end[:n])
         if there == 0 and ids[-1:] == [eos]:
@@ -113,6 +117,7 @@ def grm_reward_func(
     reference: float | str | None = None,
     name: str | None = None,
     max_tokens_per_batch: int = 8192,
+    check: bool = True,
     **load_kwargs,
 ) -> "GRMRewardFunction":
     r"""
@@ -137,11 +142,17 @@ def grm_reward_func(
             What TRL calls it in its logs. Defaults to the last part of the model's name.
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
             See [`GRMScorer`].
+        check (`bool`, *optional*, defaults to `True`):
+            Score the golden rows of a model that is loaded here, and refuse it if a reward is not the stored one.
         **load_kwargs:
             For `from_pretrained`: `dtype`, `revision`, `quantization_config`, ...
 
     Returns:
         [`GRMRewardFunction`].
+
+    Raises:
+        `ValueError`: for what is no reward model, settings that would be ignored, statistics that are not there;
+            [`GoldenError`] for golden rows that do not hold.
 
     Example:
 
@@ -149,9 +160,8 @@ def grm_reward_func(
     trainer = GRPOTrainer(model=policy, reward_funcs=grm_reward_func("my-grm"), train_dataset=prompts)
     ```
     """
-    return GRMRewardFunction(
-        policy_scorer(model, tokenizer, max_tokens_per_batch, load_kwargs), transform, reference, name
-    )
+    scorer = policy_scorer(model, tokenizer, max_tokens_per_batch, check, load_kwargs)
+    return GRMRewardFunction(scorer, transform, reference, name)
 
 
 class GRMRewardFunction:
@@ -218,9 +228,10 @@ class GRMRewardFunction:
         return self.transform(rewards, [score.tokens for score in scores], groups, reference).tolist()
 
 
-def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, load_kwargs=None):
+def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, load_kwargs=None):
     """A scorer of rollouts for a Hub id, a folder or a live reward model; an ensemble is one already."""
-    if isinstance(model, (str, os.PathLike)):
+    loaded = isinstance(model, (str, os.PathLike))
+    if loaded:
         path = os.fspath(model)
         revision = {"revision": load_kwargs["revision"]} if load_kwargs and "revision" in load_kwargs else {}
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, **revision)
@@ -238,7 +249,10 @@ def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, load_kwargs=
             return model
         if getattr(getattr(model, "config", None), "model_type", None) != "grm":
             raise ValueError(f"`model` is {type(model).__name__}, not a GRMForSequenceClassification.")
-    return PolicyScorer(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch)
+    scorer = PolicyScorer(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch)
+    if check and loaded:
+        check_scorer(scorer)
+    return scorer
 
 
 def _own_device() -> torch.device:

@@ -24,6 +24,7 @@ def ppo_reward_model(
     transform=None,
     reference: float | None = None,
     max_tokens_per_batch: int = 8192,
+    check: bool = True,
     **load_kwargs,
 ) -> "PPORewardModel":
     r"""
@@ -46,6 +47,8 @@ def ppo_reward_model(
             See [`Transform`].
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
             See [`GRMScorer`].
+        check (`bool`, *optional*, defaults to `True`):
+            Score the golden rows of a model that is loaded here, and refuse it if a reward is not the stored one.
         **load_kwargs:
             For `from_pretrained`: `dtype`, `revision`, `quantization_config`, ...
 
@@ -54,7 +57,8 @@ def ppo_reward_model(
 
     Raises:
         `ValueError`: for a policy tokenizer without padding token or with EOS as padding, and, without `prompts`, for
-            a reward model with another vocabulary or that pads with EOS.
+            a reward model with another vocabulary or that pads with EOS; [`GoldenError`] for golden rows that do not
+            hold.
 
     Example:
 
@@ -65,7 +69,7 @@ def ppo_reward_model(
     ```
     """
     _check_padding(policy_tokenizer, "policy's")
-    scorer = policy_scorer(model, tokenizer, max_tokens_per_batch, load_kwargs)
+    scorer = policy_scorer(model, tokenizer, max_tokens_per_batch, check, load_kwargs)
     if prompts is None:
         if scorer.tokenizer is None:
             raise ValueError("The members of the ensemble have different tokenizers: pass `prompts`.")
@@ -89,6 +93,7 @@ class PPORewardModel(nn.Module):
 
     def __init__(self, scorer, policy_tokenizer, prompts, transform):
         super().__init__()
+        self.scorer = scorer
         self.model = _Body(scorer, policy_tokenizer, prompts, transform)
         self.score = nn.Identity()
         self.config = getattr(scorer.model, "config", None)  # DeepSpeed reads `hidden_size`

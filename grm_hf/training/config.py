@@ -56,6 +56,12 @@ class GRMRewardConfig(RewardConfig):
             chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model.
             All give the same numbers to rounding; without a text loss `"auto"` is `"padded"`, whose numbers are TRL's
             to the last bit.
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens that go through the model at once, in training and evaluation: prompt and responses of each
+            pair as the layout computes them, padding included. The `per_device_train_batch_size` pairs of a step are
+            split into as many batches as this needs, and each counts by its share of the pairs, so the loss and the
+            gradient of a step stay the same: the pairs decide what is learned, the tokens what memory it takes. A
+            single pair that is longer is a batch by itself. Not with FSDP and DeepSpeed.
     """
 
     regularizer: str = field(
@@ -87,6 +93,9 @@ class GRMRewardConfig(RewardConfig):
     layout: str = field(
         default="auto", metadata={"help": "How pairs lie in a batch.", "choices": list(LAYOUTS)}
     )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Most tokens that go through the model at once. Default: no limit."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,6 +114,10 @@ class GRMRewardConfig(RewardConfig):
             raise ValueError(f"`beta` is {self.beta}; it must be above 0. To switch the text loss off, set alpha=0.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it must be in [0, 0.5).")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(
+                f"`max_tokens_per_batch` is {self.max_tokens_per_batch}; it must be at least 1, or None for no limit."
+            )
         if self.freeze_backbone and self.text_loss != "none":
             raise ValueError(
                 f"`freeze_backbone=True` leaves nothing for the text loss {self.regularizer!r} to train. Set "

@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -170,6 +171,15 @@ class GRMRewardTrainer(RewardTrainer):
                 layout=self.layout,
                 text=args.text_side,
                 pad_to_multiple_of=args.pad_to_multiple_of,
+                max_tokens=args.max_tokens_per_batch,
+            )
+        elif args.max_tokens_per_batch is not None:
+            logger.warning("max_tokens_per_batch is ignored: a `data_collator` of your own makes the batches.")
+        if args.max_tokens_per_batch is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "max_tokens_per_batch makes different numbers of batches on different ranks, and ranks that share "
+                "their weights (FSDP, DeepSpeed) would wait for each other forever. Use DDP, or a smaller "
+                "per_device_train_batch_size with gradient_accumulation_steps."
             )
         if args.pair_loss is not None:
             self._pair_loss = args.pair_loss
@@ -216,16 +226,24 @@ class GRMRewardTrainer(RewardTrainer):
 
     def response_logps(self, model, inputs):
         """Log-probabilities of the responses of a batch, summed over their tokens: chosen above rejected, `(2B,)`."""
-        return self._forward(model, inputs, self._lm_fn(inputs)).lm_output
+        logps = [self._forward(model, part, self._lm_fn(part)).lm_output for part in _parts(inputs)]
+        return torch.cat([sums.view(2, -1) for sums in logps], dim=1).flatten()
 
     def _forward(self, model, inputs, lm_fn):
         with layout_attention(model, self.layout):
             return model(**model_kwargs(inputs), use_cache=False, lm_fn=lm_fn)
 
-    def training_step(self, model, *args, **kwargs):
+    def training_step(self, model, inputs, *args, **kwargs):
+        parts = _parts(inputs)
+        pairs = sum(map(_num_sequences, parts))
+        loss = 0.0
         # The backward is inside too: gradient checkpointing runs layers again there.
         with layout_attention(model, self.layout):
-            return super().training_step(model, *args, **kwargs)
+            for i, part in enumerate(parts, 1):
+                with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
+                    share = {"share": _num_sequences(part) / pairs} if len(parts) > 1 else {}
+                    loss += super().training_step(model, part | share, *args, **kwargs)
+        return loss
 
     def _lm_fn(self, inputs, loss=None):
         """What the model runs on its hidden states inside its forward: log-probabilities summed for each response."""
@@ -249,7 +267,18 @@ class GRMRewardTrainer(RewardTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, mode = self.args, "train" if self.model.training else "eval"
+        found = [self._compute_part(model, part) for part in _parts(inputs)]
+        columns = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
+        pairs = len(columns["chosen"])
+        loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in found) * inputs.get("share", 1.0)
+        rewards = torch.stack([columns["chosen"], columns["rejected"]], dim=1)
+        with torch.no_grad():
+            self._record("train" if self.model.training else "eval", columns)
+        return (loss, {"logits": rewards}) if return_outputs else loss
+
+    def _compute_part(self, model, inputs):
+        """The mean loss of a batch, and what is known of each pair, `(B,)` each."""
+        args = self.args
         margin, given = inputs.get("margin"), inputs.get("ref_logps")
         lm_fn, text_loss, text, details = None, None, None, {}
         if args.text_loss != "none":
@@ -277,11 +306,13 @@ class GRMRewardTrainer(RewardTrainer):
             details = self._text_details(outputs.lm_output.detach(), counts, ref)
             loss = losses.total_loss(loss, text.mean(), args.alpha)
 
-        with torch.no_grad():
-            self._record(mode, chosen, rejected, pair, text, details, _lengths(inputs))
-        if return_outputs:
-            return loss, {"logits": torch.stack([chosen, rejected], dim=1)}
-        return loss
+        lengths = _lengths(inputs).chunk(2)
+        columns = {"chosen": chosen, "rejected": rejected, "chosen_tokens": lengths[0], "rejected_tokens": lengths[1]}
+        columns |= {"loss": losses.total_loss(pair, text, args.alpha), "pair_loss": pair, **details}
+        return loss, columns if text is None else columns | {"text_loss": text}
+
+    def floating_point_ops(self, inputs):
+        return sum(super(GRMRewardTrainer, self).floating_point_ops(part) for part in _parts(inputs))
 
     def _text_loss(self, logps, counts, ref):
         """Text loss of each pair, `(B,)`, from sums of log-probabilities, token counts and reference sums, `(2B,)`."""
@@ -303,8 +334,11 @@ class GRMRewardTrainer(RewardTrainer):
 
     # --------------------------------------------------------------------------------------------------------- metrics
 
-    def _record(self, mode, chosen, rejected, pair, text, details, lengths):
+    def _record(self, mode, columns):
         """Add one batch to the sums. Evaluation gathers row by row, so that rows a sampler repeats count once."""
+        chosen, rejected, *lengths = (
+            columns.pop(name) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
+        )
         rows = {
             "pairs": torch.ones_like(chosen),
             "accuracy": (chosen > rejected).to(chosen.dtype),
@@ -313,18 +347,15 @@ class GRMRewardTrainer(RewardTrainer):
             "reward_squared": chosen**2 + rejected**2,
             "min_reward": torch.minimum(chosen, rejected),
             "max_reward": torch.maximum(chosen, rejected),
-            "loss": losses.total_loss(pair, text, self.args.alpha),
-            "pair_loss": pair,
-            **({} if text is None else {"text_loss": text}),
-            **details,
+            **columns,
         }
         table = torch.stack([value.double() for value in rows.values()], dim=1)
         if mode == "eval":
             table = self.accelerator.gather_for_metrics(table)
-            seen = torch.stack([chosen, rejected, *lengths.chunk(2)], dim=1).double()
+            seen = torch.stack([chosen, rejected, *lengths], dim=1).double()
             self._eval_rows.append(self.accelerator.gather_for_metrics(seen).cpu())
         else:
-            self._tokens_since = self._tokens_since + lengths.sum()
+            self._tokens_since = self._tokens_since + sum(lengths).sum()
         sums = self._sums[mode]
         for column, name in enumerate(rows):
             values = table[:, column]
@@ -400,10 +431,15 @@ class GRMRewardTrainer(RewardTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
         here, folder = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
+        readme = folder / "README.md"
+        written = readme.read_bytes() if readme.is_file() else None
+        super()._save(output_dir, state_dict)
         if is_peft_model(self.model):
             _require_head_in_adapter(folder)
+            readme.unlink(missing_ok=True)  # PEFT has written its own, which names the base by its path, or into ours
+            if written is not None:
+                readme.write_bytes(written)
         if folder != here and (here / "README.md").is_file():  # TRL writes the card before it saves a checkpoint
             shutil.copy(here / "README.md", folder)
             if (here / EVAL_RESULTS).is_file():
@@ -513,6 +549,11 @@ class GRMRewardTrainer(RewardTrainer):
             if job.exception() is not None:
                 logger.warning(f"A checkpoint was not pushed: {job.exception()}")
         self.push_in_progress = None
+
+
+def _parts(inputs):
+    """The batches that a batch was split into by `max_tokens_per_batch`, or itself."""
+    return inputs.get("parts", [inputs])
 
 
 def _num_sequences(inputs):

@@ -1,0 +1,150 @@
+"""Is the reward model inside this process, as it is plugged in here, still the one that was trained? Its golden rows
+(`grm_hf.scoring.golden`) say so before the first step: another template or tokenizer, a random head, live dropout, a
+reward read in front of the end of turn, all show in the numbers.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from ..scoring import GoldenError
+from ..scoring.golden import FILE, tolerance
+
+
+logger = logging.get_logger(__name__)
+
+LOADED = (
+    "The tokenizer, its chat template, the weights or their precision are not those that were saved: load all from "
+    "one place. If precision is lost on purpose, pass `check=False`."
+)
+GROUP = (
+    "TRL renders and tokenises for a module by itself: pass `reward_funcs=grm_reward_func(...)`, which does it as in "
+    "training, or see to its tokenizer (`reward_processing_classes`), dtype and evaluation mode."
+)
+PPO = (
+    "PPO never calls a model's `forward` and reads where the policy stops: pass `reward_model=ppo_reward_model(...)`."
+)
+
+
+def self_test(trainer) -> list[str]:
+    """
+    Score the golden rows of every reward model of a TRL trainer, each the way the trainer does it: `reward_funcs` of
+    GRPO, RLOO and Online DPO (modules, ids and [`grm_reward_func`]), `reward_model` of PPO.
+
+    ```python
+    self_test(trainer)
+    trainer.train()
+    ```
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            A trainer that has been made and has not started.
+
+    Returns:
+        `list[str]`: where the reward models come from that were tested. One without golden rows is warned about;
+        reward functions of other kinds, and ensembles (whose members are tested on loading), are left out.
+
+    Raises:
+        [`GoldenError`]: a reward differs by more than rounding, with what to do.
+    """
+    ppo = hasattr(trainer, "reward_model")
+    if ppo:
+        rewards = [(trainer.reward_model, trainer.processing_class)]
+    else:
+        rewards = list(zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True))
+    options = getattr(trainer, "chat_template_kwargs", None) or {}
+    tested = []
+    for reward, tokenizer in rewards:
+        if hasattr(reward, "scorer"):
+            tested += check_scorer(reward.scorer)
+        elif getattr(getattr(reward, "config", None), "model_type", None) == "grm":
+            read = partial(_as_ppo, reward, tokenizer) if ppo else partial(_as_trl, reward, tokenizer, options)
+            tested += _check(reward, read, PPO if ppo else GROUP)
+    return tested
+
+
+def check_scorer(scorer) -> list[str]:
+    """[`self_test`] of a scorer alone."""
+    if not hasattr(scorer, "encoder"):  # an ensemble
+        return []
+    return _check(scorer.model, lambda chat: scorer.score([chat])[0], LOADED)
+
+
+def _check(model, read: Callable[[Any], float], remedy: str) -> list[str]:
+    path = getattr(model, "name_or_path", "")
+    if not path:
+        return []
+    try:
+        file = cached_file(path, FILE)
+    except OSError:
+        logger.warning(
+            f"'{path}' has no {FILE}, so it is not known whether its rewards are still those it was saved with. "
+            "`grm_hf.scoring.save_golden` writes the file."
+        )
+        return []
+    limit, wrong = tolerance(model), []
+    for row in json.loads(Path(str(file)).read_text(encoding="utf-8"))["rows"]:
+        found, stored = read(row["chat"]), row["score"]
+        if not abs(found - stored) <= limit * max(1.0, abs(stored)):
+            wrong.append(f"{found:.6f} instead of {stored:.6f}")
+    if wrong:
+        raise GoldenError(
+            f"The reward model '{path}' does not give here the rewards it was saved with: {', '.join(wrong)}. "
+            f"{remedy} (If it was trained further since it was loaded, save it and load it again.)"
+        )
+    return [path]
+
+
+def _messages(chat) -> list[dict]:
+    """A golden chat as messages, of which the last is the answer."""
+    if isinstance(chat, list):
+        return chat
+    if "messages" in chat:
+        return chat["messages"]
+    prompt, answer = chat["prompt"], chat["response"]
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*prompt, *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
+
+
+def _plain(chat) -> tuple[str, str]:
+    return ("", chat) if isinstance(chat, str) else (chat["prompt"], chat["response"])
+
+
+@torch.no_grad()
+def _as_trl(model, tokenizer, options, chat) -> float:
+    """What TRL gets from a module in `reward_funcs`."""
+    if tokenizer.chat_template and not isinstance(chat, str):
+        text = tokenizer.apply_chat_template(_messages(chat), tokenize=False, **options)
+    else:
+        text = "".join(_plain(chat))
+    inputs = tokenizer(text=[text], return_tensors="pt", add_special_tokens=False).to(model.device)
+    return model(**inputs).logits[0, 0].item() if _knows(model, inputs.input_ids) else math.nan
+
+
+@torch.no_grad()
+def _as_ppo(model, tokenizer, chat) -> float:
+    """What TRL's PPO gets from a plain model, when the policy gives this answer and stops with EOS."""
+    if tokenizer.chat_template and not isinstance(chat, str):
+        *prompt, final = _messages(chat)
+        before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        answer = final["content"]
+    else:
+        before, answer = _plain(chat)
+    written = [i for text in (before, answer) for i in tokenizer(text, add_special_tokens=False).input_ids]
+    ids = torch.tensor([[*written, tokenizer.eos_token_id]], device=model.device)
+    if not _knows(model, ids):
+        return math.nan
+    body = getattr(model, model.base_model_prefix)
+    out = body(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), output_hidden_states=True, use_cache=False)
+    return model.score(out.hidden_states[-1])[0, -1, 0].item()
+
+
+def _knows(model, ids) -> bool:
+    return int(ids.max()) < model.get_input_embeddings().weight.shape[0]

@@ -1,0 +1,805 @@
+"""Scoring: every score against a forward of that text alone, what is computed counted token by token, state and order
+kept, two processes, golden rows, and the commands `grm score`, `best-of-n` and `verify`."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, chatml_tokenizer, tiny_lm
+
+from grm_hf import GRMForSequenceClassification
+from grm_hf.cli import main
+from grm_hf.layouts import ATTENTION
+from grm_hf.pairs import Encoder, prepare_pairs
+from grm_hf.scoring import GoldenError, GRMScorer, golden, save_golden, verify
+
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+import scoring as benchmark  # noqa: E402
+
+
+TOKENIZER = chatml_tokenizer()
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+def grm(family="llama", seed=0, **config):
+    torch.manual_seed(seed)
+    lm = tiny_lm(family, **{"vocab_size": len(TOKENIZER), "max_position_embeddings": 512, **config})
+    return GRMForSequenceClassification.from_base(lm, head_hidden_size=8).eval()
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def a_set_of_chats(seed=0, prompts=4, answers=4):
+    """Histories that grow turn by turn, several answers to each, some of them twice, in random order."""
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
+
+    chats = []
+    for number in range(prompts):
+        history = [user(f"Question {number}: {words(1, 6)}")]
+        for _ in range(rng.integers(1, 3)):
+            chats += [[*history, assistant(words(1, 9))] for _ in range(rng.integers(1, answers + 1))]
+            history = [*history, assistant(words(1, 5)), user(words(1, 5))]
+    chats += [chats[i] for i in rng.integers(0, len(chats), 3)]
+    return [chats[i] for i in rng.permutation(len(chats))]
+
+
+def ids_of(chat):
+    return Encoder(TOKENIZER).encode_chat(chat).ids
+
+
+@torch.no_grad()
+def alone(model, chats):
+    """What the model gives for each chat by itself: no padding, no layout, no scorer."""
+    return [model(input_ids=torch.tensor([ids_of(chat)])).logits.item() for chat in chats]
+
+
+def close(expected, rel=2e-5):
+    return pytest.approx(expected, rel=rel, abs=2e-6)
+
+
+class Seen:
+    """What goes into a model's embedding while it is open: the number of token positions of each forward."""
+
+    def __init__(self, model):
+        self.model, self.rows = model, []
+
+    def __enter__(self):
+        self.hook = self.model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, args: self.rows.append(args[0].numel())
+        )
+        return self.rows
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_each_text_alone(family):
+    model = grm(family)
+    chats = a_set_of_chats()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scorer = GRMScorer(model, TOKENIZER)
+        found = scorer.score(chats)
+    assert found == close(alone(model, chats), rel=1e-4)
+    assert len(set(np.round(found, 5))) > 3
+    said = [str(w.message) for w in caught if "using 'padded'" in str(w.message)]
+    assert len(said) == (scorer.layout == "padded")
+
+
+def test_most_families_share_prefixes():
+    for family in ("llama", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_neox", "phi3"):
+        assert GRMScorer(grm(family), TOKENIZER).layout == "shared_prefix", family
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+@pytest.mark.parametrize("budget", [1, 97, 300, 8192])
+def test_order_and_duplicates_in_every_layout_and_batch_size(layout, budget):
+    model, chats = grm(), a_set_of_chats(1)
+    scorer = GRMScorer(model, TOKENIZER, max_tokens_per_batch=budget, layout=layout)
+    expected = alone(model, chats)
+    assert scorer.score(chats) == close(expected)
+    assert scorer.score(chats[::-1]) == close(expected[::-1])
+    for window in (1, 3, 1000):
+        details = list(scorer.stream(iter(chats), window))
+        assert [detail.score for detail in details] == close(expected)
+        assert [detail.tokens for detail in details] == [len(ids_of(chat)) for chat in chats]
+    assert scorer.score([]) == []
+
+
+def test_a_bfloat16_body_and_a_cut_text():
+    model = grm().to(torch.bfloat16)
+    model.config.max_sequence_length = 48
+    encoder = Encoder.from_config(TOKENIZER, model.config)
+    chats = [[user("x" * 100), assistant("y" * n)] for n in range(1, 30)]
+    details = list(GRMScorer(model, TOKENIZER).stream(chats))
+    assert all(detail.truncated and detail.tokens == 48 for detail in details)
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([encoder.encode_chat(c).ids])).logits.item() for c in chats]
+    assert [detail.score for detail in details] == pytest.approx(expected, abs=1e-2)
+
+
+# -------------------------------------------------------------------------------------------------- tokens computed once
+
+
+def distinct_prefixes(sequences):
+    """Number of nodes of the prefix tree of the sequences: what must be computed if nothing is computed twice."""
+    return len({tuple(ids[: k + 1]) for ids in sequences for k in range(len(ids))})
+
+
+def test_each_distinct_prompt_and_response_is_computed_once():
+    model = grm()
+    scorer, padded = GRMScorer(model, TOKENIZER), GRMScorer(model, TOKENIZER, layout="padded")
+    pairs = [
+        {"prompt": [user(f"Please tell me: {p}")], "chosen": [assistant(f"{c}")], "rejected": [assistant(f"{r}")]}
+        for p in WORDS[:3]
+        for c in ("A good answer", "Another good one")
+        for r in ("Bad, very bad", "Worse than bad")
+    ]
+    texts = [ids_of([*row["prompt"], *row[side]]) for row in pairs for side in ("chosen", "rejected")]
+    # The tree has a node at each token where texts part, even where that is within a word: so does the layout.
+    with Seen(model) as rows:
+        scorer.score_pairs(pairs)
+    shortest = distinct_prefixes(texts)
+    assert shortest <= sum(rows) <= shortest + 7 * 3  # fewer than 8 tokens in common are not shared
+    assert sum(rows) < sum(map(len, texts)) / 3
+    with Seen(model) as rows:
+        padded.score_pairs(pairs)
+    assert len(set(map(tuple, texts))) == 12 and sum(rows) == 12 * max(map(len, texts))
+
+
+@pytest.mark.parametrize("answers", [1, 4, 16])
+def test_best_of_n_computes_the_prompt_once_for_each_row(answers):
+    model = grm()
+    rng = np.random.default_rng(0)
+    prompt = "Which? " + " ".join(rng.choice(WORDS, 20))
+    candidates = [f"{WORDS[i % 10][::-1]}{i} " + " ".join(rng.choice(WORDS, 3 + i)) for i in range(answers)]
+    texts = [ids_of([user(prompt), assistant(answer)]) for answer in candidates]
+    scorer, small = GRMScorer(model, TOKENIZER), GRMScorer(model, TOKENIZER, max_tokens_per_batch=400)
+    with Seen(model) as rows:
+        result = scorer.best_of_n(prompt, candidates)
+    assert len(rows) == 1 and distinct_prefixes(texts) <= rows[0] <= distinct_prefixes(texts) + 7 * answers
+    assert result.scores == close(alone(model, [[user(prompt), assistant(answer)] for answer in candidates]))
+    with Seen(model) as rows:
+        small.best_of_n(prompt, candidates)
+    assert len(rows) == -(-sum(rows) // 400) and all(row <= max(400, max(map(len, texts))) for row in rows)
+
+
+# The benchmark's own texts and contenders, on two layers: what is counted does not depend on the machine.
+GATES = [("n = 1", 1, False), ("n = 4", 4, False), ("n = 16", 16, False), ("n = 64", 64, False), ("n = 16, equal", 16, True)]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return benchmark.llama(layers=2, hidden=64), benchmark.word_tokenizer()
+
+
+@pytest.mark.parametrize(("name", "n", "equal"), GATES)
+def test_flops_and_tokens_against_the_pipeline(bench, name, n, equal):
+    case = benchmark.best_of_n(n, equal)
+    sides = benchmark.contenders(*bench, case)
+    pipeline, ours = sides["pipeline, batch 8"], sides["ours"]
+    assert ours() == pytest.approx(pipeline(), rel=1e-4, abs=1e-6)
+    assert benchmark.tokens_computed(bench[0], pipeline) == round(case.padding * sum(case.lengths))
+    answers = sum(case.lengths) - n * benchmark.PROMPT
+    rows = -(-answers // (8192 - benchmark.PROMPT))  # the prompt once in each
+    assert benchmark.tokens_computed(bench[0], ours) == rows * benchmark.PROMPT + answers
+    assert benchmark.flops(pipeline) / benchmark.flops(ours) >= benchmark.TARGETS[name]
+
+
+def test_the_cache_contender_gives_the_same_scores(bench):
+    sides = benchmark.contenders(*bench, benchmark.best_of_n(10))
+    expected = sides.pop("ours")()
+    assert len(sides) == 4
+    for name, run in sides.items():
+        assert run() == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+def test_the_benchmark_page_is_what_the_results_file_gives(tmp_path):
+    if not benchmark.RESULTS.is_file():
+        pytest.skip("make bench has not been run")
+    page = tmp_path / "benchmarks.md"
+    page.write_bytes(benchmark.PAGE.read_bytes())
+    benchmark.write_page(json.loads(benchmark.RESULTS.read_text(encoding="utf-8")), page)
+    assert page.read_bytes() == benchmark.PAGE.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_scores_have_the_same_bits_in_any_company(dtype):
+    model, chats = grm(hidden_size=128, intermediate_size=256).to(dtype), a_set_of_chats(2, prompts=8)
+    scorer = GRMScorer(model, TOKENIZER, deterministic=True)
+    single = [scorer.score([chat])[0] for chat in chats]
+    assert scorer.score(chats) == single
+    assert scorer.score(chats[::-1]) == single[::-1]
+    order = np.random.default_rng(0).permutation(len(chats))
+    assert scorer.score([chats[i] for i in order]) == [single[i] for i in order]
+    assert [s.score for s in scorer.stream(chats[3:], window=2)] == single[3:]
+    assert GRMScorer(model, TOKENIZER, max_tokens_per_batch=1, deterministic=True).score(chats) == single
+    # What the promise is worth: without it, neighbours do change bits.
+    assert GRMScorer(model, TOKENIZER, layout="padded").score(chats) != single
+
+
+def test_deterministic_refuses_a_layout_that_joins_texts():
+    with pytest.raises(ValueError, match="computes each alone"):
+        GRMScorer(grm(), TOKENIZER, deterministic=True, layout="packed")
+
+
+# ------------------------------------------------------------------------------------------------------------- the model
+
+
+def state(model):
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    attention = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    return [m.training for m in model.modules()], attention, hooks, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_the_model_is_left_as_it_was(layout):
+    model = grm().train()
+    model.lm.model.layers[0].eval()
+    before, weights = state(model), {k: v.clone() for k, v in model.state_dict().items()}
+    scorer = GRMScorer(model, TOKENIZER, layout=layout)
+    stream = scorer.stream(a_set_of_chats(), window=2)
+    next(stream)
+    assert state(model) == before  # also while a stream is open
+    list(stream)
+    hook = model.lm.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        scorer.score(["one two"])
+    hook.remove()
+    assert state(model) == before and ATTENTION not in before[1]
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_does_not_reach_a_score():
+    model = grm(attention_dropout=0.5).train()
+    assert GRMScorer(model, TOKENIZER).score(["one two three"]) == close(alone(model.eval(), ["one two three"]))
+
+
+def test_a_model_in_memory_needs_its_tokenizer():
+    with pytest.raises(ValueError, match="Pass `tokenizer`"):
+        GRMScorer(grm())
+
+
+# ---------------------------------------------------------------------------------------------------------------- inputs
+
+
+def test_errors_name_the_chat():
+    scorer = GRMScorer(grm(), TOKENIZER)
+    with pytest.raises(ValueError, match="^chat 2: "):
+        scorer.score(["one", "two", "", "three"])
+    stream = scorer.stream(["one", "two", [user("no answer")], "three"], window=2)
+    assert len([next(stream), next(stream)]) == 2
+    with pytest.raises(ValueError, match="^chat 2: "):
+        next(stream)
+    pair = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    with pytest.raises(ValueError, match="^row 1, `rejected`: "):
+        scorer.score_pairs([pair, {**pair, "rejected": [assistant("")]}])
+    with pytest.raises(ValueError, match="^row 0, `chosen`: it is missing; the row has"):
+        scorer.score_pairs([{"prompt": "a", "rejected": "b"}])
+    with pytest.raises(ValueError, match="at least 1"):
+        GRMScorer(grm(), TOKENIZER, max_tokens_per_batch=0)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+        {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")], "tools": TOOLS},
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")], "tools": TOOLS},
+        {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+        {"prompt": "Q: a\nA:", "chosen": " b", "rejected": " c"},
+        {"chosen": "Q: a\nA: b", "rejected": "Q: a\nA: c"},
+    ],
+    ids=["messages", "tools", "implicit", "implicit tools", "text prompt", "text", "implicit text"],
+)
+def test_pairs_are_encoded_as_in_training(row):
+    datasets = pytest.importorskip("datasets")
+    model = grm()
+    prepared, _ = prepare_pairs(datasets.Dataset.from_list([row]), Encoder(TOKENIZER))
+    with torch.no_grad():
+        expected = [
+            model(input_ids=torch.tensor([prepared[0][f"{side}_ids"]])).logits.item() for side in ("chosen", "rejected")
+        ]
+    assert list(GRMScorer(model, TOKENIZER).score_pairs([row])[0]) == close(expected)
+
+
+def test_best_of_n():
+    scorer = GRMScorer(grm(), TOKENIZER)
+    answers = ["one", "two three", "four", "one"]
+    for prompt in ("which?", [user("which?")]):
+        result = scorer.best_of_n(prompt, answers)
+        assert result.scores == close(alone(scorer.model, [[user("which?"), assistant(a)] for a in answers]))
+        assert result.best == answers[max(range(4), key=lambda i: result.scores[i])]
+        assert [result.scores[i] for i in result.order] == sorted(result.scores, reverse=True)
+        assert result.scores[0] == result.scores[3] and result.order.index(0) < result.order.index(3)
+    with pytest.raises(ValueError, match="nothing to rank"):
+        scorer.best_of_n("which?", [])
+    with pytest.raises(ValueError, match="^chat 1: "):
+        scorer.best_of_n("which?", ["a", " "])
+    with torch.no_grad():
+        scorer.model.score.out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"answers \[0, 1\] are not numbers"):
+        scorer.best_of_n("which?", ["a", "b"])
+
+
+def test_probability_is_symmetric_and_does_not_overflow():
+    scorer = GRMScorer(grm(), TOKENIZER)
+    assert scorer.probability(1e6, 0.0) == 1.0 and scorer.probability(-1e6, 0.0) == 0.0
+    assert scorer.probability(0.3, 0.1) + scorer.probability(0.1, 0.3) == pytest.approx(1)
+    scorer.model.config.reward_temperature = 2.0
+    assert scorer.probability(0.3, 0.1) == pytest.approx(torch.sigmoid(torch.tensor(0.1)).item(), rel=1e-6)
+
+
+def test_a_progress_bar_counts_chats(capsys):
+    GRMScorer(grm(), TOKENIZER, progress=True).score(a_set_of_chats())
+    assert f"{len(a_set_of_chats())}/{len(a_set_of_chats())}" in capsys.readouterr().err
+    GRMScorer(grm(), TOKENIZER).score(a_set_of_chats())
+    assert capsys.readouterr().err == ""
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+def launch(code, folder, processes, port):
+    script = folder / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(TESTS)!r})\n" + textwrap.dedent(code), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+RANKS = """
+    import json
+
+    import conftest
+    import test_scoring as t
+    from accelerate import Accelerator
+    from grm_hf.cli import main
+    from torch.distributed.fsdp import fully_shard
+
+    accelerator = Accelerator(cpu=True)
+    rank, folder = accelerator.process_index, sys.argv[1]
+    model, chats = t.grm(), t.a_set_of_chats(1)
+    results = {}
+    for layout in ("shared_prefix", "padded", "deterministic"):
+        how = {"deterministic": True} if layout == "deterministic" else {"layout": layout}
+        scorer = t.GRMScorer(model, t.TOKENIZER, max_tokens_per_batch=300, accelerator=accelerator, **how)
+        with t.Seen(model) as rows:
+            results[layout] = {"scores": scorer.score(chats), "best": scorer.best_of_n("which?", t.WORDS).scores}
+        results[layout]["tokens"] = sum(rows)
+    stream = t.GRMScorer(model, t.TOKENIZER, accelerator=accelerator).stream(iter(chats), window=2)
+    results["stream"] = [detail.score for detail in stream]
+    try:
+        t.GRMScorer(model, t.TOKENIZER, accelerator=accelerator).score(["one", ""])
+    except ValueError as error:
+        results["error"] = str(error)
+    output = f"{folder}/scores.jsonl"
+    command = ["score", f"{folder}/chats.jsonl", "--model", f"{folder}/model", "--output", output]
+    results["cli"] = [main(command)]
+    accelerator.wait_for_everyone()
+    results["lines"] = [json.loads(line) for line in open(output)]
+    accelerator.wait_for_everyone()
+    if rank == 0:
+        whole = open(output).read()
+        open(output, "w").write(whole[: len(whole) // 2])
+    accelerator.wait_for_everyone()
+    results["cli"].append(main(command))
+    accelerator.wait_for_everyone()
+    results["again"] = [json.loads(line) for line in open(output)]
+
+    fully_shard(model, mesh=t.torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    for name, call in {
+        "split scorer": lambda: t.GRMScorer(model, t.TOKENIZER, accelerator=accelerator),
+        "split golden": lambda: t.save_golden(model, t.TOKENIZER, folder),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            results[name] = str(error)
+    with open(f"{folder}/rank{rank}.json", "w") as file:
+        json.dump(results, file)
+    accelerator.end_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("ranks")
+    grm().save_pretrained(folder / "model")
+    TOKENIZER.save_pretrained(folder / "model")
+    write(folder / "chats.jsonl", [{"messages": chat} for chat in a_set_of_chats(1)])
+    launch(RANKS, folder, 2, 29621)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_share_the_work_and_both_have_all_results(two_ranks):
+    one, two = two_ranks
+    model, chats = grm(), a_set_of_chats(1)
+    expected = alone(model, chats)
+    for name in ("shared_prefix", "padded", "deterministic"):
+        assert one[name]["scores"] == two[name]["scores"] == close(expected)
+        assert one[name]["best"] == two[name]["best"] == close(
+            alone(model, [[user("which?"), assistant(word)] for word in WORDS])
+        )
+        tokens = [rank[name]["tokens"] for rank in two_ranks]
+        assert max(tokens) < 0.7 * sum(tokens), name  # neither does it all
+    assert one["deterministic"]["scores"] == GRMScorer(model, TOKENIZER, deterministic=True).score(chats)
+    assert one["stream"] == two["stream"] == close(expected)
+    assert one["error"] == two["error"] and one["error"].startswith("chat 1: ")
+
+
+def test_the_command_on_two_processes_writes_each_row_once(two_ranks):
+    expected = alone(grm(), a_set_of_chats(1))
+    for rank in two_ranks:
+        assert rank["cli"] == [0, 0]
+        for lines in (rank["lines"], rank["again"]):
+            assert [line["row"] for line in lines] == list(range(len(expected)))
+            assert [line["score"] for line in lines] == close(expected)
+
+
+def test_a_model_that_is_split_over_processes_is_refused(two_ranks):
+    for rank in two_ranks:
+        assert "split over the processes" in rank["split scorer"]
+        assert "split over processes" in rank["split golden"]
+
+
+# ----------------------------------------------------------------------------------------------------------- golden rows
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = grm()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    save_golden(model, TOKENIZER, folder)
+    return folder
+
+
+def test_golden_rows_hold_what_the_model_gives(saved):
+    content = json.loads((saved / "golden_rows.json").read_text(encoding="utf-8"))
+    assert content["saved_with"]["dtype"] == "float32" and content["saved_with"]["torch"] == torch.__version__
+    assert len(content["rows"]) == len(golden.CHATS) == 4
+    chats = [[user(row["prompt"]), assistant(row["response"])] for row in golden.CHATS[:3]]
+    chats.append(golden.CHATS[3]["messages"])
+    assert [row["ids"] for row in content["rows"]] == [ids_of(chat) for chat in chats]
+    assert [row["score"] for row in content["rows"]] == pytest.approx(alone(grm(), chats), rel=1e-6)
+    table = verify(saved)
+    assert "DIFFERS" not in table and table.count(" equal ") == 4 and "0.0e+00" in table
+
+
+@pytest.mark.parametrize("change", ["head", "body", "template", "vocabulary", "policy"])
+def test_a_change_is_found(saved, change, capsys):
+    model = grm()
+    if change == "head":
+        with torch.no_grad():
+            model.score.out.bias += 1e-3
+        model.save_pretrained(saved)
+    elif change == "body":
+        with torch.no_grad():
+            model.lm.model.layers[1].self_attn.v_proj.weight *= 1.05
+        model.save_pretrained(saved)
+    elif change == "template":
+        chatml_tokenizer().save_pretrained(saved)
+        path = saved / "chat_template.jinja"
+        path.write_text(path.read_text().replace("'<|im_end|>\n'", "' <|im_end|>\n'"))
+    elif change == "vocabulary":
+        chatml_tokenizer(merges=[("a", "n")]).save_pretrained(saved)
+    else:
+        model.config.max_sequence_length = 40
+        model.save_pretrained(saved)
+    with pytest.raises(GoldenError, match="do not hold") as found:
+        verify(saved)
+    tokens = change in ("template", "vocabulary", "policy")
+    assert ("token " in str(found.value) or " stored, " in str(found.value)) == tokens
+    assert main(["verify", str(saved)]) == 1
+    captured = capsys.readouterr()
+    assert "DIFFERS" in captured.out and "row  tokens" in captured.out
+    assert captured.err.splitlines()[-1].startswith("grm verify: ") and "do not hold" in captured.err
+
+
+def test_verify_on_the_command_line(saved, capsys):
+    assert main(["verify", str(saved)]) == 0
+    assert "4" in capsys.readouterr().out
+    (saved / "golden_rows.json").unlink()
+    assert main(["verify", str(saved)]) == 1
+    assert "save_golden" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_golden_rows_remember_the_dtype(tmp_path, dtype):
+    model = grm().to(dtype)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    save_golden(model, TOKENIZER, tmp_path)
+    assert f"dtype {str(dtype)[6:]}" in verify(tmp_path)
+
+
+def test_golden_rows_of_given_texts_and_without_a_template(tmp_path):
+    model, tokenizer = grm(), chatml_tokenizer()
+    tokenizer.chat_template = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    save_golden(model, tokenizer, tmp_path)
+    assert verify(tmp_path).count(" equal ") == 3
+    save_golden(model, tokenizer, tmp_path, ["one two", {"prompt": "a", "response": "b"}])
+    assert verify(tmp_path).count(" equal ") == 2
+    with pytest.raises(ValueError, match="chat 1: "):
+        save_golden(model, tokenizer, tmp_path, ["one two", ""])
+    model.config.max_sequence_length, model.config.overlength = 60, "error"
+    save_golden(model, tokenizer, tmp_path)  # of its own texts, those that fit
+    model.config.max_sequence_length = 2
+    with pytest.raises(ValueError, match="no golden row fits"):
+        save_golden(model, tokenizer, tmp_path)
+    with torch.no_grad():
+        model.score.out.bias.fill_(float("inf"))
+    with pytest.raises(ValueError, match="weights are broken"):
+        save_golden(model, tokenizer, tmp_path, ["a"])
+
+
+def test_golden_rows_leave_the_model_as_it_was(tmp_path):
+    model = grm().train()
+    before = state(model)
+    save_golden(model, TOKENIZER, tmp_path)
+    assert state(model) == before
+
+
+# --- by the trainer
+
+
+@pytest.fixture(scope="module")
+def training():
+    pytest.importorskip("trl", reason="needs the extra `train`")
+    import test_trainer
+
+    return test_trainer
+
+
+@pytest.mark.trainer
+@pytest.mark.parametrize("kind", ["full", "adapter", "bf16", "bf16 adapter", "checkpointing"])
+def test_every_save_of_the_trainer_verifies(tmp_path, training, kind):
+    run = training.trainer(
+        tmp_path,
+        peft_config=training.lora() if "adapter" in kind else None,
+        bf16="bf16" in kind,
+        gradient_checkpointing=kind == "checkpointing",
+        save_strategy="steps",
+        save_steps=2,
+        learning_rate=0.1,
+    )
+    run.train()
+    run.save_model()
+    tables = [verify(tmp_path / name) for name in (".", "checkpoint-2", "checkpoint-4")]
+    assert all(table.count(" equal ") == 4 for table in tables)
+    scores = [
+        json.loads((tmp_path / n / golden.FILE).read_text())["rows"][0]["score"] for n in ("checkpoint-2", "checkpoint-4")
+    ]
+    assert abs(scores[0] - scores[1]) > 1e-2  # of other weights
+    if "adapter" in kind:
+        from grm_hf.training import merge_adapter
+
+        merge_adapter(str(tmp_path), str(tmp_path / "merged"))
+        (tmp_path / "merged" / golden.FILE).write_bytes((tmp_path / golden.FILE).read_bytes())
+        assert verify(tmp_path / "merged").count(" equal ") == 4
+
+
+@pytest.mark.trainer
+def test_golden_rows_do_not_change_training(tmp_path, training):
+    """Dropout draws after a save are those of a run that never saves."""
+
+    def weights(name, **how):
+        run = training.trainer(tmp_path / name, training.grm(attention_dropout=0.3), learning_rate=0.1, **how)
+        run.train()
+        return run.model.state_dict()
+
+    saving, not_saving = weights("a", save_strategy="steps", save_steps=1), weights("b")
+    assert (tmp_path / "a" / "checkpoint-1" / golden.FILE).is_file()
+    assert all(torch.equal(saving[name], not_saving[name]) for name in saving)
+
+
+@pytest.mark.trainer
+def test_a_run_that_cannot_have_golden_rows_says_so_and_goes_on(tmp_path, training, monkeypatch):
+    said = []
+    monkeypatch.setattr("grm_hf.training.trainer.logger.warning_once", said.append)
+    run = training.trainer(tmp_path)
+    (tmp_path / golden.FILE).write_text("an earlier run's")
+    monkeypatch.setattr("grm_hf.scoring.golden.is_whole", lambda model: False)
+    run.save_model()
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / golden.FILE).exists()
+    assert len(said) == 1 and "split over processes" in said[0]
+
+
+DDP = """
+    import conftest
+    import test_trainer as t
+
+    run = t.trainer(sys.argv[1] + "/run", save_strategy="steps", save_steps=2, ddp_backend="gloo", max_steps=2)
+    run.train()
+    run.save_model()
+"""
+
+
+@pytest.mark.trainer
+def test_two_training_processes_write_golden_rows_once(tmp_path, training):
+    launch(DDP, tmp_path, 2, 29622)
+    for name in (".", "checkpoint-2"):
+        assert verify(tmp_path / "run" / name).count(" equal ") == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- grm score
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = grm()
+    model.config.max_sequence_length = 64
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+CHATS = [
+    {"messages": [user("one"), assistant("two")], "id": "a\u2028"},
+    {"prompt": "one two", "response": "three"},
+    {"text": "four five"},
+    {"prompt": "x" * 100, "response": "y"},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def lines(text):
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def expected(model_folder):
+    scorer = GRMScorer(model_folder)
+    chats = [CHATS[0]["messages"], *CHATS[1:2], CHATS[2]["text"], CHATS[3]]
+    return [scorer.score([chat])[0] for chat in chats]
+
+
+def test_score_writes_one_line_a_row(tmp_path, model_folder, capsys):
+    path = write(tmp_path / "chats.jsonl", CHATS)
+    assert main(["score", path, "--model", model_folder]) == 0
+    captured = capsys.readouterr()
+    found = lines(captured.out)
+    assert [row["row"] for row in found] == [0, 1, 2, 3] and found[0]["id"] == "a\u2028"
+    assert [row["score"] for row in found] == pytest.approx(expected(model_folder), rel=1e-5)
+    assert [row["truncated"] for row in found] == [False, False, False, True]
+    assert found[3]["tokens"] == 64
+    assert "4 rows scored, 1 truncated" in captured.err
+
+
+def test_score_reads_standard_input(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps(row) for row in CHATS[:2])))
+    assert main(["score", "-", "--model", model_folder]) == 0
+    assert len(lines(capsys.readouterr().out)) == 2
+
+
+def test_score_resumes_where_it_stopped(tmp_path, model_folder, capsys):
+    path, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
+    assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
+    whole = output.read_text(encoding="utf-8")
+    first_two = "".join(line + "\n" for line in whole.split("\n")[:2])
+    for kept in (first_two, whole[: len(whole) // 2], "", whole[:7], whole):
+        output.write_text(kept, encoding="utf-8")
+        capsys.readouterr()
+        assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
+        again = output.read_text(encoding="utf-8")
+        assert again.startswith(kept[: kept.rfind("\n") + 1])  # what was there is not computed again
+        assert f"{4 - kept.count(chr(10))} rows scored" in capsys.readouterr().err
+        assert [row["row"] for row in lines(again)] == [0, 1, 2, 3]
+        assert [row["score"] for row in lines(again)] == pytest.approx([row["score"] for row in lines(whole)], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["other model", "other file", "longer", "not JSON"])
+def test_score_never_mixes_two_runs(tmp_path, model_folder, capsys, change):
+    path, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
+    assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
+    model = model_folder
+    if change == "other model":
+        model = str(tmp_path / "other")
+        grm(seed=3).save_pretrained(model)
+        TOKENIZER.save_pretrained(model)
+    elif change == "other file":
+        write(tmp_path / "chats.jsonl", CHATS[::-1])
+    elif change == "longer":
+        write(tmp_path / "chats.jsonl", CHATS[:2])
+    else:
+        output.write_text("notes of mine\n")
+    before = output.read_bytes()
+    assert main(["score", path, "--model", model, "--output", str(output)]) == 1
+    assert "holds other scores" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "a"}\n', "line 1 needs"),
+        ("{broken\n", "line 1 is not JSON"),
+        ('{"text": "a"}\n\n[1]\n', "line 3 needs"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "chat 0"),
+        ('{"text": ""}\n', "chat 0"),
+    ],
+)
+def test_score_names_the_bad_line(tmp_path, model_folder, capsys, content, words):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(content)
+    assert main(["score", str(path), "--model", model_folder]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_missing_file_and_wrong_model(tmp_path, model_folder, capsys):
+    assert main(["score", str(tmp_path / "none.jsonl"), "--model", model_folder]) == 1
+    assert "no such file" in capsys.readouterr().err
+    tiny_lm(vocab_size=len(TOKENIZER)).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    path = write(tmp_path / "chats.jsonl", CHATS)
+    assert main(["score", path, "--model", str(tmp_path / "base")]) == 1
+    assert "from_base" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- grm best-of-n
+
+
+def test_best_of_n_on_the_command_line(tmp_path, model_folder, capsys, monkeypatch):
+    answers = ["two", "three four", "7", 'five\nsix "seven"']
+    result = GRMScorer(model_folder).best_of_n("one", answers)
+    call = ["best-of-n", "--model", model_folder, "--json", "one"]
+    file = tmp_path / "answers.txt"
+    file.write_text("three four\n7\n\n" + json.dumps(answers[3]) + "\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text(encoding="utf-8")))
+    for given in (answers, ["two", "--answers", str(file)], ["two", "--answers", "-"]):
+        assert main([*call, *given]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["best"] == result.best and found["order"] == result.order
+        assert found["scores"] == pytest.approx(result.scores, rel=1e-5)
+    assert main(["best-of-n", "--model", model_folder, "one", "two", "three four"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    better = max(("two", 0), ("three four", 1), key=lambda answer: result.scores[answer[1]])
+    assert first == f"1. {result.scores[better[1]]:.4f}  {better[0]}"
+    assert main(call) == 1
+    assert "no answers" in capsys.readouterr().err
+    assert main([*call, "--answers", str(tmp_path / "none")]) == 1
+    assert "no such file" in capsys.readouterr().err
