@@ -10,8 +10,9 @@ demo: .venv/demo.done
 	OMP_NUM_THREADS=2 .venv/bin/grm demo
 
 test: .venv/dev.done .venv-ppo/dev.done lint
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	GRM_OLDEST_PYTHON=$(CURDIR)/.venv-ppo/bin/python .venv/bin/python -m pytest -n 2 --dist loadfile
 	.venv-ppo/bin/python -m pytest -n 2 --dist loadfile -m trainer
+	.venv-ppo/bin/python -m pytest -n 2 -m "not slow" tests/test_model.py tests/test_loading.py
 
 lint: .venv/dev.done
 	.venv/bin/ruff check .

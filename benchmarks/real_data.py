@@ -45,12 +45,12 @@ FILES = {
     "ultrafeedback_train": ("ultrafeedback_eval", "hhh_alignment"),
     "alpaca_eval_train": ("alpaca_eval_eval", "hhh_alignment"),
 }
-EVAL_ROWS = 300  # of a longer evaluation file, drawn at random
+EVAL_ROWS = 200  # of a longer evaluation file, drawn at random
 REGULARIZERS = ("none", "sft", "dpo_noref", "dpo")
 SEEDS = range(5)
 # The same for every run. Weight and temperature of the text loss, schedule and clipping are the paper's.
 SETTINGS = {
-    "max_rows": 600,
+    "max_rows": 256,
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
     "learning_rate": 3e-4,
@@ -365,9 +365,9 @@ def section(results: dict) -> str:
             "",
             "### Data",
             "",
-            "No prompt of a training file is in the files it is tested on. Pairs to train on are drawn at random, alike "
-            f"for every run; so are {settings['eval_rows']} of a test file that has more. A text longer than the context "
-            "loses its beginning: the prompt first, then that of the response.",
+            "No prompt of a training file is in the files it is tested on. Pairs to train on are drawn at random, "
+            f"alike for every run; so are {settings['eval_rows']} of a test file that has more. A text longer than "
+            "the context loses its beginning: the prompt first, then that of the response.",
             "",
             *head("training file", "pairs", "drawn", *cut, "left out"),
             *(f"| {name} | {' | '.join(map(str, table[name, 'none', seeds[0]]['rows']))} |" for name in FILES),
@@ -382,7 +382,7 @@ def section(results: dict) -> str:
             "### Accuracy, %",
             "",
             f"{sum(above_chance)} of {len(above_chance)} lines are above chance (interval over prompts above 50 %), "
-            f"{sum(beyond_length)} of {len(beyond_length)} are better than always choosing the longer response (mean). "
+            f"{sum(beyond_length)} of {len(beyond_length)} are better than always choosing the longer response. "
             + count("accuracy"),
             "",
             *head(*columns, "accuracy", *interval, "minus `none`", *interval, "verdict"),

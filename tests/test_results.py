@@ -104,7 +104,7 @@ def test_means_intervals_and_verdicts():
     assert perplexity["dpo"] == ["61.5", "35.0", "35.0 to 35.0", "+5.0", "5.0 to 5.0", "higher"]
     assert "18 comparisons with `none`: 2 higher, 2 lower, 14 no difference shown." in text  # two test files each
     assert "18 comparisons with `none`: 6 higher, 0 lower, 12 no difference shown." in text  # perplexity of dpo
-    # The rule that the longer response is the better one is right in 60 %, and only sft (77.5) does better: on two files.
+    # To choose the longer response is right in 60 %, and only sft (77.5 %, on two files) does better.
     assert "2 of 24 are better than always choosing the longer response" in text
     assert "3 seeds, so 36 runs: 36 minutes of wall time on one thread of a shared machine, 18 of processor" in text
 
