@@ -193,7 +193,8 @@ def select() -> None:
         train_rows.to_parquet(WORK / "select_train.parquet")
         eval_rows.to_parquet(WORK / "select_eval.parquet")
         for rate in RATES:
-            if str(rate) not in found.setdefault(name, {"pairs": len(eval_rows)}):
+            drawn = min(SETTINGS["max_rows"], len(train_rows))
+            if str(rate) not in found.setdefault(name, {"pairs": len(eval_rows), "drawn": drawn}):
                 trainer = train(
                     WORK / "model" / "select",
                     train=WORK / "select_train.parquet",
@@ -418,10 +419,10 @@ def _selection(selection: dict | None, rate: float) -> list[str]:
     if rate != min(means, key=means.get):
         raise ValueError(f"learning_rate is {rate}, and the search found {means}.")
     found = ", ".join(f"{loss:.4f} at {r}" for r, loss in means.items())
-    pairs = ", ".join(f"{file['pairs']} of {name}" for name, file in selection.items())
+    parts = ", ".join(f"{f['pairs']} of {name} after training on {f['drawn']}" for name, f in selection.items())
     return [
         f"- The learning rate {rate} is the one with the lowest mean loss of `none` on pairs held out of the training "
-        f"files ({pairs}; {found}; `--select`). No test file was used."
+        f"files ({parts}): {found} (`--select`). No test file was used."
     ]
 
 

@@ -67,6 +67,11 @@ def main(argv: list[str] | None = None) -> PPOTrainer:
         value_model = GRMForSequenceClassification.from_pretrained(args.reward_model)
     else:
         value_model = GRMForSequenceClassification.from_base(args.model)
+    if not any(weight.requires_grad for weight in value_model.score.parameters()):
+        raise ValueError(
+            f"'{args.reward_model}' is an adapter, whose value model would not learn. Merge it first: `grm merge "
+            f"{args.reward_model} FOLDER`, then pass FOLDER."
+        )
     value_model.freeze_lm_head()  # it has no part in a value, and DDP refuses parameters without gradient
 
     data = prompts.select_columns("input_ids").train_test_split(test_size=args.samples, seed=0)

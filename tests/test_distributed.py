@@ -40,6 +40,7 @@ def run(code, processes, port, folder):
 RUNS = {
     "none": ("none", "full", "padded"),
     "sft": ("sft", "full", "shared_prefix"),
+    "sft-tokens": ("sft", "full", "shared_prefix"),
     "dpo": ("dpo", "full", "padded"),
     "dpo-lora": ("dpo", "lora", "auto"),
 }
@@ -66,6 +67,7 @@ TRAIN = f"""
             per_device_train_batch_size=4 // processes,
             per_device_eval_batch_size=2,
             gradient_checkpointing=True,
+            max_tokens_per_batch=100 if key == "sft-tokens" and processes > 1 else None,
             ddp_backend="gloo" if processes > 1 else None,
             peft_config=t.lora() if adapter == "lora" else None,
         )

@@ -251,6 +251,36 @@ def test_prompts_are_not_read_by_the_language_model_head():
         assert len(PairCollator(0, layout, "chosen")(pairs)["text_index"]) == responses
 
 
+@pytest.mark.parametrize("layout", layouts.LAYOUTS[1:])
+def test_batches_of_so_many_tokens(layout):
+    """In order, as many pairs as fit, each exactly once; a pair that does not fit is alone."""
+    generator = random.Random(0)
+    draw = lambda n: [generator.randrange(3, 10_000) for _ in range(n)]  # noqa: E731
+    sizes = [(10, 5, 5), (12, 3, 9), (40, 20, 30), (8, 2, 1), (9, 4, 4), (16, 8, 2), (8, 1, 1), (8, 1, 1)]
+    pairs = [pair(draw(p), draw(c), draw(r), margin=float(i)) for i, (p, c, r) in enumerate(sizes)]
+
+    def tokens(part):
+        if layout == "padded":
+            return 2 * len(part) * max(p + max(c, r) for p, c, r in part)
+        return sum((1 if layout == "shared_prefix" else 2) * p + c + r for p, c, r in part)
+
+    collator = PairCollator(0, layout, "both")
+    parts = PairCollator(0, layout, "both", max_tokens=64)(pairs)["parts"]
+    counts = [len(part["margin"]) for part in parts]
+    assert torch.cat([part["margin"] for part in parts]).tolist() == list(range(len(pairs)))
+    at = 0
+    for part, count in zip(parts, counts, strict=True):
+        assert part["input_ids"].numel() == tokens(sizes[at : at + count])
+        assert tokens(sizes[at : at + count]) <= 64 or count == 1
+        assert tokens(sizes[at : at + count + 1]) > 64 or at + count == len(sizes)
+        for name, value in collator(pairs[at : at + count]).items():
+            assert torch.equal(part[name], value)
+        at += count
+    assert len({*counts}) > 1 and tokens(sizes[2:3]) > 64
+    (whole,) = PairCollator(0, layout, "both", max_tokens=10**6)(pairs)["parts"]
+    assert all(torch.equal(whole[name], value) for name, value in collator(pairs).items())
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="layout='rows'"):
         PairCollator(0, layout="rows")

@@ -132,10 +132,11 @@ def test_a_seed_that_is_not_complete_does_not_count():
 
 def test_a_learning_rate_that_the_search_did_not_find_is_refused():
     rates = {str(rate): 0.7 for rate in real_data.RATES}
-    best = {**rates, str(real_data.SETTINGS["learning_rate"]): 0.6, "pairs": 10}
+    best = {**rates, str(real_data.SETTINGS["learning_rate"]): 0.6, "pairs": 10, "drawn": 40}
     made = results(lambda r, seed: "10" * 20)
     text = real_data.section({**made, "selection": {"a": best, "b": best}})
-    assert "10 of a, 10 of b" in text and f"0.6000 at {real_data.SETTINGS['learning_rate']}" in text
+    assert "10 of a after training on 40, 10 of b after training on 40" in text
+    assert f"0.6000 at {real_data.SETTINGS['learning_rate']}" in text
     other = next(rate for rate in real_data.RATES if rate != real_data.SETTINGS["learning_rate"])
     with pytest.raises(ValueError, match="the search found"):
         real_data.section({**made, "selection": {"a": {**rates, str(other): 0.1, "pairs": 10}}})

@@ -4,6 +4,8 @@ for other frameworks by their call signatures. PPO runs where TRL has it (up to 
 import importlib.util
 import json
 import math
+import os
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 pytest.importorskip("trl", reason="needs the extra `train`")
 
 from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification  # noqa: E402
 from grm_hf.rewards import grm_reward_func, ppo_reward_model, self_test  # noqa: E402
@@ -50,10 +53,13 @@ def folders(tmp_path_factory):
     llama = llama_tokenizer()
     model = grm()
     model.config.reward_mean, model.config.reward_std = 0.25, 2.0
+    sibling = grm(seed=3)
+    sibling.config.reward_mean, sibling.config.reward_std = -0.5, 1.5
     for name, saved, tokenizer in (
         ("policy", policy(), TOKENIZER),
         ("grm", model, TOKENIZER),
         ("other", grm(llama), llama),
+        ("sibling", sibling, TOKENIZER),
     ):
         saved.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
@@ -80,7 +86,7 @@ def moved(before, after):
 # --------------------------------------------------------------------------------------------- numbers inside trainers
 
 
-def group_trainer(folder, kind, reward, tmp_path, **kwargs):
+def group_trainer(folder, kind, reward, tmp_path, reward_tokenizer=None):
     import trl
 
     trainer, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
@@ -92,7 +98,7 @@ def group_trainer(folder, kind, reward, tmp_path, **kwargs):
         args=config(str(tmp_path), **settings),
         train_dataset=Dataset.from_list([{"prompt": PROMPTS[0]}] * 4),
         processing_class=TOKENIZER,
-        **kwargs,
+        reward_processing_classes=reward_tokenizer,
     )
 
 
@@ -203,6 +209,20 @@ def test_ppo_recipe_takes_a_step(reward_model, folders, tmp_path):
     assert moved(GRMForSequenceClassification.from_pretrained(folders / reward_model), trainer.reward_model) == 0
 
 
+@needs_ppo
+def test_ppo_recipe_refuses_a_value_model_that_would_not_learn(folders, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    path = str(tmp_path / "adapter")
+    get_peft_model(GRMForSequenceClassification.from_pretrained(folders / "grm"), config).save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    with pytest.raises(ValueError, match="grm merge"):
+        load(ROOT / "examples" / "ppo.py").main(
+            ["--model", str(folders / "policy"), "--reward_model", path, "--output_dir", str(tmp_path / "out")]
+            + ["--train", str(folders / "prompts.jsonl"), *COMMON]
+        )
+
+
+
 # ------------------------------------------------------------------------------------------------------- the self-test
 
 
@@ -266,6 +286,60 @@ def test_loading_tests_itself(folders, tmp_path):
         with pytest.raises(GoldenError, match="not those that were saved"):
             make(str(path))
         make(str(path), check=False)
+
+
+def test_an_adapter_is_tested_by_its_own_rows(folders, tmp_path, caplog):
+    adapted = get_peft_model(
+        GRMForSequenceClassification.from_pretrained(folders / "grm"),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], init_lora_weights=False),
+    )
+    path = tmp_path / "adapter"
+    adapted.save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    save_golden(adapted, TOKENIZER, path)
+    reward = grm_reward_func(str(path))
+    assert reward.__name__ == "adapter"
+    assert reward(PROMPTS, completions()) == pytest.approx(expected(adapted.eval(), TOKENIZER), abs=1e-5)
+    assert reward(PROMPTS, completions()) != pytest.approx(expected(grm(), TOKENIZER), abs=1e-3)
+    rows = json.loads((path / "golden_rows.json").read_text())
+    rows["rows"][0]["score"] += 1
+    (path / "golden_rows.json").write_text(json.dumps(rows))
+    with pytest.raises(GoldenError, match="adapter"):
+        grm_reward_func(str(path))
+    # The module that TRL would get knows only the model below it.
+    assert self_test(group_trainer(folders, "GRPO", reward.scorer.model, tmp_path, TOKENIZER)) == []
+
+
+# ------------------------------------------------------------------------------------------------------- documentation
+
+
+PAGE = (ROOT / "docs" / "reinforcement_learning.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(<!-- needs: ppo -->\n)?```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "code", [pytest.param(code, marks=needs_ppo if mark else []) for mark, code in BLOCKS], ids=range(len(BLOCKS))
+)
+def test_documented_code_runs(code, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("grm", "grm"), ("other-grm", "sibling"), ("policy", "policy")):
+        os.symlink(folders / source, name)
+    small = "use_cpu=True, bf16=False, report_to='none', save_strategy='no'"
+    code = code.replace('GRPOConfig("out"', f'GRPOConfig("out", max_steps=1, max_completion_length=4, {small}')
+    code = code.replace('PPOConfig("out"', f'PPOConfig("out", total_episodes=1, num_mini_batches=1, {small}')
+    prompts = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS] * 4)
+    names = {
+        "prompts": prompts.select(range(3)) if "answers" in code else prompts,
+        "answers": completions(),
+        "policy": policy(),
+        "policy_tokenizer": TOKENIZER,
+        "tokenized_prompts": Dataset.from_dict({"input_ids": [[5, 6, 7]] * 8}),
+    }
+    exec(compile(code, "reinforcement_learning.md", "exec"), names)
+    if "trainer" in names:
+        assert names["trainer"].state.global_step > 0
+    else:
+        assert len(names["careful"](PROMPTS, completions())) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- other frameworks

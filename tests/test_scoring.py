@@ -610,7 +610,7 @@ def test_every_save_of_the_trainer_verifies(tmp_path, training, kind):
     scores = [
         json.loads((tmp_path / n / golden.FILE).read_text())["rows"][0]["score"] for n in ("checkpoint-2", "checkpoint-4")
     ]
-    assert abs(scores[0] - scores[1]) > 1e-2  # of other weights
+    assert abs(scores[0] - scores[1]) > 1e-3  # of other weights
     if "adapter" in kind:
         from grm_hf.training import merge_adapter
 

@@ -343,6 +343,49 @@ def test_accumulation_equals_a_large_batch(tmp_path, kind):
         assert torch.allclose(one, other, rtol=1e-8, atol=1e-10), name
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("kind", ["none", "sft", "dpo"])
+def test_a_token_budget_changes_memory_only(tmp_path, kind, layout, monkeypatch):
+    """Batches of 8 pairs; at most 150 tokens of them at once; and that under accumulation."""
+    monkeypatch.setattr(torch, "float32", torch.float64)  # norms round to float32 in any model
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    common = {"regularizer": kind, "alpha": 0.5, "layout": layout, "optim": "sgd", "lr_scheduler_type": "constant"}
+    common |= {"max_steps": 3, "center_rewards_coefficient": 0.1}
+    ways = {
+        "whole": {"per_device_train_batch_size": 8},
+        "budget": {"per_device_train_batch_size": 8, "max_tokens_per_batch": 150},
+        "accumulated": {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "max_tokens_per_batch": 150,
+        },
+        "alone": {"per_device_train_batch_size": 8, "max_tokens_per_batch": 1},
+    }
+    data, tested = pairs(16), pairs(7, seed=1)
+    runs = {}
+    for name, way in ways.items():
+        run = runs[name] = trainer(tmp_path / name, grm().double(), data, tested, **common, **way)
+        assert (name == "whole") == ("parts" not in batch_of(run))
+        run.train()
+    batch = runs["budget"].data_collator([runs["budget"].train_dataset[i] for i in range(8)])["parts"]
+    assert len(batch) > 1 and len({part["input_ids"].shape for part in batch}) > 1
+    assert len(runs["alone"].data_collator([runs["alone"].train_dataset[i] for i in range(8)])["parts"]) == 8
+    right = runs.pop("whole")
+    expected = right.evaluate()
+    predicted = right.predict(right.eval_dataset).predictions
+    for run in runs.values():
+        for (name, one), other in zip(right.model.named_parameters(), run.model.named_parameters(), strict=True):
+            torch.testing.assert_close(other[1], one, rtol=1e-10, atol=1e-12, msg=name)
+        for line, other in zip(right.state.log_history[:3], run.state.log_history[:3], strict=True):
+            for name in line.keys() - {"tokens_per_second"}:
+                assert other[name] == pytest.approx(line[name], rel=1e-6, abs=1e-8), name
+        found = run.evaluate()
+        for name in ("loss", "accuracy", "margin", "min_reward", "max_reward", "pair_loss"):
+            assert found[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-9, abs=1e-12), name
+        assert np.allclose(run.predict(run.eval_dataset).predictions, predicted, rtol=1e-9, atol=1e-12)
+        assert run.state.total_flos > 0
+
+
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "v_proj"]])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_trains_adapter_and_head_only(tmp_path, target, checkpointing):
@@ -649,6 +692,23 @@ def test_a_step_never_holds_logits_of_more_than_a_chunk(tmp_path, kind, monkeypa
     assert 0 < widest.rows <= 8 or widest.rows == 16  # 16 = hidden size: the transposed head, not logits
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_memory_follows_the_token_budget(tmp_path, layout):
+    from torch.profiler import ProfilerActivity, profile
+
+    peaks = []
+    for budget in (None, 100):
+        run = trainer(tmp_path, regularizer="sft", layout=layout, max_tokens_per_batch=budget)
+        run.current_gradient_accumulation_steps = 1
+        batch = run.data_collator([run.train_dataset[i] for i in range(16)])
+        run.training_step(run.model, batch)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run.training_step(run.model, batch)
+        alive = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        peaks.append(np.cumsum(alive).max())
+    assert peaks[1] < peaks[0] / 4
+
+
 def test_prompt_tokens_never_reach_the_language_model_head(tmp_path):
     """Only positions that predict a response token have a gradient through the head."""
     run = trainer(tmp_path, regularizer="sft", alpha=1.0)
@@ -674,6 +734,7 @@ def test_prompt_tokens_never_reach_the_language_model_head(tmp_path):
         ({"beta": 0.0}, "must be above 0"),
         ({"label_smoothing": 0.5}, r"must be in \[0, 0.5\)"),
         ({"freeze_backbone": True}, "leaves nothing for the text loss"),
+        ({"max_tokens_per_batch": 0}, "must be at least 1"),
     ],
 )
 def test_settings_are_checked(tmp_path, wrong, words):
@@ -701,10 +762,13 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
         trainer(tmp_path, pair_loss="scaled").train()
 
 
-def test_a_collator_that_gives_no_text_is_refused(tmp_path):
+def test_a_collator_that_gives_no_text_is_refused(tmp_path, caplog):
     from trl.trainer.reward_trainer import DataCollatorForPreference
 
-    run = trainer(tmp_path, extra={"data_collator": DataCollatorForPreference(pad_token_id=0)})
+    run = trainer(
+        tmp_path, extra={"data_collator": DataCollatorForPreference(pad_token_id=0)}, max_tokens_per_batch=50
+    )
+    assert "max_tokens_per_batch is ignored" in caplog.text
     with pytest.raises(ValueError, match="PairCollator"):
         run.train()
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ..modeling_grm import GRMForSequenceClassification
 from ..pairs import Encoded, OverlengthError
 from ..scoring import GRMScorer
+from ..scoring.scorer import own_device
 from .selftest import check_scorer
 from .transforms import Transform
 
@@ -54,10 +55,12 @@ class PolicyScorer(GRMScorer):
 
     Attributes:
         opening: What the chat template writes in front of an answer; empty without a template.
+        source: Hub id or folder that a model or an adapter was loaded from, with the revision; `None` for a live one.
     """
 
-    def __init__(self, model, tokenizer=None, **kwargs):
+    def __init__(self, model, tokenizer=None, source: tuple[str, str | None] | None = None, **kwargs):
         super().__init__(model, tokenizer, **kwargs)
+        self.source = source
         self.opening, self._chat_end = "", []
         if self.tokenizer.chat_template:
             user = [{"role": "user", "content": "a"}]
@@ -174,8 +177,8 @@ class GRMRewardFunction:
             raise ValueError(f"`reference` is the column {reference!r}, which transform={transform!r} does not use.")
         fixed = 0.0 if self.reference_column else reference
         self.transform = Transform(transform, getattr(scorer.model, "config", None), fixed)
-        path = getattr(scorer.model, "name_or_path", "") or "grm"
-        self.__name__ = name or os.path.basename(path.rstrip("/"))
+        source = getattr(scorer, "source", None) or (getattr(scorer.model, "name_or_path", ""), None)
+        self.__name__ = name or os.path.basename(source[0].rstrip("/")) or "grm"
 
     def __call__(self, prompts, completions, completion_ids=None, **columns: Any) -> list[float]:
         """
@@ -230,14 +233,14 @@ class GRMRewardFunction:
 
 def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, load_kwargs=None):
     """A scorer of rollouts for a Hub id, a folder or a live reward model; an ensemble is one already."""
-    loaded = isinstance(model, (str, os.PathLike))
-    if loaded:
-        path = os.fspath(model)
-        revision = {"revision": load_kwargs["revision"]} if load_kwargs and "revision" in load_kwargs else {}
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, **revision)
-        model = GRMForSequenceClassification.from_pretrained(path, **(load_kwargs or {}))
+    source = None
+    if isinstance(model, (str, os.PathLike)):
+        load_kwargs = load_kwargs or {}
+        source = os.fspath(model), load_kwargs.get("revision")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source[0], revision=source[1] or "main")
+        model = GRMForSequenceClassification.from_pretrained(source[0], **load_kwargs)
         if not hasattr(model, "hf_device_map"):
-            model.to(_own_device())
+            model.to(own_device())
     else:
         if load_kwargs:
             raise ValueError(f"the model is a live one, so {sorted(load_kwargs)} cannot be applied.")
@@ -249,18 +252,10 @@ def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, 
             return model
         if getattr(getattr(model, "config", None), "model_type", None) != "grm":
             raise ValueError(f"`model` is {type(model).__name__}, not a GRMForSequenceClassification.")
-    scorer = PolicyScorer(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch)
-    if check and loaded:
+    scorer = PolicyScorer(model, tokenizer, source, max_tokens_per_batch=max_tokens_per_batch)
+    if check and source:
         check_scorer(scorer)
     return scorer
-
-
-def _own_device() -> torch.device:
-    """The accelerator of this process among several, or the CPU."""
-    kind = torch.accelerator.current_accelerator()
-    if kind is None or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
 
 
 def _content(message: dict) -> str:

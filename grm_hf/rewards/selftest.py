@@ -48,8 +48,9 @@ def self_test(trainer) -> list[str]:
             A trainer that has been made and has not started.
 
     Returns:
-        `list[str]`: where the reward models come from that were tested. One without golden rows is warned about;
-        reward functions of other kinds, and ensembles (whose members are tested on loading), are left out.
+        `list[str]`: where the reward models come from that were tested. One without golden rows is warned about; left
+        out are reward functions of other kinds, models made in memory, live models with an adapter, and ensembles
+        (whose members are tested when they are loaded).
 
     Raises:
         [`GoldenError`]: a reward differs by more than rounding, with what to do.
@@ -74,15 +75,15 @@ def check_scorer(scorer) -> list[str]:
     """[`self_test`] of a scorer alone."""
     if not hasattr(scorer, "encoder"):  # an ensemble
         return []
-    return _check(scorer.model, lambda chat: scorer.score([chat])[0], LOADED)
+    return _check(scorer.model, lambda chat: scorer.score([chat])[0], LOADED, scorer.source)
 
 
-def _check(model, read: Callable[[Any], float], remedy: str) -> list[str]:
-    path = getattr(model, "name_or_path", "")
-    if not path:
-        return []
+def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> list[str]:
+    path, revision = source or (getattr(model, "name_or_path", ""), None)
+    if not path or (source is None and getattr(model, "_hf_peft_config_loaded", False)):
+        return []  # made in memory; or with an adapter, of which the model below only knows where it came from itself
     try:
-        file = cached_file(path, FILE)
+        file = cached_file(path, FILE, revision=revision)
     except OSError:
         logger.warning(
             f"'{path}' has no {FILE}, so it is not known whether its rewards are still those it was saved with. "

@@ -435,6 +435,8 @@ class GRMRewardTrainer(RewardTrainer):
         readme = folder / "README.md"
         written = readme.read_bytes() if readme.is_file() else None
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every rank comes here, and one writes
+            return
         if is_peft_model(self.model):
             _require_head_in_adapter(folder)
             readme.unlink(missing_ok=True)  # PEFT has written its own, which names the base by its path, or into ours
@@ -445,8 +447,7 @@ class GRMRewardTrainer(RewardTrainer):
             if (here / EVAL_RESULTS).is_file():
                 (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
                 shutil.copy(here / EVAL_RESULTS, folder / EVAL_RESULTS)
-        if self.args.should_save:
-            self._save_golden(folder)
+        self._save_golden(folder)
 
     def _save_golden(self, folder):
         """Golden rows beside the weights. This rank alone runs the forward, so `save_golden` refuses a model that is
