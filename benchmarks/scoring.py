@@ -1,13 +1,13 @@
-"""What scoring costs, against what is built on transformers alone: the text-classification pipeline, length-sorted padded
-batches, and reuse of the prompt's key-value cache.
+"""What scoring costs, against what is built on transformers alone: the text-classification pipeline, length-sorted
+padded batches, and reuse of the prompt's key-value cache.
 
     python benchmarks/scoring.py             # measures (needs a quiet machine), then the section in docs/benchmarks.md
     python benchmarks/scoring.py --report    # the section only, from docs/results/scoring.json
     python benchmarks/scoring.py --small     # a small model and one round, to see that it works; writes nothing
 
 All contenders score the same texts with the same weights in one process, one after the other in every round (CPU time,
-median over the rounds). Real lengths are taken from `shared/data` beside the repository; without it these cases are left
-out.
+median over the rounds). Real lengths are taken from `shared/data` beside the repository; without it these cases are
+left out.
 """
 
 import argparse
@@ -40,11 +40,11 @@ DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "docs" / "results" / "scoring.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEADER = (
-    "# Benchmarks\n\nEvery section is written by the command it names, from a results file in `docs/results/`. Nothing "
-    "here is typed by hand. Every figure is a ratio of two sides measured in one process.\n"
+    "# Benchmarks\n\nEvery section is written by the command it names, from a results file in `docs/results/`. "
+    "Nothing here is typed by hand. Every figure is a ratio of two sides measured in one process.\n"
 )
 EOS = "</s>"
-PROMPT, ANSWER, SIGMA = 300, 200, 0.6  # tokens of the prompt; median and spread of the lognormal lengths of the answers
+PROMPT, ANSWER, SIGMA = 300, 200, 0.6  # tokens of the prompt; median and spread of the lognormal answers
 # Case: least speed-up of `ours` over the pipeline at batch 8.
 TARGETS = {"n = 1": 0.97, "n = 4": 2.0, "n = 16": 3.0, "n = 64": 3.3, "n = 16, equal": 2.2, "64 unrelated": 1.8}
 UNRELATED_AGAINST_BATCH_1 = 1.0
@@ -52,7 +52,7 @@ RM_BENCH_TOKENS = 0.30  # most tokens computed, relative to each text of each pa
 CONTENDERS = ("pipeline, batch 8", "pipeline, batch 1", "sorted, batch 8", "cache reuse, batch 8", "ours")
 
 
-# ------------------------------------------------------------------------------------------------------- model and texts
+# ----------------------------------------------------------------------------------------------------- model and texts
 
 
 def word_tokenizer(size: int = 32_768) -> PreTrainedTokenizerFast:
@@ -140,7 +140,7 @@ def unrelated(count: int = 64) -> Case:
     return Case("", [f"{conversation([*row['prompt'], *row['chosen']])} {EOS}" for row in chosen])
 
 
-# ------------------------------------------------------------------------------------------------------------ contenders
+# ---------------------------------------------------------------------------------------------------------- contenders
 
 
 def contenders(model, tokenizer, case: Case) -> dict[str, Callable[[], list[float]]]:
@@ -188,24 +188,19 @@ def cache_reuse(model, tokenizer, case: Case) -> list[float]:
     return scores
 
 
-# --------------------------------------------------------------------------------------------------------------- measures
+# ------------------------------------------------------------------------------------------------------------ measures
 
 
-def tokens_computed(model, run: Callable) -> int:
-    """Token positions that went into the model, padding included."""
+def counted(model, run: Callable) -> tuple[list[float], int, int]:
+    """What a run returns, the token positions that went into the model, padding included, and FLOPs."""
     seen = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     try:
-        run()
+        with FlopCounterMode(display=False) as counter:
+            scores = run()
     finally:
         hook.remove()
-    return sum(seen)
-
-
-def flops(run: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+    return scores, sum(seen), counter.get_total_flops()
 
 
 def peak_bytes(run: Callable) -> int:
@@ -222,24 +217,16 @@ def peak_bytes(run: Callable) -> int:
 
 
 def measure(model, tokenizer, case: Case, rounds: int) -> dict:
-    """Each contender's CPU seconds (median), tokens, FLOPs and peak bytes, and how far its scores are from the first."""
+    """Of each contender: CPU seconds (median), tokens, FLOPs, peak bytes, how far its scores are from the first's."""
     sides = contenders(model, tokenizer, case)
-    expected = next(iter(sides.values()))()
-    result = {
-        "texts": len(case.answers),
-        "tokens": sum(case.lengths),
-        "padding": case.padding,
-        "rounds": rounds,
-        "sides": {
-            name: {
-                "tokens": tokens_computed(model, run),
-                "flops": flops(run),
-                "peak_bytes": peak_bytes(run),
-                "error": float(np.abs(np.subtract(run(), expected)).max()),
-            }
-            for name, run in sides.items()
-        },
-    }
+    result: dict = {"texts": len(case.answers), "tokens": sum(case.lengths), "padding": case.padding, "rounds": rounds}
+    result["sides"] = {}
+    expected = None
+    for name, run in sides.items():
+        scores, tokens, flops = counted(model, run)
+        expected = expected or scores
+        error = float(np.abs(np.subtract(scores, expected)).max())
+        result["sides"][name] = {"tokens": tokens, "flops": flops, "peak_bytes": peak_bytes(run), "error": error}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -262,8 +249,11 @@ def pair_set(name: str) -> dict:
         }
         for row in rows(name)
     ]
-    alone = sum(len(row["prompt"].split()) + len(row[side].split()) + 1 for row in pairs for side in ("chosen", "rejected"))
-    computed = tokens_computed(model, lambda: GRMScorer(model, tokenizer).score_pairs(pairs))
+    alone = sum(
+        len(row["prompt"].split()) + len(row[side].split()) + 1 for row in pairs for side in ("chosen", "rejected")
+    )
+    scorer = GRMScorer(model, tokenizer)
+    _, computed, _ = counted(model, lambda: scorer.score_pairs(pairs))
     return {"pairs": len(pairs), "tokens_alone": alone, "tokens_computed": computed}
 
 
@@ -290,7 +280,7 @@ def run_all(small: bool) -> dict:
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# -------------------------------------------------------------------------------------------------------------- report
 
 
 def speedups(case: dict, measure: str = "seconds", against: str = CONTENDERS[0]) -> dict[str, float]:
@@ -305,12 +295,12 @@ def section(results: dict) -> str:
         "",
         "`python benchmarks/scoring.py`",
         "",
-        f"Speed-up over `pipeline(\"text-classification\")` at batch 8 in the order given: CPU time, median of interleaved "
-        f"rounds. A {model['type']} of {model['layers']} layers, hidden size {model['hidden']}, vocabulary "
+        "Speed-up over `pipeline('text-classification')` at batch 8 in the order given: CPU time, median of "
+        f"interleaved rounds. A {model['type']} of {model['layers']} layers, hidden size {model['hidden']}, vocabulary "
         f"{model['vocabulary']}, {model['dtype']}, random weights; {results['machine']}; "
-        f"{', '.join(f'{name} {number}' for name, number in versions.items())}. `n` answers to one prompt of {PROMPT} "
-        f"tokens; answers of lognormal length, median {ANSWER}, sigma {SIGMA} (\"equal\": all {ANSWER}; n = 1: {ANSWER}). "
-        "\"Padding\" is what the pipeline computes for each real token. \"Unrelated\" are texts of hh-rlhf.",
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}. `n` answers to one prompt of "
+        f"{PROMPT} tokens; answers of lognormal length, median {ANSWER}, sigma {SIGMA} ('equal' and n = 1: {ANSWER}). "
+        "'Padding' is what the pipeline computes for each real token; 'unrelated' are texts of hh-rlhf.",
         "",
         f"| texts | padding | {' | '.join(CONTENDERS[1:])} | must be |",
         f"|---|---|{'---|' * len(CONTENDERS)}",
@@ -321,8 +311,10 @@ def section(results: dict) -> str:
         lines.append(f"| {name} | {case['padding']:.2f} | {' | '.join(cells)} | >= {TARGETS[name]} |")
     if "64 unrelated" in results["cases"]:
         ratio = speedups(results["cases"]["64 unrelated"], against="pipeline, batch 1")["ours"]
-        lines += ["", f"Unrelated texts, against the pipeline at batch 1: {ratio:.2f} (must be >= "
-                      f"{UNRELATED_AGAINST_BATCH_1})."]
+        lines += [
+            "",
+            f"Unrelated texts, against the pipeline at batch 1: {ratio:.2f} (must be >= {UNRELATED_AGAINST_BATCH_1}).",
+        ]
     lines += [
         "",
         "The same runs counted: ours relative to the pipeline at batch 8.",
@@ -340,8 +332,8 @@ def section(results: dict) -> str:
         lines += [
             "",
             f"Evaluating rm_bench ({found['pairs']} pairs, a token a word or sign): {found['tokens_computed']} tokens "
-            f"computed, {ratio:.3f} of the {found['tokens_alone']} that every text of every pair by itself has (must be "
-            f"<= {RM_BENCH_TOKENS}).",
+            f"computed, {ratio:.3f} of the {found['tokens_alone']} that every text of every pair by itself has (must "
+            f"be <= {RM_BENCH_TOKENS}).",
         ]
     return "\n".join(lines)
 

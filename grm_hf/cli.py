@@ -1,4 +1,4 @@
-"""The `grm` command. Each subcommand ends with 0 (done), 1 (could not be done, one line says why) or 2 (wrong usage)."""
+"""The `grm` command. It ends with 0 (done), 1 (could not be done, one line says why) or 2 (wrong usage)."""
 
 import argparse
 import contextlib
@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser(
         "score",
         help="score the chats of a JSONL file",
-        description="Score each row of a JSONL file: {'messages': [...]}, {'prompt': ..., 'response': ...} or {'text': "
-        "...}. Writes one line a row: row, score, tokens, truncated (and the row's id). With --output an interrupted "
+        description="Score each row of a JSONL file: {'messages': [...]}, {'prompt': ..., 'response': ...} or "
+        "{'text': ...}. Writes one line a row: row, score, tokens, truncated (and the row's id). With --output an interrupted "
         "run goes on where it stopped. For several processes: `accelerate launch -m grm_hf.cli score ...`.",
     )
     score.add_argument("file", help="JSONL file, or - for standard input")
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     best.add_argument("prompt")
     best.add_argument("answers", nargs="*", metavar="answer")
     best.add_argument(
-        "--answers", dest="file", help="file with further answers, or - for standard input: a line each, or a JSON string"
+        "--answers", dest="file", help="file with further answers, or -: a line each, as it is or as a JSON string"
     )
     best.add_argument("--model", required=True, help="Hub id or folder of a reward model")
     best.add_argument("--json", action="store_true", help="print JSON")
@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="score a model's golden rows again and compare",
-        description="Tokenise and score again the texts that were stored beside the weights when they were saved. Ends "
-        "with 1 if token ids differ, or a reward does by more than rounding.",
+        description="Tokenise and score again the texts that were stored beside the weights when they were saved. "
+        "Ends with 1 if token ids differ, or a reward does by more than rounding.",
     )
     verify.add_argument("model", help="Hub id or folder of a reward model or an adapter")
     verify.set_defaults(run=_verify)
@@ -301,14 +301,15 @@ def _row(line, number):
 
 
 def _chat(row):
-    if "messages" in row:
-        return row["messages"]
-    return row["text"] if "text" in row else {"prompt": row["prompt"], "response": row["response"]}
+    if "messages" not in row and "text" in row:
+        return row["text"]
+    names = ("messages",) if "messages" in row else ("prompt", "response")
+    return {name: row[name] for name in (*names, "tools", "chat_template_kwargs") if name in row}
 
 
 def _resume(path, rows, scorer, transform):
-    """The lines of `path` that this run need not compute, without one that an interruption cut. Refuses a file of other
-    scores."""
+    """The lines of `path` that this run need not compute, without one that an interruption cut. Refuses a file of
+    other scores."""
     from .rewards import RewardEnsemble
     from .scoring.golden import tolerance
 

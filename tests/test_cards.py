@@ -168,6 +168,16 @@ def test_writing_a_card_leaves_the_run_as_it_was(tmp_path, monkeypatch):
         assert a.equal(b), name
 
 
+def test_a_prediction_in_between_is_not_counted(tmp_path):
+    made = run(tmp_path / "run")
+    alone = made.evaluate()
+    made.predict(made.train_dataset)
+    again = made.evaluate()
+    assert len(made.eval_pairs["eval", 0]) == 9
+    for name in ("eval_accuracy", "eval_margin", "eval_loss"):
+        assert again[name] == alone[name]
+
+
 def test_adapter_cards_and_pefts_own(tmp_path):
     made = run(tmp_path / "run", peft_config=lora())
     made.train()

@@ -1,14 +1,11 @@
 """The `grm` command: what it prints and writes, how it ends, and that a user's mistake is one line."""
 
-import io
 import json
 import math
 import subprocess
 import sys
 
 import pytest
-import torch
-from tiny import chatml_tokenizer
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
@@ -154,92 +151,6 @@ def test_a_bad_row_is_named_before_training(tmp_path, base_folder, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- score
-
-
-def expected(model_folder):
-    scorer = GRMScorer(model_folder)
-    chats = [CHATS[0]["messages"], *CHATS[1:2], CHATS[2]["text"], CHATS[3]]
-    return [scorer.score([chat])[0] for chat in chats]
-
-
-def test_score_writes_one_line_a_row(tmp_path, model_folder, capsys):
-    path = write(tmp_path / "chats.jsonl", CHATS)
-    assert main(["score", path, "--model", model_folder]) == 0
-    captured = capsys.readouterr()
-    found = lines(captured.out)
-    assert [row["row"] for row in found] == [0, 1, 2, 3] and found[0]["id"] == "a"
-    assert [row["score"] for row in found] == pytest.approx(expected(model_folder), rel=1e-5)
-    assert [row["truncated"] for row in found] == [False, False, False, True]
-    assert found[3]["tokens"] == 64
-    assert "4 rows scored, 1 truncated" in captured.err
-
-
-def test_score_reads_standard_input(model_folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(json.dumps(row) for row in CHATS[:2])))
-    assert main(["score", "-", "--model", model_folder]) == 0
-    assert len(lines(capsys.readouterr().out)) == 2
-
-
-def test_score_resumes_where_it_stopped(tmp_path, model_folder, capsys):
-    path, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
-    assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
-    whole = output.read_text()
-    for kept in ("\n".join(whole.splitlines()[:2]) + "\n", whole[: len(whole) // 2], "", whole[:7]):
-        output.write_text(kept)
-        assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
-        again = lines(output.read_text())
-        assert [row["row"] for row in again] == [0, 1, 2, 3]
-        assert [row["score"] for row in again] == pytest.approx([row["score"] for row in lines(whole)], rel=1e-5)
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize("change", ["other model", "other file", "longer", "not JSON"])
-def test_score_never_mixes_two_runs(tmp_path, model_folder, capsys, change):
-    path, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
-    assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
-    model = model_folder
-    if change == "other model":
-        model = str(tmp_path / "other")
-        grm(seed=3).save_pretrained(model)
-        TOKENIZER.save_pretrained(model)
-    elif change == "other file":
-        write(tmp_path / "chats.jsonl", CHATS[::-1])
-    elif change == "longer":
-        write(tmp_path / "chats.jsonl", CHATS[:2])
-    else:
-        output.write_text("notes of mine\n")
-    before = output.read_bytes()
-    assert main(["score", path, "--model", model, "--output", str(output)]) == 1
-    assert "holds other scores" in capsys.readouterr().err
-    assert output.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"prompt": "a"}\n', "line 1 needs"),
-        ("{broken\n", "line 1 is not JSON"),
-        ('{"text": "a"}\n\n[1]\n', "line 3 needs"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n', "chat 0"),
-        ('{"text": ""}\n', "chat 0"),
-    ],
-)
-def test_score_names_the_bad_line(tmp_path, model_folder, capsys, content, words):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(content)
-    assert main(["score", str(path), "--model", model_folder]) == 1
-    assert words in capsys.readouterr().err
-
-
-def test_missing_file_and_wrong_model(tmp_path, model_folder, base_folder, capsys):
-    assert main(["score", str(tmp_path / "none.jsonl"), "--model", model_folder]) == 1
-    assert "no such file" in capsys.readouterr().err
-    path = write(tmp_path / "chats.jsonl", CHATS)
-    assert main(["score", path, "--model", base_folder]) == 1
-    assert "from_base" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------------------- compare
 
 
@@ -262,7 +173,8 @@ def test_compare_says_who_wins_with_what_probability(model_folder, capsys):
 
 
 def test_usage_errors_end_with_two():
-    for wrong in ([], ["fly"], ["score"], ["compare", "--model", "x", "a"], ["merge", "a", "b", "c"]):
+    compare, best = ["compare", "--model", "x", "a"], ["best-of-n", "a"]
+    for wrong in ([], ["fly"], ["score"], compare, best, ["verify"], ["merge", "a", "b", "c"]):
         with pytest.raises(SystemExit) as stop:
             main(wrong)
         assert stop.value.code == 2
@@ -277,51 +189,8 @@ def test_version(capsys):
 def test_the_command_is_installed():
     done = subprocess.run([sys.executable, "-m", "grm_hf.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("train", "score", "compare", "merge", "demo"):
+    for command in ("train", "score", "compare", "best-of-n", "verify", "merge", "demo"):
         assert command in done.stdout
-
-
-# -------------------------------------------------------------------------------------------------------------- scorer
-
-
-def test_scores_do_not_depend_on_the_batch_or_the_order(model_folder):
-    chats = [[*row["prompt"], *row["chosen"]] for row in rows(20, seed=8)]
-    one_by_one = GRMScorer(model_folder, max_tokens_per_batch=1).score(chats)
-    assert GRMScorer(model_folder).score(chats) == pytest.approx(one_by_one, rel=1e-5, abs=1e-6)
-    assert GRMScorer(model_folder).score(chats[::-1]) == pytest.approx(one_by_one[::-1], rel=1e-5, abs=1e-6)
-    details = list(GRMScorer(model_folder).stream(iter(chats), window=3))
-    assert [detail.score for detail in details] == pytest.approx(one_by_one, rel=1e-5, abs=1e-6)
-    assert GRMScorer(model_folder).score([]) == []
-
-
-def test_pairs_and_best_of_n(model_folder):
-    scorer = GRMScorer(model_folder)
-    data = rows(4)
-    for (chosen, rejected), row in zip(scorer.score_pairs(data), data, strict=True):
-        assert chosen == pytest.approx(scorer.score([[*row["prompt"], *row["chosen"]]])[0], rel=1e-5)
-        assert rejected == pytest.approx(scorer.score([[*row["prompt"], *row["rejected"]]])[0], rel=1e-5)
-    answers = ["one", "two three", "four", "one"]
-    result = scorer.best_of_n([{"role": "user", "content": "which?"}], answers)
-    assert result.best == answers[max(range(4), key=lambda i: result.scores[i])]
-    assert sorted(result.order) == [0, 1, 2, 3]
-    assert [result.scores[i] for i in result.order] == sorted(result.scores, reverse=True)
-    assert result.order.index(0) < result.order.index(3)  # equal answers keep the order given
-    with pytest.raises(ValueError, match="nothing to rank"):
-        scorer.best_of_n("which?", [])
-
-
-def test_probability_is_symmetric_and_does_not_overflow(model_folder):
-    scorer = GRMScorer(model_folder)
-    assert scorer.probability(1e6, 0.0) == 1.0 and scorer.probability(-1e6, 0.0) == 0.0
-    assert scorer.probability(0.3, 0.1) + scorer.probability(0.1, 0.3) == pytest.approx(1)
-    scorer.model.config.reward_temperature = 2.0
-    assert scorer.probability(0.3, 0.1) == pytest.approx(torch.sigmoid(torch.tensor(0.1)).item(), rel=1e-6)
-
-
-def test_a_model_in_memory_needs_its_tokenizer():
-    with pytest.raises(ValueError, match="Pass `tokenizer`"):
-        GRMScorer(grm())
-    assert len(GRMScorer(grm(), chatml_tokenizer()).score(["one"])) == 1
 
 
 # -------------------------------------------------------------------------------------------- transformed and combined

@@ -110,7 +110,7 @@ reader = client(clean=True)
 plain = client(clean=True)  # of the Hub itself: never imports transformers
 
 
-# -------------------------------------------------------------------------------------- what runs in the client's process
+# ------------------------------------------------------------------------------------ what runs in the client's process
 
 
 def do_api(method, **arguments):
@@ -650,7 +650,7 @@ def test_no_token_was_printed(publisher, reader):
         assert text and not any(token in text for token in (TOKEN, STRANGER, READ_ONLY))
 
 
-# ------------------------------------------------------------------------------------------------ refused before sending
+# ------------------------------------------------------------------------------------------------------------ staging
 
 
 def test_what_would_not_load_is_refused(tmp_path):
@@ -689,6 +689,28 @@ def test_what_would_not_load_is_refused(tmp_path):
         code.unlink()
     with stage(tmp_path / "bare", "name") as staged:  # the code belongs to the package: put back
         assert (Path(staged) / "modeling_grm.py").is_file()
+
+
+def test_a_staged_adapter_is_independent_of_its_folder_and_of_chance(tmp_path):
+    """It is staged while a run goes on, which draws random numbers and deletes old checkpoints."""
+    import torch
+    from test_trainer import lora, trainer
+
+    from grm_hf import GRMForSequenceClassification
+    from grm_hf.hub.publish import stage
+
+    run = trainer(tmp_path / "run", alpha=0.5, peft_config=lora())
+    run.train()
+    run.save_model()
+    run.model.get_base_model().config.reward_std = 2.5
+    before = torch.get_rng_state()
+    staged = stage(tmp_path / "run", "name", run.model.get_base_model().config)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = scores(run.model)
+    shutil.rmtree(tmp_path / "run")
+    with staged:
+        merged = GRMForSequenceClassification.from_pretrained(staged.name)
+    assert scores(merged) == close(expected) and merged.config.reward_std == 2.5
 
 
 def test_a_folder_that_holds_a_token_is_refused(hub, publisher, tmp_path):

@@ -31,6 +31,7 @@ from grm_hf.rewards import (
     reference_reward,
     standardize,
 )
+from grm_hf.scoring import GRMScorer
 
 
 TOKENIZERS = {"chatml": chatml_tokenizer(), "llama": llama_tokenizer(), "bare": bare_tokenizer()}
@@ -466,12 +467,17 @@ def test_reward_function_from_a_folder_is_named_after_it(tmp_path):
     assert reward.__name__ == "my-grm"
     assert grm_reward_func(folder, name="quality").__name__ == "quality"
     assert reward(PROMPTS, completions()) == pytest.approx(expected(model, CHATML), abs=1e-5)
+    assert grm_reward_func(GRMScorer(model, CHATML))(PROMPTS, completions([*ANSWERS[:2], ""]))[:2] == pytest.approx(
+        expected(model, CHATML)[:2], abs=1e-5
+    )
     half = grm_reward_func(str(folder), dtype=torch.bfloat16)
     assert half.scorer.model.lm.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="cannot be applied"):
         grm_reward_func(model, CHATML, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="LlamaForCausalLM, not a GRM"):
         grm_reward_func(model.lm, CHATML)
+    with pytest.raises(ValueError, match="have their tokenizers"):
+        grm_reward_func(RewardEnsemble([model, grm(seed=1)], [CHATML] * 2, statistics=None), CHATML)
     with pytest.raises(ValueError, match="is function"):
         grm_reward_func(test_an_answer_without_text_has_a_reward)
 

@@ -222,7 +222,6 @@ def test_ppo_recipe_refuses_a_value_model_that_would_not_learn(folders, tmp_path
         )
 
 
-
 # ------------------------------------------------------------------------------------------------------- the self-test
 
 

@@ -54,7 +54,7 @@ class PolicyScorer(GRMScorer):
     trained to read, whether or not the policy got that far.
 
     Attributes:
-        opening: What the chat template writes in front of an answer; empty without a template.
+        opening: What the chat template writes in front of an answer; empty if it writes nothing, or there is none.
         source: Hub id or folder that a model or an adapter was loaded from, with the revision; `None` for a live one.
     """
 
@@ -66,7 +66,8 @@ class PolicyScorer(GRMScorer):
             user = [{"role": "user", "content": "a"}]
             render = self.encoder._render
             with_opening, without = (render(user, None, {}, add_generation_prompt=on) for on in (True, False))
-            self.opening = with_opening.removeprefix(without).strip()
+            if with_opening.startswith(without):
+                self.opening = with_opening.removeprefix(without).strip()
             # What two conversations with different answers have in common at their ends.
             one, other = (self.encoder.encode(user, answer).ids for answer in ("a", "b"))
             same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
@@ -132,9 +133,9 @@ def grm_reward_func(
     functions with `transform="log_sigmoid"` add up to a logical AND (arXiv 2402.00742).
 
     Args:
-        model (`str`, [`GRMForSequenceClassification`] or [`RewardEnsemble`]):
-            Hub id or folder (of a model or an adapter), a live reward model, or an ensemble. A model loaded here goes
-            to this process's accelerator; a live one stays where it is.
+        model (`str`, [`GRMForSequenceClassification`], [`GRMScorer`] or [`RewardEnsemble`]):
+            Hub id or folder (of a model or an adapter), a live reward model, one with its tokenizer, or an ensemble. A
+            model loaded here goes to this process's accelerator; a live one stays where it is.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The reward model's. Loaded from the same place if left out.
         transform (`str` or `Callable`, *optional*):
@@ -144,7 +145,7 @@ def grm_reward_func(
         name (`str`, *optional*):
             What TRL calls it in its logs. Defaults to the last part of the model's name.
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
-            See [`GRMScorer`].
+            See [`GRMScorer`]; an ensemble has its own.
         check (`bool`, *optional*, defaults to `True`):
             Score the golden rows of a model that is loaded here, and refuse it if a reward is not the stored one.
         **load_kwargs:
@@ -244,11 +245,15 @@ def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, 
     else:
         if load_kwargs:
             raise ValueError(f"the model is a live one, so {sorted(load_kwargs)} cannot be applied.")
-        if isinstance(model, GRMScorer) or not isinstance(model, torch.nn.Module):
-            if not hasattr(model, "stream"):
+        if isinstance(model, GRMScorer):
+            model, tokenizer = model.model, tokenizer or model.tokenizer
+        elif not isinstance(model, torch.nn.Module):
+            if not hasattr(model, "member_scores"):
                 raise ValueError(
                     f"`model` is {type(model).__name__}; give a reward model, its id or folder, or an ensemble."
                 )
+            if tokenizer is not None:
+                raise ValueError("the members of an ensemble have their tokenizers, so `tokenizer` cannot be applied.")
             return model
         if getattr(getattr(model, "config", None), "model_type", None) != "grm":
             raise ValueError(f"`model` is {type(model).__name__}, not a GRMForSequenceClassification.")

@@ -172,7 +172,7 @@ class RewardEnsemble:
         results = []
         for scorer, activate in zip(self._scorers, self._activations, strict=True):
             if activate is not None:
-                pass
+                activate()
             results.append(list(scorer.stream(chats)))
         return results
 

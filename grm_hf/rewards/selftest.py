@@ -80,7 +80,8 @@ def check_scorer(scorer) -> list[str]:
 
 def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> list[str]:
     path, revision = source or (getattr(model, "name_or_path", ""), None)
-    if not path or (source is None and getattr(model, "_hf_peft_config_loaded", False)):
+    adapted = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
+    if not path or (source is None and adapted):
         return []  # made in memory; or with an adapter, of which the model below only knows where it came from itself
     try:
         file = cached_file(path, FILE, revision=revision)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
@@ -47,7 +46,7 @@ class GoldenError(ValueError):
     """Golden rows do not hold. The message has a table of all rows, with what differs."""
 
 
-def tolerance(model: nn.Module) -> float:
+def tolerance(model) -> float:
     """How far a reward of `model` may be off by rounding, relative to max(1, |reward|)."""
     return TOLERANCES.get(_dtype(model), 5e-2)
 
@@ -128,9 +127,9 @@ def verify(path: str | Path, **load_kwargs) -> str:
         file = cached_file(path, FILE, **hub)
     except OSError as error:
         raise ValueError(
-            f"'{path}' has no {FILE}, so there is nothing to compare with. GRMRewardTrainer writes it; for a model that "
-            "was saved otherwise, call `grm_hf.scoring.save_golden(model, tokenizer, folder)` while it is known to be "
-            f"right. ({error})"
+            f"'{path}' has no {FILE}, so there is nothing to compare with. GRMRewardTrainer writes it; for a model "
+            "that was saved otherwise, call `grm_hf.scoring.save_golden(model, tokenizer, folder)` while it is known "
+            f"to be right. ({error})"
         ) from error
     content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     saved = content["saved_with"]
@@ -160,7 +159,8 @@ def verify(path: str | Path, **load_kwargs) -> str:
         if not holds:
             wrong.append(number)
     here = _environment(model)
-    lines += [f"{name}: {', '.join(f'{k} {v}' for k, v in e.items())}" for name, e in (("saved", saved), ("here", here))]
+    for name, environment in (("saved", saved), ("here", here)):
+        lines.append(f"{name}: {', '.join(f'{what} {value}' for what, value in environment.items())}")
     lines.append(f"a difference, relative to max(1, |reward|), may be {limit:.0e}")
     table = "\n".join(lines)
     if wrong:
@@ -181,11 +181,11 @@ def _rewards(scorer: GRMScorer, ids: list[list[int]]) -> list[float]:
     return scorer._rewards([array("i", row) for row in ids], tqdm(disable=True))
 
 
-def _dtype(model: nn.Module) -> str:
+def _dtype(model) -> str:
     return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
-def _environment(model: nn.Module) -> dict[str, str]:
+def _environment(model) -> dict[str, str]:
     return {
         "grm_hf": __version__,
         "torch": torch.__version__,
@@ -197,7 +197,7 @@ def _environment(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _outside_autocast(model: nn.Module) -> Iterator[None]:
+def _outside_autocast(model) -> Iterator[None]:
     """accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none."""
     if "_original_forward" not in model.__dict__:
         yield

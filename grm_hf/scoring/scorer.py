@@ -9,7 +9,7 @@ tokens (`grm_hf.layouts`). A score does not depend on this beyond rounding; with
 import math
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise
@@ -139,10 +139,10 @@ class GRMScorer:
         return [result.score for result in self.stream(chats, window=None)]
 
     def stream(self, chats: Iterable, window: int | None = 1024) -> Iterator[Score]:
-        """As [`~GRMScorer.score`], with details and for any number of chats: `window` of them for each process are read
-        and computed at a time, and share what they have in common."""
+        """As [`~GRMScorer.score`], with details and for any number of chats: `window` of them for each process are
+        read and computed at a time, and share what they have in common."""
         named = ((f"chat {number}", self._encode, chat) for number, chat in enumerate(chats))
-        return self._stream(named, window, len(chats) if hasattr(chats, "__len__") else None)
+        return self._stream(named, window, len(chats) if isinstance(chats, Sized) else None)
 
     def score_pairs(self, rows: Iterable[dict]) -> list[tuple[float, float]]:
         """
@@ -159,7 +159,7 @@ class GRMScorer:
             for number, row in enumerate(rows)
             for side in ("chosen", "rejected")
         )
-        total = 2 * len(rows) if hasattr(rows, "__len__") else None
+        total = 2 * len(rows) if isinstance(rows, Sized) else None
         flat = [result.score for result in self._stream(sides, None, total)]
         return list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -181,8 +181,8 @@ class GRMScorer:
         scores = self.score([{"prompt": prompt, "response": answer} for answer in answers])
         if broken := [i for i, score in enumerate(scores) if math.isnan(score)]:
             raise ValueError(
-                f"the rewards of answers {broken} are not numbers (NaN), so there is no order. The model's weights are "
-                "broken, or overflow in its dtype."
+                f"the rewards of answers {broken} are not numbers (NaN), so there is no order. The model's weights "
+                "are broken, or overflow in its dtype."
             )
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         return BestOfN(scores=scores, order=order, best=answers[order[0]])
@@ -325,7 +325,7 @@ def is_whole(model: nn.Module) -> bool:
 
 def own_device() -> torch.device:
     """The accelerator of this process among those of its machine, or the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
+    if kind is None or not torch.accelerator.is_available():
+        return torch.device("cpu")
     return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())

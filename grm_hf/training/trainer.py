@@ -402,6 +402,10 @@ class GRMRewardTrainer(RewardTrainer):
             config.reward_std = max(total["reward_squared"] / (2 * pairs) - mean**2, 0.0) ** 0.5
         return averages
 
+    def evaluation_loop(self, *args, **kwargs):
+        self._sums["eval"], self._eval_rows = {}, []  # what `predict` left, which logs nothing
+        return super().evaluation_loop(*args, **kwargs)
+
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
         averages = self._averages(mode)
