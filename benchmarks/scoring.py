@@ -296,8 +296,8 @@ def section(results: dict) -> str:
         "`python benchmarks/scoring.py`",
         "",
         "Speed-up over `pipeline('text-classification')` at batch 8 in the order given: CPU time, median of "
-        f"interleaved rounds. A {model['type']} of {model['layers']} layers, hidden size {model['hidden']}, vocabulary "
-        f"{model['vocabulary']}, {model['dtype']}, random weights; {results['machine']}; "
+        f"interleaved rounds. A {model['type']} of {model['layers']} layers, hidden size {model['hidden']}, "
+        f"vocabulary {model['vocabulary']}, {model['dtype']}, random weights; {results['machine']}; "
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}. `n` answers to one prompt of "
         f"{PROMPT} tokens; answers of lognormal length, median {ANSWER}, sigma {SIGMA} ('equal' and n = 1: {ANSWER}). "
         "'Padding' is what the pipeline computes for each real token; 'unrelated' are texts of hh-rlhf.",

@@ -110,7 +110,7 @@ reader = client(clean=True)
 plain = client(clean=True)  # of the Hub itself: never imports transformers
 
 
-# ------------------------------------------------------------------------------------ what runs in the client's process
+# -------------------------------------------------------------------------------- what runs in the client's process
 
 
 def do_api(method, **arguments):
