@@ -18,6 +18,11 @@ lint: .venv/dev.done
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+# Half an hour on a quiet machine; writes docs/benchmarks.md.
+bench: .venv/dev.done
+	.venv/bin/python benchmarks/training.py
+	.venv/bin/python benchmarks/scoring.py
+
 .venv/bin/python .venv-ppo/bin/python:
 	$(PYTHON) -m venv $(@D)/..
 	$@ -m pip install --quiet --upgrade pip

@@ -1,15 +1,17 @@
 """What a training step costs: TRL's `RewardTrainer` without any regulariser, the original GRM loss (full logits), and
 `GRMRewardTrainer` in each layout and with each regulariser; and the language-model term by itself.
 
-    python benchmarks/training.py             # measures (needs a quiet machine), then the section in docs/benchmarks.md
-    python benchmarks/training.py --report    # the section only, from docs/results/benchmarks_training.json
-    python benchmarks/training.py --quick     # a tiny model and made-up lengths, to see that it works; writes nothing
+    python benchmarks/training.py            # measures (needs a quiet machine), then the section in docs/benchmarks.md
+    python benchmarks/training.py --report   # the section only, from docs/results/benchmarks_training.json
+    python benchmarks/training.py --quick    # a tiny model and made-up lengths, to see that it works; writes nothing
 
 All sides run the same pairs with the same weights in one process, one after the other on every batch. Real lengths are
 taken from `shared/data` beside the repository; without it they are drawn (lognormal, the same medians).
 """
 
 import argparse
+import copy
+import gc
 import json
 import os
 import platform
@@ -30,7 +32,7 @@ from datasets import Dataset
 from results_page import ROOT, write_section
 from scoring import DATA, HEADER, PAGE, llama, peak_bytes, rows, word_tokenizer
 from torch.nn.functional import linear_cross_entropy, logsigmoid
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -74,7 +76,8 @@ REAL = {"bench model": BENCH, "Llama-3.2-1B": Shape(16, 2048, 8192, 512, 128_256
 
 @dataclass
 class Step:
-    """Steps to measure: `batches` batches of `pairs` pairs, each side `rounds` times; those in `few` on 2 batches."""
+    """Steps to measure: `batches` batches of `pairs` pairs, each side `rounds` times; those in `few` once, and on two
+    batches only."""
 
     data: str
     order: str
@@ -87,17 +90,17 @@ class Step:
 
 
 STEPS = {
-    "hh": Step("hh", "random", 8, 10, 1, (TRL, OURS), tuple(name for name in MIX if name not in (TRL, OURS))),
-    "hh sorted": Step("hh", "sorted", 8, 4, 2, (TRL, OURS)),
-    "hh 128k": Step("hh", "random", 2, 6, 1, (TRL, OURS), (ORIGINAL,), vocabulary=131_072),
+    "hh": Step("hh", "random", 8, 10, 2, (TRL, OURS), tuple(name for name in MIX if name not in (TRL, OURS))),
+    "hh sorted": Step("hh", "sorted", 8, 4, 3, (TRL, OURS)),
+    "hh 128k": Step("hh", "random", 2, 6, 2, (TRL, OURS), (ORIGINAL,), vocabulary=131_072),
     "ultrafeedback": Step("ultrafeedback", "random", 2, 2, 1, MIX),
     "qa_feedback": Step("qa_feedback", "random", 2, 2, 1, MIX),
-    "dpo": Step("hh", "random", 4, 3, 2, (DPO, CACHED, LIVE)),
+    "dpo": Step("hh", "random", 4, 3, 3, (DPO, CACHED, LIVE)),
 }
 LM_ROWS = ((133, BENCH.vocabulary), (1024, BENCH.vocabulary), (256, 131_072))
 
 
-# ----------------------------------------------------------------------------------------------------------------- pairs
+# --------------------------------------------------------------------------------------------------------------- pairs
 
 
 def ids(text: str, vocabulary: int) -> list[int]:
@@ -123,8 +126,11 @@ def load(name: str, vocabulary: int, shrink: int = 1) -> list[dict]:
         texts = [(p, c.partition(":")[2], r.partition(":")[2]) for p, c, r in texts]
         return [pair(*(ids(text, vocabulary) for text in row), MAX_LENGTH) for row in texts]
     rng = random.Random(0)
-    draw = lambda n: [rng.randrange(2, vocabulary) for _ in range(1 + int(rng.lognormvariate(0, 0.8) * n / shrink))]  # noqa: E731
-    return [pair(*map(draw, medians), MAX_LENGTH // shrink) for _ in range(200)]
+
+    def draw(middle: int) -> list[int]:
+        return [rng.randrange(2, vocabulary) for _ in range(1 + int(rng.lognormvariate(0, 0.8) * middle / shrink))]
+
+    return [pair(*map(draw, medians), MAX_LENGTH // shrink) for _ in range(64 if shrink > 1 else 1000)]
 
 
 def longest(pairs: list[dict]) -> int:
@@ -137,7 +143,8 @@ def batches_of(pairs: list[dict], size: int, order: str) -> list[list[dict]]:
     pairs = rng.sample(pairs, len(pairs))
     if order == "sorted":
         pairs.sort(key=lambda p: longest([p]))
-    return rng.sample(b := [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)], len(b))
+    batches = [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
+    return rng.sample(batches, len(batches))
 
 
 def padding(batches: list[list[dict]]) -> float:
@@ -146,7 +153,7 @@ def padding(batches: list[list[dict]]) -> float:
     return sum(2 * len(batch) * longest(batch) for batch in batches) / real
 
 
-# ----------------------------------------------------------------------------------------------------------------- FLOPs
+# --------------------------------------------------------------------------------------------------------------- FLOPs
 
 
 @dataclass
@@ -193,7 +200,7 @@ def total(works: list[Work]) -> Work:
     return Work(*(sum(column) for column in zip(*(asdict(w).values() for w in works), strict=True)))
 
 
-# ----------------------------------------------------------------------------------------------------------------- sides
+# --------------------------------------------------------------------------------------------------------------- sides
 
 
 class Sides:
@@ -203,7 +210,8 @@ class Sides:
         self.folder, self.tokenizer = folder, word_tokenizer(shape.vocabulary)
         lm = llama(shape.vocabulary, shape.layers, shape.hidden).lm
         self.grm = GRMForSequenceClassification.from_base(lm, head_type="linear").train()
-        config = LlamaConfig(**{**lm.config.to_dict(), "num_labels": 1})
+        config = copy.deepcopy(lm.config)
+        config.num_labels = 1
         with torch.device("meta"):
             self.classifier = LlamaForSequenceClassification(config)
         self.classifier.model, self.classifier.score.weight = lm.model, self.grm.score.weight
@@ -234,9 +242,8 @@ class Sides:
             return self.original
         trainer = self.trainer(name)
         reference = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0} if name == CACHED else {}
-        keys = ("chosen_ids", "rejected_ids") if name == TRL else ("chosen_ids", "rejected_ids", "chosen_start", "rejected_start")
         return lambda pairs: trainer.training_step(
-            trainer.model, trainer.data_collator([{key: p[key] for key in keys} | reference for p in pairs])
+            trainer.model, trainer.data_collator([p | reference for p in pairs])
         )
 
     def original(self, pairs: list[dict]) -> torch.Tensor:
@@ -254,9 +261,9 @@ class Sides:
         return loss.detach()
 
 
-def cost(model: torch.nn.Module, run: Callable) -> tuple[float, float]:
-    """CPU seconds, and peak bytes above weights and parameter gradients. The allocator is watched in the run that is
-    timed: what this adds does not show beside the operations themselves."""
+def cost(model: torch.nn.Module, run: Callable) -> dict[str, float]:
+    """CPU seconds of a run, and its peak bytes less parameter gradients. The allocator is watched in the run that is
+    timed, which takes a few microseconds an operation: most from the side with the most operations, ours."""
     model.zero_grad()
     seconds = []
 
@@ -266,7 +273,13 @@ def cost(model: torch.nn.Module, run: Callable) -> tuple[float, float]:
         seconds.append(time.process_time() - start)
 
     peak = peak_bytes(timed)
-    return seconds[0], peak - sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return {"seconds": seconds[0], "peak_bytes": peak - gradients, "gradient_bytes": gradients}
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Of the same run several times: median seconds, largest peak."""
+    return {name: (median if name == "seconds" else max)(run[name] for run in runs) for name in runs[0]}
 
 
 def measure(step: Step, sides: Sides, pairs: list[dict]) -> dict:
@@ -276,29 +289,24 @@ def measure(step: Step, sides: Sides, pairs: list[dict]) -> dict:
     smallest = min(batches, key=longest)[:1]
     for run in named.values():
         run(smallest)
-    found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in named}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in named}
     for number, batch in enumerate(batches):
-        here = [name for name in named if name in step.sides or number < 2]
-        for name in here:
-            found[name].append([])
-        for _ in range(step.rounds):
-            for name in here:
-                found[name][-1].append(cost(sides.grm, lambda name=name: named[name](batch)))
+        runs: dict[str, list[dict[str, float]]] = {}
+        for turn in range(step.rounds):
+            for name, run in named.items():
+                if name in step.sides or (number < 2 and turn == 0):
+                    runs.setdefault(name, []).append(cost(sides.grm, lambda run=run, batch=batch: run(batch)))
+        for name, several in runs.items():
+            found[name].append(summary(several))
     return {
         **{name: getattr(step, name) for name in ("data", "order", "pairs", "vocabulary", "rounds")},
         "padding": [padding([batch]) for batch in batches],
         "padded_tokens": [2 * len(batch) * longest(batch) for batch in batches],
-        "sides": {
-            name: {
-                "seconds": [median(s for s, _ in runs) for runs in values],
-                "peak_bytes": [max(peak for _, peak in runs) for runs in values],
-            }
-            for name, values in found.items()
-        },
+        "sides": {name: {key: [one[key] for one in values] for key in values[0]} for name, values in found.items()},
     }
 
 
-# ------------------------------------------------------------------------------------------------ language-model term
+# ------------------------------------------------------------------------------------------------- language-model term
 
 
 def lm_term(model: GRMForSequenceClassification, tokens: int, rounds: int) -> dict:
@@ -323,29 +331,26 @@ def lm_term(model: GRMForSequenceClassification, tokens: int, rounds: int) -> di
             ChunkedLogProbFunction.apply(x[0, index], head.weight, None, targets, 1.0, 32_768, None, 1.0, ())[0]
         ),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     expected: list[torch.Tensor] = []
     for number in range(rounds + 1):
         for name, run in sides.items():
             hidden = states.clone().requires_grad_()
-            seconds, peak = cost(model, lambda run=run, hidden=hidden: loss(run(hidden)).backward())
+            one = cost(model, lambda run=run, hidden=hidden: loss(run(hidden)).backward())
             if number:
-                found[name].append((seconds, peak - hidden.grad.nbytes))
+                found[name].append(one | {"peak_bytes": one["peak_bytes"] - hidden.grad.nbytes})
                 continue
             expected = expected or [hidden.grad, head.weight.grad.clone()]
-            for one, other in zip(expected, (hidden.grad, head.weight.grad), strict=True):
-                assert (one - other).norm() < 1e-4 * one.norm(), name
+            for right, gradient in zip(expected, (hidden.grad, head.weight.grad), strict=True):
+                assert (gradient - right).norm() < 1e-4 * right.norm(), name
     return {
         "tokens": tokens,
         "vocabulary": head.out_features,
-        "sides": {
-            name: {"seconds": median(s for s, _ in runs), "peak_bytes": max(peak for _, peak in runs)}
-            for name, runs in found.items()
-        },
+        "sides": {name: summary(runs) for name, runs in found.items()},
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- run
+# ----------------------------------------------------------------------------------------------------------------- run
 
 
 def cpu() -> str:
@@ -362,6 +367,7 @@ def whole_set(name: str, pairs: list[dict], order: str, size: int = 8) -> dict:
 
 def run_all(quick: bool = False) -> dict:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported: every measurement collects garbage first
     started = time.process_time()
     shape = Shape(2, 64, 176, 32, 512) if quick else BENCH
     steps = {
@@ -378,7 +384,7 @@ def run_all(quick: bool = False) -> dict:
         "versions": {name: version(name) for name in ("grm-hf", "torch", "transformers", "trl")},
         "shape": asdict(shape),
         "lengths": "real" if real else "made up",
-        "whole_sets": [whole_set(name, pairs, order) for name, pairs in sets.items() for order in ("random", "sorted")],
+        "whole_sets": [whole_set(name, sets[name], order) for name in sets for order in ("random", "sorted")],
         "steps": {},
         "lm_term": [],
     }
@@ -394,7 +400,7 @@ def run_all(quick: bool = False) -> dict:
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------- report
+# -------------------------------------------------------------------------------------------------------------- report
 
 
 @dataclass
@@ -425,7 +431,7 @@ def ratio(step: dict, name: str, base: str, what: str = "seconds") -> float:
     """Of CPU time summed over the batches that both sides ran, or of the largest peak among them."""
     one, other = (step["sides"][side][what] for side in (name, base))
     both = min(len(one), len(other))
-    combine = max if what == "peak_bytes" else sum
+    combine = sum if what == "seconds" else max
     return combine(one[:both]) / combine(other[:both])
 
 
@@ -446,6 +452,7 @@ def table_of_goals(results: dict) -> list[Row]:
     arithmetic = lambda found, name, base: flops(found, name, shape) / flops(found, base, shape)  # noqa: E731
     factor = lambda *found: " / ".join(f"{one['padding']:.2f}" for one in found)  # noqa: E731
     measured = lambda name, batches=None: f"{mean_padding(steps[name], batches):.2f}"  # noqa: E731
+    large = steps["hh 128k"]
     few = len(steps["hh"]["sides"][ORIGINAL]["seconds"])
     term = results["lm_term"]
     slowest = max(t["sides"]["ours"]["seconds"] / t["sides"]["full logits"]["seconds"] for t in term)
@@ -483,9 +490,9 @@ def table_of_goals(results: dict) -> list[Row]:
             (0.58, 1.00),
         ),
         Row(
-            f"vocabulary {steps['hh 128k']['vocabulary']}, hh, random batches of {steps['hh 128k']['pairs']}, CPU time",
+            f"vocabulary {large['vocabulary']}, hh, random batches of {large['pairs']}, CPU time",
             measured("hh 128k"),
-            (ratio(steps["hh 128k"], OURS, TRL),),
+            (ratio(large, OURS, TRL),),
             (0.62,),
         ),
         Row(
@@ -495,7 +502,7 @@ def table_of_goals(results: dict) -> list[Row]:
             (1.15, 1.30),
         ),
         Row(
-            f"LM term alone, N >= {min(t['tokens'] for t in term)}: time / full logits; extra memory / (256 V 4 bytes)",
+            f"LM term alone, N >= {min(t['tokens'] for t in term)}: time / full logits; extra memory / (256 V 4 B)",
             "none",
             (slowest, largest),
             (1.0, 1.1),
@@ -518,8 +525,8 @@ def profile(results: dict, goals: list[Row]) -> list[str]:
     parts = {name: Work(**hh["work"][side]).flops(shape) for name, side in sides.items()}
     whole = {name: flops(hh, side, shape, trimmed=False) for name, side in sides.items()}
     lines = [
-        "FLOPs of a step by part, relative to the whole step with `none` (hh, random batches of 8, shared_prefix); the "
-        "last column is the step if the last layer were computed for all tokens:",
+        "FLOPs of a step by part, relative to the whole step with `none` (hh, random batches of 8, shared_prefix). "
+        "The last layer is finished only where its output is read; the last column is the step without that.",
         "",
         f"| regulariser | {' | '.join(parts['none'])} | all | all, last layer whole |",
         f"|---|{'---|' * (len(parts['none']) + 2)}",
@@ -533,11 +540,11 @@ def profile(results: dict, goals: list[Row]) -> list[str]:
             untrimmed = whole[name] / whole["none"]
             lines += [
                 "",
-                f"`{name}` over `none` is {reached:.3f}, above {goal:.2f}: the last layer is finished only where its "
-                f"output is read, which takes {1 - base / whole['none']:.1%} off `none` and "
-                f"{1 - sum(parts[name].values()) / whole[name]:.1%} off `{name}`, whose text loss reads more of it. With "
-                f"a whole last layer the ratio would be {untrimmed:.3f} "
-                f"({'within' if untrimmed <= goal else 'still above'} the goal), and both steps would cost more.",
+                f"`{name}` over `none` is {reached:.3f}, above {goal:.2f}, because `none` gains most from the last "
+                f"layer: {1 - base / whole['none']:.1%} of its FLOPs against "
+                f"{1 - sum(parts[name].values()) / whole[name]:.1%} of those of `{name}`, whose text loss reads more "
+                f"of it. Without that gain the ratio would be {untrimmed:.3f}, "
+                f"{'within' if untrimmed <= goal else 'still above'} the goal, and both steps dearer.",
             ]
     return lines
 
@@ -552,12 +559,12 @@ def section(results: dict) -> str:
         "`python benchmarks/training.py`",
         "",
         f"A Llama of {shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocabulary} unless said, "
-        f"float32, random weights, forward and backward; {results['machine']}; {versions}. Lengths: {results['lengths']} "
-        f"(`{'`, `'.join(SETS)}`), cut at {MAX_LENGTH} tokens, a token being a word, a run of signs or white space. "
-        f"\"Ours\" is `{OURS}`; \"TRL\" is the step of its `RewardTrainer` on the same pairs and weights, without any "
-        "regulariser. \"Padding\" is the tokens of the padded batches for each real one; where there are several figures "
-        "or sets, of each. CPU time: sum over the batches of the median of the rounds. Peak memory: the largest of the "
-        "batches, by the allocator, above weights and parameter gradients. FLOPs: by a formula that the tests hold "
+        f"float32, random weights, forward and backward; {results['machine']}; {versions}. Lengths: "
+        f"{results['lengths']} (`{'`, `'.join(SETS)}`), cut at {MAX_LENGTH} tokens, a token being a word, a run of "
+        f'signs or white space. "Ours" is `{OURS}`; "TRL" is the step of its `RewardTrainer` on the same pairs and '
+        'weights, without any regulariser. "Padding" is the tokens of padded batches for each real one. CPU time: '
+        "sum over the batches of the medians of the rounds. Peak memory: the largest of the batches, by the "
+        "allocator, above weights, less the bytes of parameter gradients. FLOPs: by a formula that the tests hold "
         "against `torch.utils.flop_counter`; padded batches are granted causal attention.",
         "",
         "| figure | padding | reached | goal | met |",
@@ -568,7 +575,7 @@ def section(results: dict) -> str:
         "",
         "### Side by side",
         "",
-        "Relative to TRL on the same batches: CPU time, peak memory, and FLOPs of the whole set in random batches of 8.",
+        "Relative to TRL on the same batches, and in FLOPs on the whole set in random batches of 8.",
         "",
     ]
     random_sets = {found["data"]: found for found in sets if found["order"] == "random"}
@@ -597,7 +604,7 @@ def section(results: dict) -> str:
         f"|---|---|---|{'---|' * 2 * len(REAL)}",
     ]
     for found in sets:
-        numbers = [flops(found, side, real) / flops(found, TRL, real) for real in REAL.values() for side in (OURS, DPO)]
+        numbers = [flops(found, side, s) / flops(found, TRL, s) for s in REAL.values() for side in (OURS, DPO)]
         cells = " | ".join(f"{number:.3f}" for number in numbers)
         lines.append(f"| {found['data']} | {found['order']} | {found['padding']:.2f} | {cells} |")
     lines += [

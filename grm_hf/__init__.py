@@ -21,6 +21,20 @@ for _auto_class in (AutoModel, AutoModelForSequenceClassification):
 GRMConfig.register_for_auto_class()
 GRMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
+
+def _push_to_hub(self, repo_id, **kwargs):
+    r"""
+    Push the model to the Hub. Takes what [`~transformers.PreTrainedModel.push_to_hub`] takes, `tokenizer` and `tag`; the
+    repository is complete: see [`grm_hf.hub.push_model`].
+    """
+    from .hub import push_model
+
+    return push_model(self, repo_id, **kwargs)
+
+
+# Here and not in the class, whose file is shipped and knows nothing of this package.
+GRMForSequenceClassification.push_to_hub = _push_to_hub  # type: ignore[assignment,method-assign]
+
 _LAZY = {
     "GRMRewardConfig": "training",
     "GRMRewardTrainer": "training",

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         help="score the chats of a JSONL file",
         description="Score each row of a JSONL file: {'messages': [...]}, {'prompt': ..., 'response': ...} or "
         "{'text': ...}. Writes one line a row: row, score, tokens, truncated (and the row's id). With --output an "
-        "interrupted run goes on where it stopped. For several processes: `accelerate launch -m grm_hf.cli score ...`.",
+        "interrupted run goes on where it stopped. Several processes: `accelerate launch -m grm_hf.cli score`.",
     )
     score.add_argument("file", help="JSONL file, or - for standard input")
     score.add_argument(

@@ -9,7 +9,6 @@ This file is shipped to the Hub as it is: it imports torch, transformers and its
 (and peft, if there is an adapter to load).
 """
 
-import importlib
 import inspect
 import json
 import math
@@ -240,15 +239,6 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if adapter is not None:
             _load_adapter(model, os.fspath(adapter), adapter_name, adapter_kwargs)
         return (model, info) if output_loading_info else model
-
-    def push_to_hub(self, repo_id, **kwargs):
-        r"""
-        Push the model to the Hub. Takes what [`~transformers.PreTrainedModel.push_to_hub`] takes. Where grm_hf is
-        installed, also `tokenizer` and `tag`, and the repository is complete, see `grm_hf.hub.push_model`.
-        """
-        if not os.path.isdir(os.path.join(os.path.dirname(__file__), "hub")):  # these files alone, by remote code
-            return super().push_to_hub(repo_id, **kwargs)
-        return importlib.import_module(".hub", __package__).push_model(self, repo_id, **kwargs)
 
     def _init_weights(self, module):
         # torch's own defaults, as the original head has; through `torch.nn.init`, which loaded weights are shielded

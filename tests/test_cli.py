@@ -104,9 +104,8 @@ def test_train_from_a_trl_reward_yaml(tmp_path, base_folder, capsys):
 
 def test_train_with_an_adapter_then_merge(tmp_path, base_folder, capsys):
     data = write(tmp_path / "pairs.jsonl", rows(8))
-    config = yaml(
-        tmp_path, base_folder, data, use_peft=True, lora_r=4, lora_task_type="SEQ_CLS", lora_target_modules="all-linear"
-    )
+    lora = {"use_peft": True, "lora_r": 4, "lora_task_type": "SEQ_CLS", "lora_target_modules": "all-linear"}
+    config = yaml(tmp_path, base_folder, data, **lora)
     assert main(["train", "--config", config]) == 0
     merged = str(tmp_path / "merged")
     assert main(["merge", str(tmp_path / "out"), merged]) == 0

@@ -21,9 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
-    line.split("  #")[0].strip() for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line
-]
+BASH = [code for language, code in BLOCKS if language == "bash"]
+COMMANDS = [line.split("  #")[0].strip() for code in BASH for line in code.splitlines() if line]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""`GRMRewardTrainer`: the loss against an independent one, TRL's trainer to the last bit, adapters, checkpoints, resume,
-reference log-probabilities, and what a step may hold in memory."""
+"""`GRMRewardTrainer`: the loss against an independent one, TRL's trainer to the last bit, adapters, checkpoints,
+resume, reference log-probabilities, and what a step may hold in memory."""
 
 import json
 import math

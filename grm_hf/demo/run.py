@@ -182,6 +182,7 @@ def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> d
     from .. import GRMForSequenceClassification
     from ..training import GRMRewardConfig, GRMRewardTrainer
 
+    assert size.steps % size.evaluations == 0, (size.steps, size.evaluations)  # the last evaluation is the result
     world = World(WORLD_SEED)
     tokenizer = AutoTokenizer.from_pretrained(base)
     set_seed(seed)  # the head is drawn next, the same for every method

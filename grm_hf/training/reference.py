@@ -1,8 +1,8 @@
 """Reference log-probabilities for the `dpo` text loss, computed once before training and kept beside the run.
 
-A file is used again only if its fingerprint still holds: the reference's weights, the token ids as they are fed (so the
-template, truncation and special tokens), where responses begin, the dtype and the attention. And a few rows are always
-computed live: a fingerprint says what was meant, a recomputation what is.
+A file is used again only if its fingerprint still holds: the reference's weights, the token ids as they are fed (so
+the template, truncation and special tokens), where responses begin, the dtype and the attention. And a few rows are
+always computed live: a fingerprint says what was meant, a recomputation what is.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ COLUMNS = ("chosen_ids", "rejected_ids", "chosen_start", "rejected_start")
 LIVE_ROWS = 4
 
 
-def fingerprint(model: torch.nn.Module, dataset: Dataset) -> str:
-    """Sha-256 of everything a reference log-probability depends on."""
+def fingerprint(lm: torch.nn.Module, dataset: Dataset) -> str:
+    """Sha-256 of everything a reference log-probability depends on, the language model `lm` first of all."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(lm.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(str(getattr(model.config, "_attn_implementation", None)).encode())
+    digest.update(str(getattr(lm.config, "_attn_implementation", None)).encode())
     for batch in dataset.select_columns(list(COLUMNS)).iter(batch_size=1000):
         digest.update(json.dumps([batch[column] for column in COLUMNS]).encode())
     return digest.hexdigest()
@@ -54,7 +54,7 @@ def precompute(trainer, dataset: Dataset, name: str) -> Dataset:
         return dataset
     accelerator = trainer.accelerator
     path = Path(trainer.args.output_dir) / "reference_logps" / f"{name}.safetensors"
-    mark = fingerprint(accelerator.unwrap_model(trainer.model), dataset)
+    mark = fingerprint(accelerator.unwrap_model(trainer.model).lm, dataset)
     logps = _read(path, mark, name)
     if logps is None:
         logps = _compute(trainer, dataset, name)

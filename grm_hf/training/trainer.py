@@ -318,8 +318,8 @@ class GRMRewardTrainer(RewardTrainer):
         """Text loss of each pair, `(B,)`, from sums of log-probabilities, token counts and reference sums, `(2B,)`."""
         chosen, rejected = logps.chunk(2)
         ref_chosen, ref_rejected = (None, None) if ref is None else ref.to(logps.dtype).chunk(2)
-        tokens = counts[: len(chosen)].to(logps.dtype)
-        return losses.text_loss(self.args.text_loss, self.args.beta, chosen, tokens, rejected, ref_chosen, ref_rejected)
+        tokens, args = counts[: len(chosen)].to(logps.dtype), self.args
+        return losses.text_loss(args.text_loss, args.beta, chosen, tokens, rejected, ref_chosen, ref_rejected)
 
     def _text_details(self, logps, counts, ref):
         """What is logged of the text side: the chosen responses' likelihood, and which response the language-model
