@@ -24,8 +24,8 @@ GRMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassi
 
 def _push_to_hub(self, repo_id, **kwargs):
     r"""
-    Push the model to the Hub. Takes what [`~transformers.PreTrainedModel.push_to_hub`] takes, and `tokenizer`, `tag`; the
-    repository is complete: see [`grm_hf.hub.push_model`].
+    Push the model to the Hub. Takes what [`~transformers.PreTrainedModel.push_to_hub`] takes, and `tokenizer` and
+    `tag`; the repository is complete: see [`grm_hf.hub.push_model`].
     """
     from .hub import push_model
 
