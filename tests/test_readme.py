@@ -15,6 +15,7 @@ from datasets import Dataset  # noqa: E402
 from test_trainer import TOKENIZER, base, grm, rows  # noqa: E402
 
 from grm_hf import cli  # noqa: E402
+from grm_hf.scoring import save_golden  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +30,10 @@ COMMANDS = [line.split("  #")[0].strip() for code in BASH for line in code.split
 def place(tmp_path_factory):
     """A folder in which the README's paths exist: a trained model, a base, data, and files to score."""
     folder = tmp_path_factory.mktemp("readme")
-    grm().save_pretrained(folder / "runs/demo/model")
+    model = grm()
+    model.save_pretrained(folder / "runs/demo/model")
     TOKENIZER.save_pretrained(folder / "runs/demo/model")
+    save_golden(model, TOKENIZER, folder / "runs/demo/model")
     base().save_pretrained(folder / "Qwen/Qwen3-0.6B")
     TOKENIZER.save_pretrained(folder / "Qwen/Qwen3-0.6B")
     Dataset.from_list(rows(16)).to_parquet(folder / "trl-lib/ultrafeedback_binarized/train.parquet")
@@ -89,9 +92,9 @@ def test_regulariser_table_is_complete():
 @pytest.mark.parametrize(
     ("symptom", "file"),
     [
-        ("weights are missing", "grm_hf/modeling_grm.py"),
+        ("does not fit its config.json and was not loaded", "grm_hf/modeling_grm.py"),
         ("would be random", "grm_hf/modeling_grm.py"),
-        ("not a reward model of type 'grm'", "grm_hf/modeling_grm.py"),
+        ("not a reward model of type 'grm'", "grm_hf/configuration_grm.py"),
         ("rows without `attention_mask`", "grm_hf/modeling_grm.py"),
         ("Delete the file", "grm_hf/training/reference.py"),
         ("using 'padded'", "grm_hf/layouts.py"),

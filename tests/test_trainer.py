@@ -28,6 +28,7 @@ from transformers.utils import is_bitsandbytes_available  # noqa: E402
 from trl import RewardConfig, RewardTrainer  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer  # noqa: E402
+from grm_hf.scoring import verify  # noqa: E402
 from grm_hf.training import merge_adapter, reference  # noqa: E402
 from grm_hf.training.trainer import _last_complete_checkpoint  # noqa: E402
 
@@ -504,6 +505,7 @@ def test_an_adapter_carries_its_head_and_merges(tmp_path):
     expected = scores_here(run.model)
     merged = merge_adapter(str(tmp_path / "run"), str(tmp_path / "merged" / "model"))
     assert scores_here(merged) == pytest.approx(expected, rel=1e-4)
+    verify(str(tmp_path / "merged" / "model"))  # by the adapter's golden rows
     assert not (tmp_path / "merged" / "model" / "adapter_config.json").exists()
     assert scores_in_a_clean_process(tmp_path / "merged" / "model", CHATS) == pytest.approx(expected, rel=1e-4)
 

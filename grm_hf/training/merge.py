@@ -1,6 +1,7 @@
 """An adapter and the reward model it was trained on, merged into one standalone folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 from peft import PeftModel
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..modeling_grm import GRMForSequenceClassification
+from ..scoring.golden import FILE as GOLDEN
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +47,8 @@ def merge_adapter(adapter: str, output_dir: str, dtype="auto") -> GRMForSequence
     model = GRMForSequenceClassification.from_pretrained(settings["base_model_name_or_path"], dtype=dtype)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(output_dir)
+    if (golden := Path(adapter) / GOLDEN).is_file():  # `grm verify` then holds the merged model to the adapter's
+        shutil.copy(golden, output_dir)
     try:
         AutoTokenizer.from_pretrained(adapter).save_pretrained(output_dir)
     except (OSError, ValueError) as error:
