@@ -18,7 +18,7 @@ lint: .venv/dev.done
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-# Half an hour on a quiet machine; writes docs/benchmarks.md.
+# On a quiet machine: writes docs/benchmarks.md.
 bench: .venv/dev.done
 	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/scoring.py

@@ -3,6 +3,7 @@
 
     python benchmarks/training.py            # measures (needs a quiet machine), then the section in docs/benchmarks.md
     python benchmarks/training.py --report   # the section only, from docs/results/benchmarks_training.json
+    python benchmarks/training.py --again dpo    # measures this step (or several of `STEPS`) again and keeps the others
     python benchmarks/training.py --quick    # a tiny model and made-up lengths, to see that it works; writes nothing
 
 All sides run the same pairs with the same weights in one process, one after the other on every batch. Real lengths are
@@ -91,11 +92,12 @@ class Step:
 
 STEPS = {
     "hh": Step("hh", "random", 8, 10, 2, (TRL, OURS), tuple(name for name in MIX if name not in (TRL, OURS))),
-    "hh sorted": Step("hh", "sorted", 8, 4, 3, (TRL, OURS)),
-    "hh 128k": Step("hh", "random", 2, 6, 2, (TRL, OURS), (ORIGINAL,), vocabulary=131_072),
+    "hh sorted": Step("hh", "sorted", 8, 4, 2, (TRL, OURS)),
+    "hh 128k": Step("hh", "random", 8, 3, 1, (TRL, OURS), vocabulary=131_072),
+    "hh 128k, small batches": Step("hh", "random", 2, 6, 5, (TRL, OURS), (ORIGINAL,), vocabulary=131_072),
     "ultrafeedback": Step("ultrafeedback", "random", 2, 2, 1, MIX),
     "qa_feedback": Step("qa_feedback", "random", 2, 2, 1, MIX),
-    "dpo": Step("hh", "random", 4, 3, 3, (DPO, CACHED, LIVE)),
+    "dpo": Step("hh", "random", 4, 3, 5, (DPO, CACHED, LIVE)),
 }
 LM_ROWS = ((133, BENCH.vocabulary), (1024, BENCH.vocabulary), (256, 131_072))
 
@@ -262,8 +264,9 @@ class Sides:
 
 
 def cost(model: torch.nn.Module, run: Callable) -> dict[str, float]:
-    """CPU seconds of a run, and its peak bytes less parameter gradients. The allocator is watched in the run that is
-    timed, which takes a few microseconds an operation: most from the side with the most operations, ours."""
+    """CPU seconds of a run, and its peak bytes above weights, without and with parameter gradients. The allocator is
+    watched in the run that is timed, which takes a few microseconds an operation: most from the side with the most
+    operations, ours."""
     model.zero_grad()
     seconds = []
 
@@ -274,7 +277,7 @@ def cost(model: torch.nn.Module, run: Callable) -> dict[str, float]:
 
     peak = peak_bytes(timed)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    return {"seconds": seconds[0], "peak_bytes": peak - gradients, "gradient_bytes": gradients}
+    return {"seconds": seconds[0], "peak_bytes": peak - gradients, "all_bytes": peak}
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -302,6 +305,7 @@ def measure(step: Step, sides: Sides, pairs: list[dict]) -> dict:
         **{name: getattr(step, name) for name in ("data", "order", "pairs", "vocabulary", "rounds")},
         "padding": [padding([batch]) for batch in batches],
         "padded_tokens": [2 * len(batch) * longest(batch) for batch in batches],
+        "work": {side: asdict(total([work(batch, side) for batch in batches])) for side in MIX},
         "sides": {name: {key: [one[key] for one in values] for key in values[0]} for name, values in found.items()},
     }
 
@@ -365,7 +369,7 @@ def whole_set(name: str, pairs: list[dict], order: str, size: int = 8) -> dict:
     return {"data": name, "order": order, "batches": len(batches), "padding": padding(batches), "work": works}
 
 
-def run_all(quick: bool = False) -> dict:
+def run_all(quick: bool = False, only: tuple[str, ...] = ()) -> dict:
     torch.set_num_threads(1)
     gc.freeze()  # what is imported: every measurement collects garbage first
     started = time.process_time()
@@ -375,6 +379,7 @@ def run_all(quick: bool = False) -> dict:
         if quick
         else s
         for name, s in STEPS.items()
+        if name in (only or STEPS)
     }
     terms = [(n // (32 if quick else 1), v // BENCH.vocabulary * shape.vocabulary) for n, v in LM_ROWS]
     sets = {name: load(name, shape.vocabulary, 16 if quick else 1) for name in SETS}
@@ -391,7 +396,9 @@ def run_all(quick: bool = False) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for vocabulary in sorted({step.vocabulary for step in steps.values()}):
             sides = Sides(Shape(**{**asdict(shape), "vocabulary": vocabulary}), f"{folder}/{vocabulary}")
-            results["lm_term"] += [lm_term(sides.grm, n, 1 if quick else 3) for n, v in terms if v == vocabulary]
+            for tokens, size in terms:
+                if size == vocabulary and not only:
+                    results["lm_term"].append(lm_term(sides.grm, tokens, 1 if quick else max(3, 2048 // tokens)))
             for name, step in steps.items():
                 if step.vocabulary == vocabulary:
                     results["steps"][name] = measure(step, sides, sets[step.data])
@@ -428,7 +435,7 @@ class Row:
 
 
 def ratio(step: dict, name: str, base: str, what: str = "seconds") -> float:
-    """Of CPU time summed over the batches that both sides ran, or of the largest peak among them."""
+    """Of CPU time, summed over the batches that both sides ran, or of bytes, the most among them."""
     one, other = (step["sides"][side][what] for side in (name, base))
     both = min(len(one), len(other))
     combine = sum if what == "seconds" else max
@@ -452,7 +459,8 @@ def table_of_goals(results: dict) -> list[Row]:
     arithmetic = lambda found, name, base: flops(found, name, shape) / flops(found, base, shape)  # noqa: E731
     factor = lambda *found: " / ".join(f"{one['padding']:.2f}" for one in found)  # noqa: E731
     measured = lambda name, batches=None: f"{mean_padding(steps[name], batches):.2f}"  # noqa: E731
-    large = steps["hh 128k"]
+    large = [steps["hh 128k"], steps["hh 128k, small batches"]]
+    with_gradients = lambda base: f"{ratio(steps['hh'], OURS, base, 'all_bytes'):.3f}"  # noqa: E731
     few = len(steps["hh"]["sides"][ORIGINAL]["seconds"])
     term = results["lm_term"]
     slowest = max(t["sides"]["ours"]["seconds"] / t["sides"]["full logits"]["seconds"] for t in term)
@@ -466,7 +474,7 @@ def table_of_goals(results: dict) -> list[Row]:
             (0.30,),
         ),
         Row(
-            "peak memory above weights and parameter gradients, same",
+            f"peak memory above weights and parameter gradients, same (gradients included: {with_gradients(TRL)})",
             measured("hh"),
             (ratio(steps["hh"], OURS, TRL, "peak_bytes"),),
             (0.20,),
@@ -478,7 +486,8 @@ def table_of_goals(results: dict) -> list[Row]:
             (0.65, 0.60),
         ),
         Row(
-            "CPU time / peak memory against the original's loss, random",
+            "CPU time / peak memory against the original's loss, random (gradients included: "
+            f"{with_gradients(ORIGINAL)})",
             measured("hh", few),
             (ratio(steps["hh"], OURS, ORIGINAL), ratio(steps["hh"], OURS, ORIGINAL, "peak_bytes")),
             (0.15, 0.12),
@@ -490,10 +499,11 @@ def table_of_goals(results: dict) -> list[Row]:
             (0.58, 1.00),
         ),
         Row(
-            f"vocabulary {large['vocabulary']}, hh, random batches of {large['pairs']}, CPU time",
-            measured("hh 128k"),
-            (ratio(large, OURS, TRL),),
-            (0.62,),
+            f"vocabulary {large[0]['vocabulary']}, hh, CPU time, random batches of "
+            + " / of ".join(str(step["pairs"]) for step in large),
+            " / ".join(f"{mean_padding(step):.2f}" for step in large),
+            tuple(ratio(step, OURS, TRL) for step in large),
+            (0.62, 0.62),
         ),
         Row(
             "regulariser's own cost: ours / ours with `none`, FLOPs, sft / dpo",
@@ -575,11 +585,12 @@ def section(results: dict) -> str:
         "",
         "### Side by side",
         "",
-        "Relative to TRL on the same batches, and in FLOPs on the whole set in random batches of 8.",
+        "Relative to TRL on the same batches (peak memory above weights, parameter gradients included), and in FLOPs "
+        "on the whole set in random batches of 8.",
         "",
     ]
     random_sets = {found["data"]: found for found in sets if found["order"] == "random"}
-    for name in ("hh", "ultrafeedback", "qa_feedback", "hh 128k"):
+    for name in ("hh", "ultrafeedback", "qa_feedback", "hh 128k", "hh 128k, small batches"):
         step = results["steps"][name]
         here = Shape(**{**asdict(shape), "vocabulary": step["vocabulary"]})
         found = random_sets[step["data"]]
@@ -592,7 +603,7 @@ def section(results: dict) -> str:
         ]
         for side in (side for side in MIX if side in step["sides"]):
             count = len(step["sides"][side]["seconds"])
-            numbers = [ratio(step, side, TRL), ratio(step, side, TRL, "peak_bytes")]
+            numbers = [ratio(step, side, TRL), ratio(step, side, TRL, "all_bytes")]
             numbers.append(flops(found, side, here) / flops(found, TRL, here))
             cells = " | ".join(f"{number:.3f}" for number in numbers)
             lines.append(f"| {side} | {count} | {mean_padding(step, count):.2f} | {cells} |")
@@ -636,12 +647,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step costs, against TRL and the original.")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", nargs="+", choices=STEPS, default=[])
     args = parser.parse_args()
     if args.quick:
         print(section(run_all(quick=True)))
         return
     if not args.report:
-        results = run_all()
+        results = run_all(only=tuple(args.again))
+        if args.again:
+            before = json.loads(RESULTS.read_text(encoding="utf-8"))
+            results = before | {"steps": before["steps"] | results["steps"]}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
