@@ -1,5 +1,5 @@
 """Reward models on real preference pairs: `examples/train_grm.py` run on three training files with four text losses
-and five seeds each, from the pretrained stories260K model, tested on held-out pairs and on HHH alignment.
+and the seeds in `SEEDS`, from the pretrained stories260K model, tested on held-out pairs and on HHH alignment.
 
     python benchmarks/real_data.py             # what is not yet done, then the section in docs/results.md
     python benchmarks/real_data.py --report    # the section only, from docs/results/real_data.json
@@ -356,6 +356,9 @@ def section(results: dict) -> str:
             "",
             f"- {len(seeds)} seeds, so {len(counted)} runs: {wall:.0f} minutes of wall time on one thread of a shared "
             f"machine, {cpu:.0f} of processor time.",
+            "- Sizes were cut once for machine time, from 600 training and 300 test pairs to those below, after two "
+            "runs of the larger size had finished (hh, `none` and `sft`, seed 0; not counted here). Five seeds were "
+            "planned.",
             f"- Settings, alike for every run: {options}.",
             *_selection(results["selection"], settings["learning_rate"]),
             "- The intervals are 95 %. Over seeds: Student's t on the means of the runs; it holds for these test "

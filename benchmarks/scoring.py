@@ -41,7 +41,7 @@ RESULTS = ROOT / "docs" / "results" / "scoring.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEADER = (
     "# Benchmarks\n\nEvery section is written by the command it names, from a results file in `docs/results/`. "
-    "Nothing here is typed by hand. Every figure is a ratio of two sides measured in one process.\n"
+    "Every figure is a ratio of two sides measured in one process.\n"
 )
 EOS = "</s>"
 PROMPT, ANSWER, SIGMA = 300, 200, 0.6  # tokens of the prompt; median and spread of the lognormal answers

@@ -591,6 +591,7 @@ def section(results: dict) -> str:
         "allocator, above weights, less the bytes of parameter gradients. FLOPs: by a formula that the tests hold "
         "against `torch.utils.flop_counter`; padded batches are granted causal attention.",
         "",
+        *([results["conditions"], ""] if "conditions" in results else []),
         "| figure | padding | reached | goal | met |",
         "|---|---|---|---|---|",
         *map(str, goals),
