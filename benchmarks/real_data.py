@@ -356,8 +356,8 @@ def section(results: dict) -> str:
             "",
             f"- {len(seeds)} seeds, so {len(counted)} runs: {wall:.0f} minutes of wall time on one thread of a shared "
             f"machine, {cpu:.0f} of processor time.",
-            "- Sizes were cut once for machine time, from 600 training and 300 test pairs to those below, after two "
-            "runs of the larger size had finished (hh, `none` and `sft`, seed 0; not counted here). Five seeds were "
+            "- Sizes were cut once for machine time, from 600 training and 300 test pairs to those below, after three "
+            "runs of the larger size had finished (hh, all but `dpo`, seed 0; not counted here). Five seeds were "
             "planned.",
             f"- Settings, alike for every run: {options}.",
             *_selection(results["selection"], settings["learning_rate"]),
