@@ -4,13 +4,22 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo lab test lint bench clean
 
 demo: .venv/demo.done
 	OMP_NUM_THREADS=2 .venv/bin/grm demo
 
-test: .venv/dev.done .venv-ppo/dev.done lint
-	GRM_OLDEST_PYTHON=$(CURDIR)/.venv-ppo/bin/python .venv/bin/python -m pytest -n 2 --dist loadfile
+# Best-of-n and GRPO on the newest libraries, PPO on the last TRL that has it, then the report: runs/lab/report.html.
+lab: .venv/demo.done .venv-ppo/dev.done
+	.venv/bin/grm lab
+	.venv-ppo/bin/grm lab
+	.venv/bin/grm lab
+
+test: .venv/dev.done .venv-ppo/dev.done .venv-rewardbench/dev.done lint
+	GRM_OLDEST_PYTHON=$(CURDIR)/.venv-ppo/bin/python \
+	GRM_REWARDBENCH_PYTHON=$(CURDIR)/.venv-rewardbench/bin/python \
+	GRM_TRANSFORMERS_4=$(CURDIR)/.venv-rewardbench/transformers-4 \
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 	.venv-ppo/bin/python -m pytest -n 2 --dist loadfile -m trainer
 	.venv-ppo/bin/python -m pytest -n 2 -m "not slow" tests/test_model.py tests/test_loading.py
 
@@ -23,7 +32,7 @@ bench: .venv/dev.done
 	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/scoring.py
 
-.venv/bin/python .venv-ppo/bin/python:
+.venv/bin/python .venv-ppo/bin/python .venv-rewardbench/bin/python:
 	$(PYTHON) -m venv $(@D)/..
 	$@ -m pip install --quiet --upgrade pip
 
@@ -42,5 +51,13 @@ bench: .venv/dev.done
 	.venv-ppo/bin/python -m pip install --quiet -c constraints-ppo.txt -e ".[ppo]" pytest pytest-xdist hypothesis
 	touch $@
 
+.venv-rewardbench/dev.done: requirements-rewardbench.txt | .venv-rewardbench/bin/python
+	.venv-rewardbench/bin/python -m pip install --quiet torch==2.13.0
+	.venv-rewardbench/bin/python -m pip install --quiet -r requirements-rewardbench.txt
+	.venv-rewardbench/bin/python -m pip install --quiet --no-deps rewardbench==0.1.4 trl==0.24.0
+	.venv-rewardbench/bin/python -m pip install --quiet --no-deps --upgrade \
+		--target .venv-rewardbench/transformers-4 transformers==4.57.6 tokenizers==0.22.2
+	touch $@
+
 clean:
-	rm -rf .venv .venv-ppo runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-ppo .venv-rewardbench runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

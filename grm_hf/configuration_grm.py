@@ -7,6 +7,7 @@ This file is shipped to the Hub as it is: it imports transformers and nothing el
 import copy
 import os
 
+import transformers
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
@@ -16,6 +17,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_grm.GRMForSequenceClassification",
     "AutoModelForSequenceClassification": "modeling_grm.GRMForSequenceClassification",
 }
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # what rewardbench loads a model with
 HEAD_TYPES = ("mlp", "linear")
 BOS_POLICIES = ("single", "double")
 
@@ -30,6 +32,29 @@ def _text_property(name):
         setattr(self.text_config, name, value)
 
     return property(get, set, doc=f"`text_config.{name}`.")
+
+
+def _rope_as_in_transformers_4(fields):
+    """The fields of a text configuration with its rotary embedding where transformers 4 looks for it. It does not know
+    the `rope_parameters` that transformers 5 writes, and would rotate by a default instead: another number."""
+    fields = dict(fields)
+    rope = fields.pop("rope_parameters", None)
+    if not rope:
+        return fields
+    if set(rope) == {"full_attention", "sliding_attention"} and rope["sliding_attention"]["rope_type"] == "default":
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
+    if rope.get("rope_type") not in ("default", "linear", "dynamic", "yarn", "llama3"):
+        raise ValueError(
+            f"This model's rotary embedding, {rope}, is not computed alike by transformers {transformers.__version__}. "
+            "Load it with transformers 5."
+        )
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            fields[name] = rope.pop(name)
+    fields["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return fields
 
 
 class GRMConfig(PretrainedConfig):
@@ -131,6 +156,8 @@ class GRMConfig(PretrainedConfig):
                     "`text_config` has no `model_type`. Pass the complete configuration of the base's causal language "
                     "model, as `AutoConfig.from_pretrained(base)` returns it."
                 )
+            if TRANSFORMERS_4:
+                fields = _rope_as_in_transformers_4(fields)
             text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             # The base class pushes its own attention setting into sub-configurations: hand the child's on, and work
@@ -144,6 +171,8 @@ class GRMConfig(PretrainedConfig):
             kwargs.update(id2label={0: "REWARD"}, label2id={"REWARD": 0})
         # "regression" is what keeps the text-classification pipeline and vLLM from putting a sigmoid on the reward.
         kwargs["problem_type"] = kwargs.get("problem_type") or "regression"
+        # sentence-transformers' CrossEncoder reads this, and would put a sigmoid on the reward.
+        kwargs.setdefault("sentence_transformers", {"activation_fn": "torch.nn.modules.linear.Identity"})
         kwargs["dtype"] = kwargs.get("dtype") or getattr(text_config, "dtype", None)
         auto_map = dict(kwargs.pop("auto_map", None) or {})
 
@@ -159,6 +188,8 @@ class GRMConfig(PretrainedConfig):
         self.reward_std = reward_std
         self.reward_temperature = reward_temperature
         self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 4 sets what it is not given to None
+            kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
         # One class can be registered for one Auto class only: the map names all three. The files it names are saved
         # beside it; a repository that the model was loaded from is not asked for them again.

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file
 
-from .configuration_grm import GRMConfig
+from .configuration_grm import TRANSFORMERS_4, GRMConfig
 from .heads_grm import build_head
 
 
@@ -85,7 +85,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     """
 
     config_class = GRMConfig
-    base_model_prefix = "model"
+    # transformers 4 (rewardbench) looks for weights under this name; there TRL's PPO computes logits it does not use.
+    base_model_prefix = "lm" if TRANSFORMERS_4 else "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # `forward` takes any argument; Trainer would leave it to divide accumulated losses
     _supports_sdpa = True
@@ -118,7 +119,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @property
     def model(self):
-        return self.lm.base_model
+        body = self.lm.base_model
+        return body if body is not self.lm else self.lm.get_decoder()  # Gemma 3 in transformers 4
 
     # ------------------------------------------------------------------------------------------------- making, loading
 
@@ -561,7 +563,7 @@ def _load_adapter(model, adapter, name, hub):
 def _check_loaded(path, info, allow_missing_head=False):
     """Refuse a model that `from_pretrained` reports as incomplete, or whose file holds more than the model took."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    shapes = sorted(info["mismatched_keys"])  # (key, shape in the file, shape in the model)
+    shapes = sorted(info["mismatched_keys"])  # (key, shape in the file, shape in the model); in transformers 4 the key
     head = [key for key in missing if key.startswith("score.")]
     body = [key for key in missing if not key.startswith("score.")]
     if not shapes and not unexpected and not body and (allow_missing_head or not head):
@@ -572,7 +574,10 @@ def _check_loaded(path, info, allow_missing_head=False):
     if body:
         parts.append(f"The language model lacks {_some(body)}, which would be random.")
     if shapes:
-        found = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in shapes]
+        found = [
+            shape if isinstance(shape, str) else f"{shape[0]} {tuple(shape[1])}, not {tuple(shape[2])}"
+            for shape in shapes
+        ]
         parts.append(f"Of another shape than config.json says: {_some(found)}.")
     if unexpected:
         parts.append(f"The file holds weights that the model has no place for: {_some(unexpected)}.")

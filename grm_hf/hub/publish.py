@@ -24,6 +24,7 @@ from transformers.utils import logging
 from ..configuration_grm import GRMConfig
 from ..modeling_grm import GRMForSequenceClassification
 from . import card
+from .tokenizer import spell_for_transformers_4
 
 
 logger = logging.get_logger(__name__)
@@ -206,6 +207,7 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
         for code in CODE:
             if not (out / code).is_file():
                 shutil.copy(Path(__file__).parents[1] / code, out / code)
+        spell_for_transformers_4(out)
         readme = out / "README.md"
         text = readme.read_text(encoding="utf-8") if readme.is_file() else card.card_of_folder(out, name)
         readme.unlink(missing_ok=True)  # it may be a link to the folder's

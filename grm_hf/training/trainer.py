@@ -27,6 +27,7 @@ from trl import RewardTrainer
 from .. import losses
 from ..configuration_grm import GRMConfig
 from ..hub import card, publish
+from ..hub.tokenizer import spell_for_transformers_4
 from ..layouts import PairCollator, layout_attention, model_kwargs, resolve_layout
 from ..logprobs import sequence_logps
 from ..modeling_grm import GRMForSequenceClassification
@@ -291,7 +292,7 @@ class GRMRewardTrainer(RewardTrainer):
             ref = self._reference_logps(model, inputs, given) if args.text_loss == "dpo" else None
             counts = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs))
             text_loss = partial(self._text_loss, counts=counts, ref=ref)
-            lm_fn = self._lm_fn(inputs, loss=lambda sums: text_loss(sums).mean())
+            lm_fn = self._lm_fn(inputs, loss=lambda sums: args.alpha * text_loss(sums).mean())
         outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
@@ -441,6 +442,7 @@ class GRMRewardTrainer(RewardTrainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every rank comes here, and one writes
             return
+        spell_for_transformers_4(folder)
         if is_peft_model(self.model):
             _require_head_in_adapter(folder)
             readme.unlink(missing_ok=True)  # PEFT has written its own, which names the base by its path, or into ours

@@ -1,0 +1,441 @@
+"""Reward models of other makers, converted to ours: `grm convert`.
+
+What a checkpoint is, is read from the names and shapes of its weights; its config.json may say something else (that of
+the authors' linear models says `mlp`). Everything in the files must find a place, or nothing is written. No code of
+the source is ever run, and pickles are read as weights only. Layouts, and what becomes of each: docs/formats.md.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..configuration_grm import BOS_POLICIES, GRMConfig
+from ..modeling_grm import GRMForSequenceClassification
+from ..scoring.golden import save_golden
+
+
+logger = logging.get_logger(__name__)
+
+HEAD = re.compile(r"(v_head\.summary|score)(?:\.(\d+))?\.(weight|bias)")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "value_head.*", "adapter_model.*")
+TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
+# What a source's configuration says of its reward head and of its code; ours says it elsewhere.
+FOREIGN = re.compile(r"auto_map|architectures|vhead_.*|summary_dropout_prob|num_labels|id2label|label2id|problem_type")
+# Set by `grm export`, so that a model that comes back scores as it did.
+POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """
+    What [`convert`] made.
+
+    Attributes:
+        model ([`GRMForSequenceClassification`]): The converted model.
+        layout (`str`): What the source was found to be.
+        lm_head (`str`): Where the language-model head came from.
+    """
+
+    model: GRMForSequenceClassification
+    layout: str
+    lm_head: str
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    *,
+    bos_policy: str | None = None,
+    max_length: int | None = None,
+    revision: str | None = None,
+) -> Converted:
+    r"""
+    Convert a reward model of another layout and save it, with its tokenizer and golden rows.
+
+    The weights are held in memory once. The head computes in float32 here, where the original rounds to the dtype of
+    its head.
+
+    Args:
+        source (`str` or `Path`):
+            Hub id or folder: a value head (`v_head.summary.*`) beside a causal language model, in the same files or in
+            `value_head.safetensors`; a stock sequence or token classifier with one label; `Qwen2ForRewardModel`; or a
+            LoRA adapter with one of these heads.
+        output (`str` or `Path`):
+            Folder to write, new or empty.
+        base (`str` or `Path`, *optional*):
+            Hub id or folder of the causal language model below. For an adapter by default the one that it names; for a
+            classifier without language-model head (and no tied one) this gives the head, and must be given.
+        bos_policy (`str`, *optional*):
+            `"single"` or `"double"`, how the source was trained to read a chat. By default `"double"` for what the
+            code of the GRM authors wrote, `"single"` for others.
+        max_length (`int`, *optional*):
+            Longest sequence to score. By default what the source's tokenizer says.
+        revision (`str`, *optional*):
+            Of `source` on the Hub.
+
+    Returns:
+        [`Converted`].
+
+    Raises:
+        `ValueError`: weights are missing, left over, of a wrong shape, or more than one head; the source needs code of
+        its own; `output` holds something. Nothing is written then.
+
+    Source: the value head is that of the authors' code for arXiv 2406.10216, and of TRL's `ValueHead`.
+    """
+    if bos_policy is not None and bos_policy not in BOS_POLICIES:
+        raise ValueError(f"`bos_policy` is {bos_policy!r}; it must be one of {BOS_POLICIES}.")
+    with new_folder(output) as out:
+        folder = _local(str(source), revision)
+        adapter = (folder / "adapter_config.json").is_file()
+        settings = _settings(folder, source) if not adapter else {}
+        head, kind, keys = _head(folder, str(source), adapter)
+        tokenizer = _tokenizer(folder, base)
+        if adapter:
+            lm, base = _adapted(folder, str(source), base, tokenizer)
+            lm_head = f"of the base '{base}'"
+        else:
+            lm, lm_head = _body(folder, str(source), settings, keys, None if base is None else str(base))
+
+        theirs = kind == "mlp" and any(key.startswith("v_head.") for key in keys)
+        if theirs or any(key.startswith("vhead_") for key in settings):
+            layout, default = "GRM authors", "double"
+        elif any(key.startswith("v_head.") for key in keys):
+            layout, default = "value head (TRL, LLaMA-Factory)", "single"
+        else:
+            layout, default = "classifier", "single"
+        layout += f", {'MLP' if kind == 'mlp' else 'linear'} head{', LoRA adapter' if adapter else ''}"
+
+        policies = {name: settings[name] for name in POLICIES if name in settings}
+        policies["bos_policy"] = bos_policy or policies.get("bos_policy", default)
+        limit = max_length or policies.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
+        policies["max_sequence_length"] = limit if limit is not None and limit < 10**9 else None  # else: not set
+        trained = any(key.startswith("v_head.") for key in keys)
+        spec, state = _our_head(head, kind, settings.get("head_hidden_size"))
+        config = GRMConfig(
+            text_config=lm.config,
+            head_dropout=settings.get("summary_dropout_prob") or (0.1 if trained else 0.0),  # while training only
+            base_model=str(base) if base is not None else settings.get("base_model"),
+            dtype=lm.dtype,
+            **spec,
+            **policies,
+        )
+        if config.pad_token_id is None and tokenizer is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+        model = GRMForSequenceClassification(config, lm=lm)
+        width = model._read_width()
+        if (found := head[0][0].shape[1]) != width:
+            raise ValueError(f"The reward head of '{source}' reads {found} numbers, the language model gives {width}.")
+        model.score.load_state_dict(state)
+        if (text := model.config.text_config).tie_word_embeddings and not _tied(lm):
+            text.tie_word_embeddings = False  # the config says tied, the file holds two different matrices
+        model.eval().save_pretrained(out)
+        if tokenizer is None:
+            logger.warning(f"'{source}' has no tokenizer: none was saved, and no golden rows.")
+        else:
+            tokenizer.save_pretrained(out)
+            save_golden(model, tokenizer, out)
+    return Converted(model, layout, lm_head)
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write into that becomes `output` at the end, or nothing: no half of one is ever left there."""
+    path = Path(output)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"'{output}' exists and is not an empty folder. Choose another one; nothing is overwritten.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's is for its owner alone
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _local(source: str, revision: str | None) -> Path:
+    """The folder, downloaded if it is a Hub id: pickles only where there are no other weights."""
+    if os.path.isdir(source):
+        return Path(source)
+    safe = [*TEXTS, *(name for name in WEIGHTS if not name.endswith(".bin"))]
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=safe))
+    if not any(_files(folder, "model*.safetensors")):
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*safe, *WEIGHTS]))
+    return folder
+
+
+def _files(folder: Path, *patterns: str) -> list[Path]:
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path for path in found if path.suffix in (".safetensors", ".bin")]
+
+
+def _settings(folder: Path, source) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"'{source}' has neither config.json nor adapter_config.json: it is no model.")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("model_type") == GRMConfig.model_type:
+        raise ValueError(f"'{source}' is a GRM of this package already: there is nothing to convert.")
+    if settings.get("quantization_config"):
+        raise ValueError(f"'{source}' is quantised. Convert the model it was made from, and quantise that.")
+    return settings
+
+
+def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """The wanted tensors of a weights file, and only those."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}
+    # `weights_only`: a pickle may hold code. Files of old versions of torch cannot be mapped into memory.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return {name: tensor for name, tensor in state.items() if wanted(name)}
+
+
+def _plain(name: str) -> str:
+    """A name without what PEFT and TRL put around it."""
+    while (shorter := re.sub(r"^(base_model\.model|pretrained_model)\.(?=.*\.)", "", name)) != name:
+        name = shorter
+    return re.sub(r"\.modules_to_save(?=\.)|\.default(?=\.|$)", "", name)
+
+
+def _head(folder: Path, source: str, adapter: bool):
+    """The reward head as `[(weight, bias or None), ...]`, `"linear"` or `"mlp"`, and the names of its weights."""
+    files = _files(folder, *WEIGHTS)
+    if not files:
+        raise ValueError(f"'{source}' has no weights (none of {', '.join(WEIGHTS)}).")
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        for name, tensor in _read(path, lambda name: bool(HEAD.fullmatch(_plain(name)))).items():
+            name = _plain(name)
+            if name in found and not torch.equal(found[name], tensor):
+                raise ValueError(f"'{source}' holds {name} twice, with different numbers. Remove the file that is old.")
+            found[name] = tensor
+    if not found:
+        other = "" if adapter else " A causal language model is no reward model: train one from it."
+        raise ValueError(f"'{source}' has no reward head: neither `v_head.summary` nor `score` in its weights.{other}")
+    parts = [re.fullmatch(HEAD, name) for name in found]
+    kinds = sorted({(part[1], part[2] is not None) for part in parts if part})
+    if len(kinds) > 1:
+        raise ValueError(f"'{source}' holds more than one reward head: {sorted(found)}. Remove the one that is not it.")
+    [(prefix, sequential)] = kinds
+    numbers = sorted({int(part[2] or 0) for part in parts if part})
+    layers = []
+    for number in numbers:
+        start = f"{prefix}.{number}" if sequential else prefix
+        if f"{start}.weight" not in found:
+            raise ValueError(f"'{source}' has {start}.bias, but no {start}.weight.")
+        layers.append((found[f"{start}.weight"].float(), found.get(f"{start}.bias")))
+    # A ReLU, which has no weights, stands between two layers: their numbers are even.
+    shapes = [tuple(weight.shape) for weight, _ in layers]
+    widths = {shape[0] for shape in shapes[:-1]} | {shape[-1] for shape in shapes[1:]}
+    if any(len(shape) != 2 for shape in shapes) or numbers != list(range(0, 2 * len(layers), 2)) or len(widths) > 1:
+        raise ValueError(
+            f"The reward head of '{source}' is none that is known: {dict(zip(sorted(found), shapes, strict=False))}. "
+            "It must be one linear layer, or layers of one width with a ReLU between two."
+        )
+    if shapes[-1][0] != 1:
+        raise ValueError(f"The reward head of '{source}' gives {shapes[-1][0]} numbers; a reward model gives one.")
+    return layers, "mlp" if len(layers) > 1 else "linear", set(found)
+
+
+def _tokenizer(*places):
+    for place in places:
+        if place is not None:
+            try:
+                return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            except (OSError, ValueError, KeyError) as error:
+                logger.info(f"no tokenizer in '{place}': {error}")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ language model
+
+
+def _load(folder: str | Path, source: str, config=None):
+    """A causal language model without a weight of its own making, and what the files hold beside it."""
+    try:
+        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            trust_remote_code=False,
+            weights_only=True,
+            key_mapping={r"^pretrained_model\.": ""},  # TRL's wrapper under DeepSpeed
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"'{source}' is no causal language model that transformers knows; code that comes with a model is never "
+            f"run here. ({error})"
+        ) from error
+
+
+def _require(source: str, info: dict, missing: set, spare: set):
+    """Refuse what does not fit, by name. `missing` may be missing, `spare` has its place elsewhere."""
+    left = sorted(name for name in info["unexpected_keys"] if _plain(name) not in spare)
+    lacking = sorted(set(info["missing_keys"]) - missing)
+    shapes = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    for names, what in (
+        (lacking, "lacks weights of its language model"),
+        (shapes, "has weights of another shape than its config.json says"),
+        (left, "holds weights that have no place in a reward model"),
+    ):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"'{source}' {what}: {names[:5]}{more}. Nothing was converted.")
+
+
+def _body(folder: Path, source: str, settings: dict, head: set, base: str | None):
+    kept = {name: value for name, value in settings.items() if not FOREIGN.fullmatch(name) and name not in POLICIES}
+    for name in ("head_hidden_size", "base_model", "sentence_transformers", "tied_lm_head"):
+        kept.pop(name, None)
+    if settings.get("tied_lm_head"):
+        kept["tie_word_embeddings"] = True
+    if "model_type" not in kept:
+        raise ValueError(f"The config.json of '{source}' has no `model_type`.")
+    try:
+        config = AutoConfig.for_model(kept.pop("model_type"), **kept)
+    except ValueError as error:
+        raise ValueError(
+            f"'{source}' is of a type that transformers does not know; code that comes with a model is never run here. "
+            f"({error})"
+        ) from error
+    lm, info = _load(folder, source, config)
+    # tied weights are not among the missing
+    own = {name for name, part in lm.named_parameters() if part in set(lm.get_output_embeddings().parameters())}
+    _require(source, info, own, head)
+    if missing := own & set(info["missing_keys"]):
+        if base is None:
+            raise ValueError(
+                f"'{source}' has no language-model head ({sorted(missing)}), which a GRM keeps, and its config.json "
+                "does not tie it to the embeddings. Say which model it was trained from: `grm convert --base ID`."
+            )
+        _borrow_lm_head(lm, base, missing)
+        return lm, f"of the base '{base}'"
+    if base is not None:
+        logger.warning(f"'{source}' has a language-model head of its own, so `base` gives none.")
+    return lm, "tied to the embeddings" if _tied(lm) else "its own"
+
+
+def _borrow_lm_head(lm, base: str, names: set):
+    """Put the language-model head of `base` into `lm`: that alone is read of it."""
+    folder = _local(base, None)
+    embedding = next(name for name, part in lm.named_parameters() if part is lm.get_input_embeddings().weight)
+    found: dict[str, torch.Tensor] = {}
+    for path in _files(folder, *WEIGHTS):
+        wanted = {*names, embedding}
+        for name, tensor in _read(path, lambda name: _plain(name).removeprefix("lm.") in wanted).items():
+            found[_plain(name).removeprefix("lm.")] = tensor
+    for name in sorted(names):
+        ours = lm.get_parameter(name)
+        theirs = found.get(name, found.get(embedding) if name.endswith("weight") else None)
+        if theirs is None or theirs.shape != ours.shape:
+            raise ValueError(
+                f"The language-model head of '{base}' does not fit: {name} is "
+                f"{'missing' if theirs is None else tuple(theirs.shape)}, and must be {tuple(ours.shape)}. `base` must "
+                "be the model that this one was trained from, with the same vocabulary."
+            )
+        with torch.no_grad():
+            ours.copy_(theirs)
+
+
+def _tied(lm) -> bool:
+    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+def _adapted(folder: Path, source: str, base, tokenizer):
+    """The base of a LoRA adapter with the adapter merged into it."""
+    try:
+        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(f"'{source}' is an adapter: to convert it, `pip install peft`.") from error
+    config = PeftConfig.from_pretrained(str(folder))
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter in '{source}' does not say what its base is: `grm convert --base ID`.")
+    lm, info = _load(base, str(base))
+    _require(str(base), info, set(), set())
+    _make_room(lm, tokenizer, source)
+
+    state: dict[str, torch.Tensor] = {}
+    for path in _files(folder, *WEIGHTS):
+        for name, tensor in _read(path, lambda name: not HEAD.fullmatch(_plain(name))).items():
+            if _plain(name) in state and not torch.equal(state[_plain(name)], tensor):
+                raise ValueError(f"'{source}' holds {name} twice, with different numbers. Remove the file that is old.")
+            state[_plain(name)] = tensor
+    # The value head was wrapped with the model and is not part of it here; the task is that of no class of PEFT's.
+    config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
+    config.task_type, config.inference_mode = None, True
+    wrapped = get_peft_model(lm, config)
+    report = set_peft_model_state_dict(wrapped, {f"base_model.model.{name}": value for name, value in state.items()})
+    own = {name for name, _ in wrapped.named_parameters() if "default" in name.split(".")}
+    adapter = dict(
+        missing_keys=[_plain(name) for name in report.missing_keys if name in own],
+        unexpected_keys=[_plain(name) for name in report.unexpected_keys],
+        mismatched_keys=[],
+    )
+    _require(source, adapter, set(), set())
+    merged = wrapped.merge_and_unload()
+    return merged, str(base)
+
+
+def _make_room(lm, tokenizer, source):
+    """The authors gave some models a padding token of its own, for which the base has no row. It is never read."""
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if tokenizer is None or len(tokenizer) <= rows:
+        return
+    new = set(range(rows, len(tokenizer))) - {tokenizer.pad_token_id}
+    if new:
+        raise ValueError(
+            f"The tokenizer of '{source}' has tokens that its base has no row for: "
+            f"{tokenizer.convert_ids_to_tokens(sorted(new))}, and the adapter does not bring them."
+        )
+    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[rows:] = 0
+        lm.get_output_embeddings().weight[rows:] = 0
+    logger.warning(f"The base of '{source}' has no row for the padding token: added, with zeros.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- head
+
+
+def _our_head(layers, kind: str, width: int | None):
+    """Fields of the configuration and state of our head: the same function."""
+    layers = [(weight, None if bias is None else bias.float()) for weight, bias in layers]
+    if kind == "linear":
+        (weight, bias) = layers[0]
+        if bias is None or not bias.any():
+            return dict(head_type="linear"), {"weight": weight}
+        # Ours has no bias. relu(z) - relu(-z) is z to the last bit, for one of the two is zero.
+        layers = [(torch.cat([weight, -weight]), torch.zeros(2)), (torch.tensor([[1.0, -1.0]]), bias)]
+    layers = [(weight, torch.zeros(len(weight)) if bias is None else bias) for weight, bias in layers]
+    (first, first_bias), (last, last_bias) = layers[0], layers[-1]
+    if len(layers) == 2 and width and not any(part[width:].any() for part in (first, first_bias, last[0])):
+        layers = [(first[:width], first_bias[:width]), (last[:, :width], last_bias)]  # `grm export` had padded it
+    state = {}
+    for number, (weight, bias) in enumerate(layers):
+        name = "out" if number == len(layers) - 1 else f"dense.{number}"
+        state.update({f"{name}.weight": weight, f"{name}.bias": bias})
+    spec = dict(head_type="mlp", head_hidden_size=layers[0][0].shape[0], head_num_layers=len(layers) - 1)
+    return spec, state

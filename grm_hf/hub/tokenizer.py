@@ -1,0 +1,32 @@
+"""The files of a tokenizer, in words that transformers 4 understands too (rewardbench has no other)."""
+
+import json
+from pathlib import Path
+
+
+FILE = "tokenizer_config.json"
+
+
+def spell_for_transformers_4(folder: str | Path) -> None:
+    """
+    Rewrites the two entries of `tokenizer_config.json` that transformers 5 writes and 4 stumbles over: the class
+    `TokenizersBackend`, which 4 calls `PreTrainedTokenizerFast`, and a list of `extra_special_tokens`, which 4 calls
+    `additional_special_tokens`. transformers 5 reads either. Does nothing where there is nothing to rewrite.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of a tokenizer. A file that is linked elsewhere stays there as it is.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    settings = dict(found)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings != found:
+        new = path.with_name(f"{FILE}.new")
+        new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        new.replace(path)
