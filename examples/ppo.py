@@ -23,7 +23,7 @@ from trl import TrlParser
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from grm_hf import GRMForSequenceClassification
-from grm_hf.rewards import ppo_reward_model
+from grm_hf.rewards import ppo_reward_model, self_test
 
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -67,11 +67,6 @@ def main(argv: list[str] | None = None) -> PPOTrainer:
         value_model = GRMForSequenceClassification.from_pretrained(args.reward_model)
     else:
         value_model = GRMForSequenceClassification.from_base(args.model)
-    if not any(weight.requires_grad for weight in value_model.score.parameters()):
-        raise ValueError(
-            f"'{args.reward_model}' is an adapter, whose value model would not learn. Merge it first: `grm merge "
-            f"{args.reward_model} FOLDER`, then pass FOLDER."
-        )
     value_model.freeze_lm_head()  # it has no part in a value, and DDP refuses parameters without gradient
 
     data = prompts.select_columns("input_ids").train_test_split(test_size=args.samples, seed=0)
@@ -86,6 +81,7 @@ def main(argv: list[str] | None = None) -> PPOTrainer:
         eval_dataset=data["test"],
         peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear") if args.lora else None,
     )
+    self_test(trainer)
     trainer.train()
     trainer.save_model()
     print(f"saved in {config.output_dir}")

@@ -218,7 +218,8 @@ def test_ppo_recipe_refuses_a_value_model_that_would_not_learn(folders, tmp_path
     with pytest.raises(ValueError, match="grm merge"):
         load(ROOT / "examples" / "ppo.py").main(
             ["--model", str(folders / "policy"), "--reward_model", path, "--output_dir", str(tmp_path / "out")]
-            + ["--train", str(folders / "prompts.jsonl"), *COMMON]
+            + ["--train", str(folders / "prompts.jsonl"), "--samples", "2", "--num_mini_batches", "1"]
+            + ["--total_episodes", "4", "--per_device_train_batch_size", "4", *COMMON]
         )
 
 

@@ -54,9 +54,15 @@ def self_test(trainer) -> list[str]:
 
     Raises:
         [`GoldenError`]: a reward differs by more than rounding, with what to do.
+        `ValueError`: PPO's value model has nothing to learn with.
     """
     ppo = hasattr(trainer, "reward_model")
     if ppo:
+        if not any(weight.requires_grad for weight in trainer.value_model.parameters()):
+            raise ValueError(
+                "The value model is frozen, as an adapter is when its folder is loaded: it would never learn. Merge "
+                "the adapter first (`grm merge ADAPTER FOLDER`) and load FOLDER."
+            )
         rewards = [(trainer.reward_model, trainer.processing_class)]
     else:
         rewards = list(zip(trainer.reward_funcs, trainer.reward_processing_classes, strict=True))
