@@ -632,7 +632,7 @@ def section(results: dict) -> str:
         "### The language-model term by itself",
         "",
         "From given hidden states, with the gradients of these and of the head: CPU time relative to full logits, and "
-        "peak memory beyond these gradients.",
+        "peak memory beyond these gradients. Liger's fused kernel is written in Triton and needs a GPU: not measured.",
         "",
         "| tokens | vocabulary | side | CPU time | memory, MiB |",
         "|---|---|---|---|---|",

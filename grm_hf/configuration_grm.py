@@ -47,8 +47,8 @@ def _rope_as_in_transformers_4(fields):
     rope = dict(rope)
     if rope.get("rope_type") not in ("default", "linear", "dynamic", "yarn", "llama3"):
         raise ValueError(
-            f"This model's rotary embedding, {rope}, is not computed alike by transformers {transformers.__version__}. "
-            "Load it with transformers 5."
+            f"transformers {transformers.__version__} does not compute this model's rotary embedding, {rope}, as "
+            "transformers 5 does. Load it with transformers 5."
         )
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rope:
@@ -188,7 +188,7 @@ class GRMConfig(PretrainedConfig):
         self.reward_std = reward_std
         self.reward_temperature = reward_temperature
         self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 4 sets what it is not given to None
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 4 makes what it does not get None
             kwargs.setdefault(name, getattr(text_config, name, None))
         super().__init__(**kwargs)
         # One class can be registered for one Auto class only: the map names all three. The files it names are saved
