@@ -126,6 +126,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.set_defaults(run=_push)
 
+    convert = commands.add_parser(
+        "convert",
+        help="make a reward model of a checkpoint of another layout",
+        description="Convert a checkpoint with a value head (the GRM authors', TRL's, LLaMA-Factory's), a stock "
+        "sequence classifier, an exported model or a LoRA adapter with such a head. What it is, is read from its "
+        "weights; none of its code is run. Layouts and policies: docs/formats.md.",
+    )
+    convert.add_argument("source", help="Hub id or folder of the checkpoint or adapter")
+    convert.add_argument("output", help="folder to write")
+    convert.add_argument("--base", help="Hub id or folder of the language model below (adapters; untied text heads)")
+    convert.add_argument("--bos-policy", choices=["single", "double"], help="how its training read chats")
+    convert.add_argument("--max-length", type=int, help="longest sequence to score (default: its tokenizer's)")
+    convert.add_argument("--revision", help="branch, tag or commit of the source")
+    convert.set_defaults(run=_convert)
+
+    export = commands.add_parser(
+        "export",
+        help="write a reward model in a layout that transformers, vLLM and SGLang know",
+        description="Write a linear head as the native sequence classifier of its body, an MLP head on a Llama or "
+        "Qwen2 body as Qwen2ForRewardModel: the same function, checked on the golden rows, or refused. The text head "
+        "stays behind. The card in the folder says how to serve it.",
+    )
+    export.add_argument("model", help="Hub id or folder of a reward model")
+    export.add_argument("output", help="folder to write")
+    export.add_argument("--revision", help="branch, tag or commit of the model")
+    export.set_defaults(run=_export)
+
     demo = commands.add_parser(
         "demo", help="train and compare reward models in a small world whose true reward is known (no network)"
     )
@@ -133,6 +160,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     demo.add_argument("--quick", action="store_true", help="a short run, to see that it works")
     demo.set_defaults(run=_demo)
+
+    lab = commands.add_parser(
+        "lab",
+        help="over-optimisation of proxies of a known gold reward: best-of-n, PPO, GRPO",
+        description="Train proxies of a known gold reward and push a policy towards them: best-of-n, GRPO, and PPO "
+        "where TRL has it. Goes on where an interrupted run stopped. See docs/overoptimization.md.",
+    )
+    lab.add_argument("--output", default="runs/lab", help="folder of the run (default: runs/lab)")
+    lab.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    lab.add_argument("--gold", help="gold reward: module:function of (prompt, response), or a reward model")
+    lab.add_argument("--model", help="folder or Hub id of a causal language model: policy, and base of the proxies")
+    lab.add_argument("--prompts", help="JSONL file with a `prompt` in each row")
+    lab.add_argument("--eval-prompts", help="the same, to measure on (default: the last quarter of --prompts)")
+    lab.add_argument("--settings", help="JSON file with any of the settings in grm_hf/lab/setting.py")
+    lab.set_defaults(run=_lab)
     return parser
 
 
@@ -411,10 +453,40 @@ def _push(args):
     print(f"load:   AutoModelForSequenceClassification.from_pretrained({repo_id!r}, trust_remote_code=True)")
 
 
+def _convert(args):
+    from .hub import convert
+
+    done = convert(
+        args.source, args.output, args.base, bos_policy=args.bos_policy, max_length=args.max_length,
+        revision=args.revision,
+    )
+    config = done.model.config
+    print(f"found: {done.layout}; text head: {done.lm_head}")
+    print(f"bos_policy: {config.bos_policy}; max_sequence_length: {config.max_sequence_length}")
+    print(f"converted model: {args.output}")
+
+
+def _export(args):
+    from .hub import export
+
+    done = export(args.model, args.output, revision=args.revision)
+    print(f"exported as {done.architecture}: {args.output} (largest difference on golden rows {done.difference:.1e})")
+
+
 def _demo(args):
     from .demo.run import run
 
     run(args.output, seeds=args.seeds, quick=args.quick)
+
+
+def _lab(args):
+    from .lab.run import make_settings, run
+
+    settings = make_settings(
+        args.quick, args.settings, gold=args.gold, model=args.model, prompts=args.prompts,
+        eval_prompts=args.eval_prompts,
+    )
+    run(args.output, settings)
 
 
 if __name__ == "__main__":

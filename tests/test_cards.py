@@ -155,6 +155,29 @@ def test_a_tokenizer_without_end_of_turn_gets_the_scorer(tmp_path):
     assert re.fullmatch(r"(-?\d+\.\d\d  .+\n){2}", printed.getvalue())
 
 
+def test_several_evaluation_sets_are_told_apart(tmp_path):
+    made = trainer(
+        tmp_path,
+        evaluation={"near": pairs(9, seed=4), "far": pairs(7, seed=5)},
+        save_strategy="no",
+        alpha=0.5,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    made.train()
+    made.create_model_card(dataset_name="lab/pairs")
+    text = (tmp_path / "README.md").read_text()
+    assert f"Evaluation sets of the run, near: 9 pairs, far: 7 pairs, at step {made.state.global_step}." in text
+    results = metadata(text)["model-index"][0]["results"]
+    for name, result in zip(("near", "far"), results, strict=True):
+        last = [row for row in made.state.log_history if f"eval_{name}_accuracy" in row][-1]
+        assert f"| {name}: accuracy | {last[f'eval_{name}_accuracy']:.3f} (95% interval" in text
+        assert f"| {name}: loss | {last[f'eval_{name}_loss']:.3f} |" in text
+        assert result["dataset"]["name"].endswith(f"({name})")
+        assert result["metrics"][0]["value"] == pytest.approx(last[f"eval_{name}_accuracy"], abs=1e-4)
+    assert not (tmp_path / ".eval_results").exists()  # which of the two the Hub's data set is, nobody said
+
+
 def test_writing_a_card_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     """The same bits with cards at every step and without any."""
     one = run(tmp_path / "one")

@@ -1,9 +1,11 @@
 """The demo's run: its statistics against tables and a second computation, and the whole of it at toy size."""
 
 import json
+import re
 import statistics
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ pytest.importorskip("matplotlib", reason="demo extra")
 from grm_hf.demo import run as demo  # noqa: E402
 
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = replace(demo.QUICK, pretrain_steps=5, train_pairs=16, test_pairs=20, batch_size=8)
 
 
@@ -111,3 +114,24 @@ def test_the_whole_demo_at_toy_size(tmp_path, monkeypatch, capsys):
     assert f"{results['perplexity_before']['id']:.2f}" in report and "A quick run" in report
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "model" / "modeling_grm.py").is_file()
+
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card == demo.model_card(results)
+    saved = next(r for r in results["runs"] if r["method"] == demo.SAVED and r["seed"] == 0)
+    for domain in demo.DOMAINS:
+        assert f"| {domain}: accuracy | {saved['accuracy'][domain]:.3f} (95% interval" in card
+    assert [value for value in map(float, re.findall(r"^(-?\d+\.\d\d)  ", card, re.M))] == [
+        pytest.approx(row["here"], abs=0.006) for row in results["reloaded"]
+    ]
+
+
+def test_the_published_card_and_section_are_made_from_the_published_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import demo_results
+
+    results = json.loads(demo_results.RESULTS.read_text())
+    assert not results["quick"] and results["comparison"] == demo._compare(results["runs"])
+    assert demo_results.CARD.read_text() == demo.model_card(results)
+    assert f"<!-- demo: begin -->\n{demo_results.section(results).strip()}\n<!-- demo: end -->" in (
+        ROOT / "docs" / "results.md"
+    ).read_text()

@@ -3,7 +3,8 @@
     grm demo [--output runs/demo] [--seeds 5] [--quick]
 
 Writes `results.json` (every number of every run), `report.md` (the tables it prints), `learning_curve.png` and
-`model/`, one trained reward model, which is then loaded and scores in a process that cannot import grm_hf.
+`model/`, one trained reward model with its card, which is then loaded and scores in a process that cannot import
+grm_hf.
 """
 
 import json
@@ -37,6 +38,7 @@ METHODS: dict[str, dict] = {
     "GRM sft, alpha 0.1": {"regularizer": "sft", "alpha": 0.1},
     "GRM dpo_noref, alpha 0.1": {"regularizer": "dpo_noref", "alpha": 0.1},
 }
+NAME = "grm-demo-world"  # of the saved model, on its card
 WORLD_SEED = 0
 DOMAINS = {"id": "in-distribution", "ood": "out-of-distribution"}
 NO_DIFFERENCE = "no difference shown"
@@ -138,6 +140,7 @@ def run(output_dir: str | Path = "runs/demo", seeds: int = 5, quick: bool = Fals
         "seconds": round(time.perf_counter() - started, 1),
     }
     report = _report(results, output)
+    (output / "model" / "README.md").write_text(model_card(results), encoding="utf-8")
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (output / "report.md").write_text(report, encoding="utf-8")
     _plot(runs, output / "learning_curve.png")
@@ -180,6 +183,7 @@ def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> d
     from transformers import AutoTokenizer, PrinterCallback, set_seed
 
     from .. import GRMForSequenceClassification
+    from ..hub.card import facts_of_run
     from ..training import GRMRewardConfig, GRMRewardTrainer
 
     assert size.steps % size.evaluations == 0, (size.steps, size.evaluations)  # the last evaluation is the result
@@ -224,9 +228,7 @@ def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> d
         domain: [[entry["step"], entry[key]] for entry in history if key in entry]
         for domain, key in ((domain, f"eval_{domain}_accuracy") for domain in DOMAINS)
     }
-    if method == SAVED and seed == 0:
-        trainer.save_model(str(save_to))
-    return {
+    result = {
         "method": method,
         "seed": seed,
         "accuracy": {domain: points[-1][1] for domain, points in curve.items()},
@@ -234,6 +236,11 @@ def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> d
         "curve": curve,
         "seconds": round(history[-1]["train_runtime"], 1),
     }
+    if method == SAVED and seed == 0:
+        trainer.save_model(str(save_to))
+        facts = facts_of_run(trainer, NAME, example=_example(world))
+        result["card"] = json.loads(json.dumps(facts))  # as the results file gives it back
+    return result
 
 
 def _perplexities(lm, tokenizer, world: World, size: Size) -> dict[str, float]:
@@ -244,19 +251,24 @@ def _perplexities(lm, tokenizer, world: World, size: Size) -> dict[str, float]:
     }
 
 
-def _reload(folder: Path, world: World) -> list[dict]:
-    """Scores a good and a bad answer from the saved folder, here and in a process that cannot import grm_hf."""
-    from ..scoring import GRMScorer
-
+def _example(world: World) -> tuple[str, list[str]]:
+    """A question, a good answer and a bad one."""
     question = world.questions("ood")[0]
     entity, relation = world.asked(question)
     right = world.facts[entity, relation.name]
     wrong = next(value for value in relation.values if value != right)
     statement = relation.statements[0]
-    answers = [
+    return question, [
         f"happy to help. {statement.format(s=f'the {entity}', v=right)}",
         f"what a silly question. {statement.format(s=f'the {entity}', v=wrong)}",
     ]
+
+
+def _reload(folder: Path, world: World) -> list[dict]:
+    """Scores a good and a bad answer from the saved folder, here and in a process that cannot import grm_hf."""
+    from ..scoring import GRMScorer
+
+    question, answers = _example(world)
     chats = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for answer in answers]
     here = GRMScorer(str(folder)).score(chats)
     with tempfile.TemporaryDirectory() as cache:
@@ -316,40 +328,67 @@ def _compare(runs: list[dict]) -> dict:
     return comparison
 
 
-def _report(results: dict, output: Path) -> str:
-    def table(quantity: str, digits: int, scale: float) -> list[str]:
-        lines = ["| split | method | mean | difference from baseline | verdict |", "|---|---|---|---|---|"]
-        for domain, name in DOMAINS.items():
-            if quantity == "perplexity":
-                lines.append(f"| {name} | base, before | {results['perplexity_before'][domain]:.{digits}f} | | |")
-            for method, e in results["comparison"][quantity][domain].items():
-                mean = f"{scale * e['mean']:.{digits}f} ± {scale * e['half_width']:.{digits}f}"
-                difference = (
-                    f"{scale * e['difference']:+.{digits}f} ± {scale * e['difference_half_width']:.{digits}f}"
-                    if "verdict" in e
-                    else ""
-                )
-                lines.append(f"| {name} | {method} | {mean} | {difference} | {e.get('verdict', 'baseline')} |")
-        return lines
+def _table(results: dict, quantity: str, digits: int, scale: float) -> list[str]:
+    lines = ["| split | method | mean | difference from baseline | verdict |", "|---|---|---|---|---|"]
+    for domain, name in DOMAINS.items():
+        if quantity == "perplexity":
+            lines.append(f"| {name} | base, before | {results['perplexity_before'][domain]:.{digits}f} | | |")
+        for method, e in results["comparison"][quantity][domain].items():
+            mean = f"{scale * e['mean']:.{digits}f} ± {scale * e['half_width']:.{digits}f}"
+            difference = (
+                f"{scale * e['difference']:+.{digits}f} ± {scale * e['difference_half_width']:.{digits}f}"
+                if "verdict" in e
+                else ""
+            )
+            lines.append(f"| {name} | {method} | {mean} | {difference} | {e.get('verdict', 'baseline')} |")
+    return lines
 
+
+def comparison_tables(results: dict, level: str = "##") -> list[str]:
+    """What was compared, as Markdown under headings of this level."""
     size = results["size"]
-    lines = [
-        "# Demo results",
-        "",
+    return [
         f"{results['seeds']} seeds, {size['train_pairs']} training pairs with noisy labels, {size['test_pairs']} test "
         "pairs per split ordered by gold reward.",
         "Means with 95 % intervals over seeds; differences are paired by seed. One world, one base model, one test "
         "set: the intervals say nothing about others. No correction for the number of comparisons.",
         *["", "**A quick run: it shows that everything works, not which method is better.**"] * results["quick"],
         "",
-        "## Accuracy (%)",
+        f"{level} Accuracy (%)",
         "",
-        *table("accuracy", 1, 100),
+        *_table(results, "accuracy", 1, 100),
         "",
-        "## Perplexity of the language-model head on held-out text (lower is better)",
+        f"{level} Perplexity of the language-model head on held-out text (lower is better)",
         "",
-        *table("perplexity", 2, 1),
+        *_table(results, "perplexity", 2, 1),
         "",
+    ]
+
+
+def model_card(results: dict) -> str:
+    """The card of the saved model, from what `results.json` holds."""
+    from ..hub.card import write_card
+
+    (facts,) = (run["card"] for run in results["runs"] if "card" in run)
+    lines = [
+        "",
+        "## The demo world",
+        "",
+        "This model has read about a small made-up world and knows no words of any other. It is what `grm demo` "
+        f"trains with the method {SAVED}, seed 0, and is good for trying out tools. In-distribution (`id`) pairs "
+        "speak of topics it was trained on, out-of-distribution (`ood`) pairs of others. Beside the demo's other "
+        "methods:",
+        "",
+        *comparison_tables(results, "###"),
+    ]
+    return write_card(*facts) + "\n".join(lines)
+
+
+def _report(results: dict, output: Path) -> str:
+    lines = [
+        "# Demo results",
+        "",
+        *comparison_tables(results),
         f"## {SAVED}, seed 0, from `{output / 'model'}` in a process without grm_hf",
         "",
         "| question | answer | gold | reward here | reward there |",

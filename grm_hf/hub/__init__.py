@@ -1,6 +1,9 @@
-"""What goes to the Hub: complete models (`publish.py`) and their cards (`card.py`)."""
+"""What goes to the Hub: complete models (`publish.py`) and their cards (`card.py`); and other layouts, in
+(`convert.py`) and out (`export.py`)."""
 
+from .convert import Converted, convert
+from .export import Exported, export, load_export
 from .publish import push_folder, push_model
 
 
-__all__ = ["push_folder", "push_model"]
+__all__ = ["Converted", "Exported", "convert", "export", "load_export", "push_folder", "push_model"]

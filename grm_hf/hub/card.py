@@ -49,8 +49,19 @@ FORMULAS = {
 
 
 def card_of_run(trainer, name: str, dataset_name: str | None = None, tags: list[str] | None = None) -> str:
+    """The card of a training run, at its present step: the text of a README.md. Arguments as [`facts_of_run`]."""
+    return write_card(*facts_of_run(trainer, name, dataset_name, tags))
+
+
+def facts_of_run(
+    trainer,
+    name: str,
+    dataset_name: str | None = None,
+    tags: list[str] | None = None,
+    example: tuple[str, list[str]] = (QUESTION, ANSWERS),
+) -> tuple[dict, dict]:
     """
-    The card of a training run, at its present step.
+    What the card of a training run says, at its present step.
 
     Args:
         trainer ([`GRMRewardTrainer`]):
@@ -61,9 +72,11 @@ def card_of_run(trainer, name: str, dataset_name: str | None = None, tags: list[
             Hub id of the training data. By default what the dataset says of itself; a path is never named.
         tags (`list[str]`, *optional*):
             Further tags.
+        example (`tuple[str, list[str]]`, *optional*):
+            Question and answers of the usage example, which the model scores.
 
     Returns:
-        `str`: the text of a README.md.
+        `tuple[dict, dict]`: metadata and facts, as JSON can store them, for [`write_card`].
     """
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -72,7 +85,8 @@ def card_of_run(trainer, name: str, dataset_name: str | None = None, tags: list[
     datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.train_dataset)
     evaluation = _evaluation(trainer)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    facts = _facts(config, trainer.processing_class, name, model if is_whole(model) else None, state.global_step)
+    whole = model if is_whole(model) else None
+    facts = _facts(config, trainer.processing_class, name, whole, state.global_step, example)
     facts.update(
         datasets=datasets,
         adapter=adapter,
@@ -100,27 +114,27 @@ def card_of_run(trainer, name: str, dataset_name: str | None = None, tags: list[
         **evaluation,
     )
     metadata = _metadata(config, name, [*trainer._tag_names, *TAGS, *(tags or [])], datasets, adapter)
-    if value := evaluation.get("accuracy"):
-        metadata["model-index"] = _model_index(name, datasets, value)
-    return _write(metadata, facts)
+    if evaluation:
+        metadata["model-index"] = _model_index(name, datasets, evaluation["accuracy"])
+    return metadata, facts
 
 
 def card_of_folder(folder: str | Path, name: str, tags: list[str] | None = None) -> str:
     """The card of a saved model whose run is not known: what its configuration and its tokenizer say."""
     config = GRMConfig.from_pretrained(folder)
     facts = _facts(config, _tokenizer(folder), name)
-    return _write(_metadata(config, name, [*TAGS[:2], *(tags or [])], [], False), facts)
+    return write_card(_metadata(config, name, [*TAGS[:2], *(tags or [])], [], False), facts)
 
 
 def eval_results(trainer, dataset_name: str | None = None) -> str | None:
     """What `.eval_results/grm_hf.yaml` holds: the accuracy of the run on a data set of the Hub; `None` without one."""
     datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.eval_dataset)
-    accuracy = _evaluation(trainer).get("accuracy")
-    if not datasets or accuracy is None:
+    accuracy = _evaluation(trainer).get("accuracy", {})
+    if not datasets or len(accuracy) != 1:  # of several evaluation sets it is not known which is the Hub's
         return None
     row = {
         "dataset": {"id": datasets[0], "task_id": "preference_accuracy"},
-        "value": accuracy,
+        "value": next(iter(accuracy.values())),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "notes": "pairwise accuracy on the evaluation split of the training run",
     }
@@ -140,7 +154,8 @@ def _template():
     return environment.from_string((folder / "template.md").read_text(encoding="utf-8"))
 
 
-def _write(metadata, facts):
+def write_card(metadata: dict, facts: dict) -> str:
+    """The text of a README.md that says what [`facts_of_run`] found."""
     body = BLOCK.sub(lambda found: _block(found[1], found[3].strip("\n")), _template().render(facts))
     return _join(metadata, {key: _digest(_dump(value)) for key, value in metadata.items()}, facts["name"], body)
 
@@ -161,8 +176,8 @@ def _dump(value):
 # --------------------------------------------------------------------------------------------------------------- facts
 
 
-def _facts(config, tokenizer, name, model=None, step=None):
-    snippet = _snippet(config, tokenizer, name)
+def _facts(config, tokenizer, name, model=None, step=None, example=(QUESTION, ANSWERS)):
+    snippet = _snippet(config, tokenizer, *example)
     load = (
         "import torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
         f'model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True)\n'
@@ -198,15 +213,15 @@ def _rendered(tokenizer):
     return f"`{json.dumps(tokenizer.apply_chat_template(chat, tokenize=False), ensure_ascii=False)}`"
 
 
-def _snippet(config, tokenizer, name):
+def _snippet(config, tokenizer, question, answers):
     """Code that scores two answers with transformers alone where that reads the tokens that training saw."""
-    chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWERS[0]}]
-    answers = json.dumps(ANSWERS)
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
+    question, answers = json.dumps(question), json.dumps(answers)
     if tokenizer is not None and tokenizer.chat_template:
         plain = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
         if plain == Encoder.from_config(tokenizer, config).encode_chat(chat).ids:
             return (
-                f'question = "{QUESTION}"\nfor answer in {answers}:\n'
+                f"question = {question}\nfor answer in {answers}:\n"
                 '    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]\n'
                 '    inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)\n'
                 "    with torch.no_grad():\n"
@@ -216,7 +231,7 @@ def _snippet(config, tokenizer, name):
     return (
         "from grm_hf import GRMScorer  # writes the end of text as training did\n\n"
         "scorer = GRMScorer(model, tokenizer)\n"
-        f'for answer in {answers}:\n    reward = scorer.score([{{"prompt": "{QUESTION}", "response": answer}}])[0]\n'
+        f'for answer in {answers}:\n    reward = scorer.score([{{"prompt": {question}, "response": answer}}])[0]\n'
         '    print(f"{reward:.2f}  {answer}")'
     )
 
@@ -291,43 +306,62 @@ def _adapter_load(config, name):
 
 
 def _evaluation(trainer) -> dict[str, Any]:
-    """Metrics of the saved weights: of the best evaluation where that is loaded at the end, else of the last."""
-    rows = [row for row in trainer.state.log_history if "eval_accuracy" in row]
-    if not rows:
+    """Metrics of the saved weights on each evaluation set: of the best evaluation where that is loaded at the end, of
+    the last one otherwise. `{}` before the first evaluation."""
+    log, several = trainer.state.log_history, isinstance(trainer.eval_dataset, dict)
+    best = _best_row(trainer, log) if trainer.args.load_best_model_at_end else None
+    if trainer.state.global_step < trainer.state.max_steps:
+        best = None
+    metrics: list[tuple[str, str]] = []
+    accuracy, sizes, bias = {}, [], []
+    for name in trainer.eval_dataset if several else [None]:
+        prefix, before = (f"eval_{name}", f"{name}: ") if several else ("eval", "")
+        rows = [row for row in log if f"{prefix}_accuracy" in row]
+        if not rows:
+            continue
+        row = next((row for row in rows if best and row["step"] == best["step"]), rows[-1])
+        lines, sides = _metrics(row, prefix, trainer.eval_pairs.get((prefix, row["step"])))
+        accuracy[name or ""] = round(row[f"{prefix}_accuracy"], 4)
+        metrics += [(before + label, value) for label, value in lines]
+        bias += [before + sides] if sides else []
+        counts = trainer.data_counts.get(name or "eval")
+        sizes += [f"{before}{counts.kept} pairs"] if counts else []
+    if not accuracy:
         return {}
-    row, best = rows[-1], _best_row(trainer, rows)
-    if trainer.args.load_best_model_at_end and best and trainer.state.global_step >= trainer.state.max_steps:
-        row = best
-    counts = trainer.data_counts.get("eval")
-    metrics = [("accuracy", f"{row['eval_accuracy']:.3f}")]
-    result = {"accuracy": round(row["eval_accuracy"], 4)}
-    if (pairs := trainer.eval_pairs.get(("eval", row["step"]))) is not None:
+    which = f"Evaluation set{'s' if several else ''} of the run"
+    of = ", ".join([which, *sizes, f"at step {row['step']}."])
+    result = {"accuracy": accuracy, "metrics": metrics, "metrics_of": of}
+    return result | ({"length_line": f"Here: accuracy {'; '.join(bias)}."} if bias else {})
+
+
+def _metrics(row, prefix, pairs):
+    """Label and value of each metric of one evaluation, and how accuracy depends on length."""
+    metrics, sides = [("accuracy", f"{row[f'{prefix}_accuracy']:.3f}")], ""
+    if pairs is not None:
         chosen, rejected, chosen_length, rejected_length = pairs.T
         margins = chosen - rejected
         low, high = wilson_interval(float(pair_wins(margins, 0).sum()), len(margins))
-        metrics[0] = ("accuracy", f"{row['eval_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})")
+        metrics[0] = ("accuracy", f"{row[f'{prefix}_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})")
         bias = length_bias(chosen, rejected, chosen_length, rejected_length)
-        sides = [
+        sides = ", ".join(
             f"{bias[f'accuracy_chosen_{kind}']:.3f} where the chosen answer is {kind}"
             for kind in ("longer", "shorter")
             if f"accuracy_chosen_{kind}" in bias
-        ]
+        )
         if sides:
-            metrics.append(("accuracy by length", ", ".join(sides)))
-            result["length_line"] = f"Here: accuracy {', '.join(sides)}."
+            metrics.append(("accuracy by length", sides))
         temperature, at_bound = fit_temperature(margins)
         calibration = f"error {expected_calibration_error(margins):.3f}, Brier score {brier(margins):.3f}"
         metrics.append(("calibration", calibration + ("" if at_bound else f", best temperature {temperature:.2f}")))
     for key, label in (
-        ("eval_margin", "mean margin"),
-        ("eval_loss", "loss"),
-        ("eval_implicit_accuracy", "accuracy of the language-model head"),
-        ("eval_perplexity", "perplexity of the chosen responses"),
+        ("margin", "mean margin"),
+        ("loss", "loss"),
+        ("implicit_accuracy", "accuracy of the language-model head"),
+        ("perplexity", "perplexity of the chosen responses"),
     ):
-        if key in row:
-            metrics.append((label, f"{row[key]:.3f}"))
-    size = f", {counts.kept} pairs" if counts else ""
-    return {**result, "metrics": metrics, "metrics_of": f"Evaluation set of the run{size}, at step {row['step']}."}
+        if f"{prefix}_{key}" in row:
+            metrics.append((label, f"{row[f'{prefix}_{key}']:.3f}"))
+    return metrics, sides
 
 
 def _best_row(trainer, rows):
@@ -378,10 +412,17 @@ def _metadata(config, name, tags, datasets, adapter):
 
 
 def _model_index(name, datasets, accuracy):
-    dataset = {"name": "evaluation set of the training run", "type": datasets[0] if datasets else "preference-pairs"}
-    metric = {"type": "accuracy", "value": accuracy, "name": "pairwise accuracy"}
     task = {"type": "text-classification", "name": "preference"}
-    return [{"name": name.split("/")[-1], "results": [{"task": task, "dataset": dataset, "metrics": [metric]}]}]
+    results = []
+    for part, value in accuracy.items():
+        of = f" ({part})" if part else ""
+        dataset = {
+            "name": f"evaluation set of the training run{of}",
+            "type": datasets[0] if datasets else "preference-pairs",
+        }
+        metric = {"type": "accuracy", "value": value, "name": "pairwise accuracy"}
+        results.append({"task": task, "dataset": dataset, "metrics": [metric]})
+    return [{"name": name.split("/")[-1], "results": results}]
 
 
 def _is_hub_id(name):

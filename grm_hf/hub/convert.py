@@ -7,6 +7,7 @@ the source is ever run, and pickles are read as weights only. Layouts, and what 
 
 import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -15,12 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
+from transformers.utils.hub import has_file
 
 from ..configuration_grm import BOS_POLICIES, GRMConfig
 from ..modeling_grm import GRMForSequenceClassification
@@ -31,6 +34,7 @@ logger = logging.get_logger(__name__)
 
 HEAD = re.compile(r"(v_head\.summary|score)(?:\.(\d+))?\.(weight|bias)")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "value_head.*", "adapter_model.*")
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 # What a source's configuration says of its reward head and of its code; ours says it elsewhere.
 FOREIGN = re.compile(r"auto_map|architectures|vhead_.*|summary_dropout_prob|num_labels|id2label|label2id|problem_type")
@@ -101,33 +105,32 @@ def convert(
     with new_folder(output) as out:
         folder = _local(str(source), revision)
         adapter = (folder / "adapter_config.json").is_file()
-        settings = _settings(folder, source) if not adapter else {}
+        settings = _settings(folder, source, adapter)
         head, kind, keys = _head(folder, str(source), adapter)
-        tokenizer = _tokenizer(folder, base)
+        tokenizer = load_tokenizer(str(folder))
+        if tokenizer is None and base is not None:
+            tokenizer = load_tokenizer(str(base))
         if adapter:
             lm, base = _adapted(folder, str(source), base, tokenizer)
             lm_head = f"of the base '{base}'"
         else:
             lm, lm_head = _body(folder, str(source), settings, keys, None if base is None else str(base))
 
-        theirs = kind == "mlp" and any(key.startswith("v_head.") for key in keys)
-        if theirs or any(key.startswith("vhead_") for key in settings):
-            layout, default = "GRM authors", "double"
-        elif any(key.startswith("v_head.") for key in keys):
-            layout, default = "value head (TRL, LLaMA-Factory)", "single"
+        value_head = any(key.startswith("v_head.") for key in keys)
+        if (value_head and kind == "mlp") or any(key.startswith("vhead_") for key in settings):
+            layout, default = "GRM authors", "double"  # their code renders a chat, then adds special tokens again
         else:
-            layout, default = "classifier", "single"
+            layout, default = "value head (TRL, LLaMA-Factory)" if value_head else "classifier", "single"
         layout += f", {'MLP' if kind == 'mlp' else 'linear'} head{', LoRA adapter' if adapter else ''}"
 
         policies = {name: settings[name] for name in POLICIES if name in settings}
         policies["bos_policy"] = bos_policy or policies.get("bos_policy", default)
         limit = max_length or policies.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
         policies["max_sequence_length"] = limit if limit is not None and limit < 10**9 else None  # else: not set
-        trained = any(key.startswith("v_head.") for key in keys)
         spec, state = _our_head(head, kind, settings.get("head_hidden_size"))
         config = GRMConfig(
             text_config=lm.config,
-            head_dropout=settings.get("summary_dropout_prob") or (0.1 if trained else 0.0),  # while training only
+            head_dropout=settings.get("summary_dropout_prob", 0.1 if value_head else 0.0),  # while training only
             base_model=str(base) if base is not None else settings.get("base_model"),
             dtype=lm.dtype,
             **spec,
@@ -187,9 +190,11 @@ def _files(folder: Path, *patterns: str) -> list[Path]:
     return [path for path in found if path.suffix in (".safetensors", ".bin")]
 
 
-def _settings(folder: Path, source) -> dict:
+def _settings(folder: Path, source, adapter: bool) -> dict:
     path = folder / "config.json"
     if not path.is_file():
+        if adapter:
+            return {}
         raise ValueError(f"'{source}' has neither config.json nor adapter_config.json: it is no model.")
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("model_type") == GRMConfig.model_type:
@@ -201,11 +206,14 @@ def _settings(folder: Path, source) -> dict:
 
 def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
     """The wanted tensors of a weights file, and only those."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}
-    # `weights_only`: a pickle may hold code. Files of old versions of torch cannot be mapped into memory.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}
+        # `weights_only`: a pickle may hold code. Files of old versions of torch cannot be mapped into memory.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, SafetensorError, EOFError, IndexError, RuntimeError) as error:
+        raise ValueError(f"'{path}' is torn, or holds more than weights, and is not read. ({error})") from error
     return {name: tensor for name, tensor in state.items() if wanted(name)}
 
 
@@ -214,6 +222,10 @@ def _plain(name: str) -> str:
     while (shorter := re.sub(r"^(base_model\.model|pretrained_model)\.(?=.*\.)", "", name)) != name:
         name = shorter
     return re.sub(r"\.modules_to_save(?=\.)|\.default(?=\.|$)", "", name)
+
+
+def _twice(source, name):
+    return f"'{source}' holds {name} twice, with different numbers. Remove the file that is old."
 
 
 def _head(folder: Path, source: str, adapter: bool):
@@ -226,15 +238,17 @@ def _head(folder: Path, source: str, adapter: bool):
         for name, tensor in _read(path, lambda name: bool(HEAD.fullmatch(_plain(name)))).items():
             name = _plain(name)
             if name in found and not torch.equal(found[name], tensor):
-                raise ValueError(f"'{source}' holds {name} twice, with different numbers. Remove the file that is old.")
+                raise ValueError(_twice(source, name))
             found[name] = tensor
     if not found:
-        other = "" if adapter else " A causal language model is no reward model: train one from it."
+        other = " A causal language model is no reward model: train one from it."
+        if adapter:
+            other = " An adapter that this package has trained is merged by `grm merge`."
         raise ValueError(f"'{source}' has no reward head: neither `v_head.summary` nor `score` in its weights.{other}")
     parts = [re.fullmatch(HEAD, name) for name in found]
     kinds = sorted({(part[1], part[2] is not None) for part in parts if part})
     if len(kinds) > 1:
-        raise ValueError(f"'{source}' holds more than one reward head: {sorted(found)}. Remove the one that is not it.")
+        raise ValueError(f"'{source}' holds more than one reward head: {sorted(found)}. Remove what is not the head.")
     [(prefix, sequential)] = kinds
     numbers = sorted({int(part[2] or 0) for part in parts if part})
     layers = []
@@ -256,14 +270,16 @@ def _head(folder: Path, source: str, adapter: bool):
     return layers, "mlp" if len(layers) > 1 else "linear", set(found)
 
 
-def _tokenizer(*places):
-    for place in places:
-        if place is not None:
-            try:
-                return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            except (OSError, ValueError, KeyError) as error:
-                logger.info(f"no tokenizer in '{place}': {error}")
-    return None
+def load_tokenizer(place, **hub):
+    """The tokenizer of a folder or Hub id, without code of its own; `None` if there is none."""
+    try:
+        # transformers 5.0 makes an empty one where there are no files.
+        if not any(has_file(place, name, **hub) for name in TOKENIZERS):
+            return None
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
+    except (OSError, ValueError) as error:
+        logger.warning(f"The tokenizer of '{place}' cannot be loaded: {error}")
+        return None
 
 
 # ------------------------------------------------------------------------------------------------------ language model
@@ -317,13 +333,13 @@ def _body(folder: Path, source: str, settings: dict, head: set, base: str | None
         config = AutoConfig.for_model(kept.pop("model_type"), **kept)
     except ValueError as error:
         raise ValueError(
-            f"'{source}' is of a type that transformers does not know; code that comes with a model is never run here. "
-            f"({error})"
+            f"'{source}' is of a type that transformers does not know; code that comes with a model is never run "
+            f"here. ({error})"
         ) from error
     lm, info = _load(folder, source, config)
     # tied weights are not among the missing
     own = {name for name, part in lm.named_parameters() if part in set(lm.get_output_embeddings().parameters())}
-    _require(source, info, own, head)
+    _require(source, info, own, head | _zero_biases(folder, info["unexpected_keys"]))
     if missing := own & set(info["missing_keys"]):
         if base is None:
             raise ValueError(
@@ -337,13 +353,23 @@ def _body(folder: Path, source: str, settings: dict, head: set, base: str | None
     return lm, "tied to the embeddings" if _tied(lm) else "its own"
 
 
+def _zero_biases(folder: Path, names) -> set:
+    """Those of `names` that are biases of projections and zero, as `grm export` gives a Llama for engines' sake."""
+    ends = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+    found: dict[str, torch.Tensor] = {}
+    if wanted := {name for name in names if name.endswith(ends)}:
+        for path in _files(folder, "model*.safetensors"):
+            found.update(_read(path, lambda name: name in wanted))
+    return {name for name, tensor in found.items() if not tensor.any()}
+
+
 def _borrow_lm_head(lm, base: str, names: set):
     """Put the language-model head of `base` into `lm`: that alone is read of it."""
     folder = _local(base, None)
     embedding = next(name for name, part in lm.named_parameters() if part is lm.get_input_embeddings().weight)
     found: dict[str, torch.Tensor] = {}
+    wanted = {*names, embedding}
     for path in _files(folder, *WEIGHTS):
-        wanted = {*names, embedding}
         for name, tensor in _read(path, lambda name: _plain(name).removeprefix("lm.") in wanted).items():
             found[_plain(name).removeprefix("lm.")] = tensor
     for name in sorted(names):
@@ -352,8 +378,8 @@ def _borrow_lm_head(lm, base: str, names: set):
         if theirs is None or theirs.shape != ours.shape:
             raise ValueError(
                 f"The language-model head of '{base}' does not fit: {name} is "
-                f"{'missing' if theirs is None else tuple(theirs.shape)}, and must be {tuple(ours.shape)}. `base` must "
-                "be the model that this one was trained from, with the same vocabulary."
+                f"{'missing' if theirs is None else tuple(theirs.shape)}, and must be {tuple(ours.shape)}. `base` "
+                "must be the model that this one was trained from, with the same vocabulary."
             )
         with torch.no_grad():
             ours.copy_(theirs)
@@ -381,13 +407,14 @@ def _adapted(folder: Path, source: str, base, tokenizer):
     for path in _files(folder, *WEIGHTS):
         for name, tensor in _read(path, lambda name: not HEAD.fullmatch(_plain(name))).items():
             if _plain(name) in state and not torch.equal(state[_plain(name)], tensor):
-                raise ValueError(f"'{source}' holds {name} twice, with different numbers. Remove the file that is old.")
+                raise ValueError(_twice(source, _plain(name)))
             state[_plain(name)] = tensor
     # The value head was wrapped with the model and is not part of it here; the task is that of no class of PEFT's.
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
     config.task_type, config.inference_mode = None, True
     wrapped = get_peft_model(lm, config)
-    report = set_peft_model_state_dict(wrapped, {f"base_model.model.{name}": value for name, value in state.items()})
+    state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
+    report: Any = set_peft_model_state_dict(wrapped, state)
     own = {name for name, _ in wrapped.named_parameters() if "default" in name.split(".")}
     adapter = dict(
         missing_keys=[_plain(name) for name in report.missing_keys if name in own],

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -109,7 +110,7 @@ def verify(path: str | Path, **load_kwargs) -> str:
 
     Args:
         path (`str` or `Path`):
-            Hub id or folder of a reward model or an adapter.
+            Hub id or folder of a reward model, an adapter, or what `grm export` wrote.
         **load_kwargs:
             Passed to [`~GRMForSequenceClassification.from_pretrained`], for instance `revision`. Dtype and attention
             implementation are those the rows were made with, if not given.
@@ -136,7 +137,10 @@ def verify(path: str | Path, **load_kwargs) -> str:
     given = {"dtype": getattr(torch, saved["dtype"])}
     if saved["attn_implementation"] in ("eager", "sdpa"):  # others may not be here
         given["attn_implementation"] = saved["attn_implementation"]
-    model = GRMForSequenceClassification.from_pretrained(path, **{**given, **load_kwargs})
+    load: Any = GRMForSequenceClassification.from_pretrained
+    if "exported_as" in content:
+        from ..hub.export import load_export as load
+    model = load(path, **{**given, **load_kwargs})
     if not hasattr(model, "hf_device_map"):
         model.to(own_device())
     scorer = GRMScorer(model, AutoTokenizer.from_pretrained(path, **hub), deterministic=True)

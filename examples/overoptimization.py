@@ -1,0 +1,35 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["grm-hf[demo]"]
+# ///
+"""How far can a policy be pushed towards a learned reward before the true one falls? The over-optimisation laboratory
+with a gold reward of one's own, a function of two strings: here short answers that repeat no word.
+
+    python examples/overoptimization.py --output runs/overoptimization --quick
+
+The report is `report.html` in the output folder. `grm lab` does the same from the command line, with a reward model as
+gold and a policy and prompts of one's own as well: see docs/overoptimization.md.
+"""
+
+import argparse
+
+from grm_hf.lab.run import make_settings, run
+
+
+def gold(prompt: str, response: str) -> float:
+    """The share of words that are new, minus a little for each word."""
+    words = response.lower().split()
+    return (len(set(words)) / len(words) if words else 0.0) - 0.02 * len(words)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", default="runs/overoptimization", help="folder of the run")
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    parser.add_argument("--settings", help="JSON file with any of the settings in grm_hf/lab/setting.py")
+    args = parser.parse_args(argv)
+    return run(args.output, make_settings(args.quick, args.settings, gold="overoptimization:gold"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,486 @@
+"""A reward model in the layout of others, for tools that know nothing of this package: `grm export`.
+
+A linear head becomes the native `...ForSequenceClassification` of the body's family. An MLP head on a Llama or Qwen2
+body becomes `Qwen2ForRewardModel`, which vLLM and SGLang have: its head is as wide as the body, so ours is filled up
+with units of zeros. Both are the same function, or the export is refused; and before the folder appears it has been
+loaded again and has scored the golden rows. The language-model head stays behind.
+
+The engines choose a class by `architectures` alone. A Llama body therefore keeps `model_type: llama`: beside `qwen2`,
+transformers 5.23 makes a Qwen2Tokenizer of any tokenizer, which splits texts otherwise.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen2Config,
+    __version__,
+)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration_grm import _rope_as_in_transformers_4
+from ..modeling_grm import GRMForSequenceClassification, last_token_positions
+from ..pairs import Encoder
+from ..scoring.golden import CHATS, FILE, GoldenError, save_golden, tolerance
+from ..scoring.scorer import GRMScorer
+from .convert import POLICIES, load_tokenizer, new_folder
+
+
+logger = logging.get_logger(__name__)
+
+# Rotary embeddings that depend on nothing but the position, which Qwen2 computes as Llama does.
+ROPES = ("default", "linear", "llama3")
+# Families of which SGLang has a sequence classifier (docs/formats.md says from when that is).
+SGLANG = ("llama", "qwen2", "qwen3", "gemma2")
+# Where tokenizers differ: contractions, digits, blanks, line breaks, scripts.
+PROBE = "It's 12345 things, DON'T\n\n\t  count   them: 3.14159 / 2\r\n élan, Ελλάς, 東京 — 🙂 __init__(x=1)\n"
+# Written by the template where the original had it: a second BOS, and an EOS for turns that have no end.
+PREFIXES = ("", "{{ bos_token }}")
+SUFFIXES = ("", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """
+    What [`export`] made.
+
+    Attributes:
+        architecture (`str`): The class that the folder holds.
+        difference (`float`): Largest difference of a golden reward, relative to max(1, |reward|).
+    """
+
+    architecture: str
+    difference: float
+
+
+class Qwen2ForRewardModel(Qwen2PreTrainedModel):
+    """The layout of that name in vLLM and SGLang, which transformers lacks: a Qwen2 decoder, and `score` of Linear,
+    ReLU and Linear, all but the last as wide as the decoder. Here it is read at the last token of the mask."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Qwen2Model(config)
+        width = config.hidden_size
+        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        """`(batch_size, sequence_length)` to `.logits` of shape `(batch_size, 1)`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[rows, last_token_positions(attention_mask)]))
+
+
+def export(source: str | Path, output: str | Path, *, revision: str | None = None) -> Exported:
+    r"""
+    Save a reward model in a layout that transformers, vLLM and SGLang know, with tokenizer, chat template, golden rows
+    and a card that says how to serve it.
+
+    The weights are held in memory once, and once more after that to check the result.
+
+    Args:
+        source (`str` or `Path`):
+            Hub id or folder of a reward model of this package (an adapter: `grm merge` it first).
+        output (`str` or `Path`):
+            Folder to write, new or empty.
+        revision (`str`, *optional*):
+            Of `source` on the Hub.
+
+    Returns:
+        [`Exported`].
+
+    Raises:
+        `ValueError`: the model has no exact counterpart, for the reason given, or `output` holds something. Nothing
+        is written then.
+    """
+    source, hub = str(source), {} if revision is None else {"revision": revision}
+    with new_folder(output) as out:
+        model = GRMForSequenceClassification.from_pretrained(source, **hub).eval()
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(f"'{source}' is an adapter. Merge it first: `grm merge {source} FOLDER`.")
+        if getattr(model.config.text_config, "quantization_config", None) or getattr(model, "is_quantized", False):
+            raise ValueError(f"'{source}' is quantised. Export the model it was made from, and quantise that.")
+        if (tokenizer := load_tokenizer(source, **hub)) is None:
+            raise ValueError(f"'{source}' has no tokenizer, without which nobody can serve it.")
+        save_golden(model, tokenizer, out)
+        probe = tokenizer(PROBE)["input_ids"]
+        linear = model.config.head_type == "linear"
+        config = _config(model, tokenizer)
+        if linear:
+            _require_pad(tokenizer, out, config)
+        served = _serving(tokenizer, model.config, config)
+        native = _classifier(model, config) if linear else _reward_model(model, config)
+        native.save_pretrained(out)
+        _mark(out / FILE, config.architectures[0])
+        _tell_transformers_4(out / "config.json")
+        tokenizer.padding_side = "right"  # native classes with absolute positions know no other
+        tokenizer.save_pretrained(out)
+        temperature = model.config.reward_temperature
+        del model, native
+        difference = _check(out, probe)
+        text = _card(Path(output).name, config, tokenizer, out, served, temperature, difference)
+        (out / "README.md").write_text(text, encoding="utf-8")
+    return Exported(config.architectures[0], difference)
+
+
+def load_export(folder: str | Path, **kwargs):
+    """An exported model, loaded without remote code; refuses one with weights missing. `.logits` is `(B, 1)`."""
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
+    loader: Any = AutoModelForSequenceClassification
+    if config.architectures == [Qwen2ForRewardModel.__name__]:
+        config, loader = _as_qwen2(config), Qwen2ForRewardModel
+    kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
+    model, info = loader.from_pretrained(folder, **kwargs)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(f"'{folder}' does not fit its config.json: {wrong[:5]}. Export the model again.")
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _config(model, tokenizer):
+    """The configuration of the body as a classifier's, with our policies beside it: others do not mind them, and the
+    model can come back by `grm convert`."""
+    ours, text = model.config, model.config.text_config
+    config = copy.deepcopy(text)
+    if ours.head_type != "linear":
+        _require_qwen2(ours, text)
+        config.head_hidden_size = ours.head_hidden_size
+        # There is no language-model head in the file for a loader to tie.
+        config.tied_lm_head, config.tie_word_embeddings = text.tie_word_embeddings, False
+    for name in ("auto_map", "architectures"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    config.name_or_path = ""
+    config.id2label, config.label2id = {0: "REWARD"}, {"REWARD": 0}
+    config.problem_type = "regression"  # no sigmoid in the pipeline and in vLLM
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    config.dtype = text.dtype or model.lm.dtype
+    config.pad_token_id = tokenizer.pad_token_id
+    for name in (*POLICIES, "base_model"):
+        setattr(config, name, getattr(ours, name))
+    return config
+
+
+def _classifier(model, config):
+    """The native classifier around the live body: no weight is copied."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"transformers has no sequence classifier for bodies of type '{config.model_type}', so there is nothing "
+            "to export to. Load the model itself with trust_remote_code=True."
+        )
+    with torch.device("meta"):
+        native = AutoModelForSequenceClassification.from_config(config)
+    prefix, head = native.base_model_prefix, getattr(native, "score", None)
+    weight = model.score.weight
+    fits = isinstance(head, nn.Linear) and head.weight.shape == weight.shape and head.bias is None
+    if not fits or type(getattr(native, prefix, None)) is not type(model.model):
+        raise ValueError(
+            f"{type(native).__name__} does not have this body and one bias-free `score`: it is no exact counterpart."
+        )
+    setattr(native, prefix, model.model)
+    # In float32, as it is here: vLLM computes with that, transformers rounds it to the dtype of the body.
+    native.score.weight = nn.Parameter(weight.detach())
+    config.architectures, native.config = [type(native).__name__], config
+    assert not any(part.is_meta for part in native.parameters())
+    return native
+
+
+def _require_qwen2(ours, text):
+    """Refuse what `Qwen2ForRewardModel` does not compute."""
+    if text.model_type not in ("llama", "qwen2"):
+        raise ValueError(
+            "An MLP head can be exported on Llama and Qwen2 bodies alone, which Qwen2ForRewardModel computes; "
+            f"this one is '{text.model_type}'. No other layout of vLLM and SGLang has an MLP head. Serve the model "
+            "with this package, or train one with head_type='linear'."
+        )
+    if ours.head_num_layers != 1:
+        raise ValueError(f"Qwen2ForRewardModel has one hidden layer in its head; this one has {ours.head_num_layers}.")
+    if ours.head_hidden_size > text.hidden_size:
+        raise ValueError(
+            f"Qwen2ForRewardModel has a head as wide as its body, {text.hidden_size}; this one has "
+            f"head_hidden_size={ours.head_hidden_size}, and units cannot be left out."
+        )
+    if text.hidden_act != "silu":
+        raise ValueError(f"Qwen2 in vLLM and SGLang has silu in its layers; this body has {text.hidden_act!r}.")
+    if text.model_type == "qwen2":
+        if text.use_sliding_window:
+            raise ValueError("This body has a sliding window, which vLLM and SGLang do not compute alike for Qwen2.")
+        return
+    if text.head_dim != (width := text.hidden_size // text.num_attention_heads):
+        raise ValueError(
+            f"Qwen2 has attention heads of hidden_size / num_attention_heads = {width}; this body has "
+            f"head_dim={text.head_dim}."
+        )
+    if text.attention_bias or text.mlp_bias:
+        raise ValueError("This Llama has biases (attention_bias, mlp_bias) that Qwen2 has no place for.")
+    rope = text.rope_parameters
+    if rope["rope_type"] not in ROPES or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"Qwen2 is not known to rotate as this body does, by {rope}; exact are {ROPES}.")
+
+
+def _as_qwen2(config):
+    """The configuration with which transformers' Qwen2 computes the body: what the engines read of it, and no more."""
+    if config.model_type == "qwen2":
+        return config
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "dtype", *POLICIES),
+    )
+    return Qwen2Config(**{name: copy.deepcopy(getattr(config, name)) for name in same}, use_sliding_window=False)
+
+
+def _reward_model(model, config):
+    with torch.device("meta"):
+        native = Qwen2ForRewardModel(_as_qwen2(config))
+    state = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
+    for name, part in native.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and name not in state:
+            state[name] = torch.zeros(part.shape, dtype=model.lm.dtype)  # Llama has none
+    first, last = model.score.dense[0], model.score.out
+    units, width = first.weight.shape
+    for name, part in (("0.weight", first.weight), ("0.bias", first.bias), ("2.weight", last.weight)):
+        padded = torch.zeros(width if name == "0.bias" else (width if name == "0.weight" else 1, width))
+        padded[(slice(None), slice(units)) if name == "2.weight" else slice(units)] = part.detach()
+        state[f"score.{name}"] = padded  # relu(0) * 0 adds nothing
+    state["score.2.bias"] = last.bias.detach()
+    native.load_state_dict(state, assign=True)
+    config.architectures, native.config = [type(native).__name__], config
+    return native
+
+
+def _mark(path: Path, architecture: str):
+    """Say in the golden rows what `grm verify` is to load; the rewards are those of the model before the export."""
+    content = {"exported_as": architecture, **json.loads(path.read_text(encoding="utf-8"))}
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _tell_transformers_4(path: Path):
+    """Also write the configuration as transformers 4 spells it: engines that use it would rotate by a default."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["torch_dtype"] = fields.get("dtype")
+    try:
+        fields = {**_rope_as_in_transformers_4(fields), **fields}
+    except ValueError as error:
+        logger.warning(f"The exported model needs engines that use transformers 5. ({error})")
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def _require_pad(tokenizer, folder: Path, config):
+    """Native classifiers read the last token that is not the padding token, whatever the attention mask says."""
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        logger.warning("The tokenizer has no padding token: in transformers the export scores one text at a time.")
+        return
+    rows = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"]
+    ends = {tokenizer.eos_token_id, *(row["ids"][-1] for row in rows)}
+    if pad not in ends:
+        return
+    usable = [
+        str(token)
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and number not in {*ends, tokenizer.bos_token_id} and number < config.vocab_size
+    ]
+    raise ValueError(
+        f"The padding token {tokenizer.pad_token!r} also ends texts. The native classifier of {config.model_type} "
+        "finds the end of a text by skipping padding tokens, so it would read the token before. Give the tokenizer "
+        f"another one ({', '.join(map(repr, usable[:3])) or 'a token that no text ends with'}): set "
+        "`tokenizer.pad_token`, and save it in the model's folder. No score of the reward model changes."
+    )
+
+
+def _serving(tokenizer, ours, config) -> dict:
+    """Make the chat template write the very ids that training saw, and find out how others get them.
+
+    Returns `template`, whether messages do, with `prefix` and `suffix` that it was given; and `text`, whether rendered
+    text does that is tokenised with special tokens, as it is (`""`) or without its BOS (the string to remove).
+    """
+    encoder = replace(Encoder.from_config(tokenizer, ours), max_length=None)
+    original, chats = tokenizer.chat_template, [_messages(chat) for chat in CHATS]
+    if original is None:
+        return {"template": False, "text": None}
+    expected = [encoder.encode_chat(chat).ids for chat in chats]
+
+    def written(template):
+        tokenizer.chat_template = template
+        return [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
+
+    if isinstance(original, str):
+        for prefix in PREFIXES if tokenizer.bos_token else PREFIXES[:1]:
+            for suffix in SUFFIXES:
+                # Jinja drops the last line break of a template, which is no longer last with a suffix.
+                template = prefix + (original.removesuffix("\n") + suffix if suffix else original)
+                if written(template) == expected:
+                    if prefix:
+                        config.bos_policy = "single"  # it stands in the template now
+                    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+                    bos = str(tokenizer.bos_token)
+                    for removed in ("", bos):
+                        if [tokenizer(text.removeprefix(removed))["input_ids"] for text in texts] == expected:
+                            return {"template": True, "text": removed, "prefix": prefix, "suffix": suffix}
+                    return {"template": True, "text": None, "prefix": prefix, "suffix": suffix}
+    tokenizer.chat_template = original
+    logger.warning("The chat template alone does not give the token ids of training: send token ids (see the card).")
+    return {"template": False, "text": None}
+
+
+def _messages(chat: dict) -> list[dict]:
+    if "messages" in chat:
+        return chat["messages"]
+    return [{"role": "user", "content": chat["prompt"]}, {"role": "assistant", "content": chat["response"]}]
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+@torch.no_grad()
+def _check(folder: Path, probe: list[int]) -> float:
+    """Load what was written, score the golden rows alone and as one batch; the largest relative difference."""
+    rows = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"]
+    native, tokenizer = load_export(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer(PROBE)["input_ids"] != probe:
+        raise ValueError(
+            f"Beside a model of type '{native.config.model_type}', transformers {__version__} makes a "
+            f"{type(tokenizer).__name__} of this model's tokenizer, which splits texts otherwise. Whoever serves the "
+            "model would send it other tokens than those of training."
+        )
+    scorer = GRMScorer(native, tokenizer, deterministic=True)
+    for number, row in enumerate(rows):
+        if (ids := list(scorer._encode(row["chat"]).ids)) != row["ids"]:
+            raise GoldenError(f"golden row {number} of the export has other token ids.\n{ids}\n{row['ids']}")
+    batches = [[row] for row in rows] + ([rows] if tokenizer.pad_token_id is not None else [])
+    worst = 0.0
+    for batch in batches:
+        inputs = {"input_ids": [row["ids"] for row in batch]}
+        padded = tokenizer.pad(inputs, padding=len(batch) > 1, return_tensors="pt")
+        rewards = native(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0].tolist()
+        for row, reward in zip(batch, rewards, strict=True):
+            difference = abs(reward - row["score"]) / max(1.0, abs(row["score"]))
+            if not difference <= tolerance(native):  # nor if it is no number
+                raise GoldenError(f"the export scores {reward}, the model {row['score']}, for\n{row['chat']}")
+            worst = max(worst, difference)
+    return worst
+
+
+# ---------------------------------------------------------------------------------------------------------------- card
+
+
+def _card(name, config, tokenizer, folder: Path, served: dict, temperature, difference) -> str:
+    """The README.md of an export."""
+    row = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"][0]
+    linear = config.architectures != [Qwen2ForRewardModel.__name__]
+    metadata: dict = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+    if config.base_model:
+        metadata["base_model"] = config.base_model
+    metadata["tags"] = ["reward-model", "grm"]
+    given = {"messages": _messages(row["chat"])} if served["template"] else {"input": [row["ids"]]}
+    limit = config.max_sequence_length
+    length = f" --max-model-len {limit}" if limit else ""
+    reads = "messages, through the chat template" if served["template"] else "token ids, as `grm_hf` makes them"
+    lines = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"A reward model ([GRM](https://arxiv.org/abs/2406.10216)) as `{config.architectures[0]}`: it reads a chat "
+        "and returns one number, raw, higher for the better answer. Only differences between answers to the same "
+        f"prompt mean something: `sigmoid((reward_a - reward_b) / {temperature:g})` is the probability that A is "
+        "preferred.\n",
+        f"Exported by `grm export`, which loaded it again and scored `{FILE}`: the largest difference from the "
+        f"original, relative to max(1, |reward|), was {difference:.1e} ({config.dtype}).",
+        "`grm verify` of grm_hf repeats that. `grm convert` makes a GRM of it again.\n",
+        "## What it reads\n",
+        f"- {reads[0].upper()}{reads[1:]}. The reward is that of the last token.",
+    ]
+    if served.get("prefix"):
+        lines.append("- The template writes BOS as often as training did.")
+    if served.get("suffix"):
+        lines.append("- The template writes an EOS behind a finished turn, as training did.")
+    lines.append(
+        f"- At most {limit} tokens. Longer texts lost their beginning in training; engines refuse or cut them."
+        if limit
+        else "- No maximum length was set."
+    )
+    if linear:
+        pad = tokenizer.pad_token
+        lines.append(
+            f"- In transformers a batch is padded on the right with {pad!r}; no text may end with it."
+            if pad is not None
+            else "- In transformers one text at a time: there is no padding token."
+        )
+    lines += ["- It has no language-model head: it cannot generate.\n"]
+    example = row["chat"]["response"]
+    if linear:
+        lines += [
+            "## transformers\n",
+            "```python\nimport torch\nfrom transformers import AutoModelForSequenceClassification, AutoTokenizer\n",
+            f'model = AutoModelForSequenceClassification.from_pretrained("{name}")',
+        ]
+        if served["template"]:
+            lines += [
+                f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+                f"chat = {json.dumps(_messages(row['chat']))}",
+                'inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)',
+            ]
+        else:
+            lines.append(f'inputs = {{"input_ids": torch.tensor([{row["ids"]}])}}')
+        lines += [
+            "with torch.no_grad():\n    print(model(**inputs).logits.item())\n```\n",
+            f"It prints about {row['score']:.4f} (answer {example!r}).\n",
+        ]
+    else:
+        lines += [
+            "transformers has no class of this name; `grm_hf.hub.load_export` has. The first golden row (answer "
+            f"{example!r}) has reward {row['score']:.4f}.\n"
+        ]
+    body = json.dumps({"model": name, **given, **({"use_activation": False} if linear else {})})
+    lines += [
+        "## Serve\n",
+        "From the documentation of the engines; neither was run when this card was written. Compare with the reward "
+        "above before relying on it.\n",
+        "### vLLM\n",
+        f"```bash\nvllm serve {name} --runner pooling{length}",
+        f"curl localhost:8000/{'classify' if linear else 'pooling'} -H 'Content-Type: application/json' -d "
+        f"'{_quoted(body)}'\n```\n",
+        "The reward is `data[0].probs[0]`. Before 0.11.2 `use_activation` was `activation`.\n"
+        if linear
+        else "The answer has a number for each token: the reward is the last, `data[0].data[-1]`.\n",
+    ]
+    lines.append("### SGLang\n")
+    if linear and config.model_type not in SGLANG:
+        lines.append(f"It has no sequence classifier for bodies of type '{config.model_type}', as far as we know.")
+    elif served["text"] is None:
+        lines.append("It is sent text, which its tokenizer turns into other ids than those of training: not exact.")
+    else:
+        text = tokenizer.apply_chat_template(_messages(row["chat"]), tokenize=False).removeprefix(served["text"])
+        lines += [
+            f"```bash\npython -m sglang.launch_server --model-path {name} --is-embedding",
+            "curl localhost:30000/classify -H 'Content-Type: application/json' -d "
+            f"'{_quoted(json.dumps({'model': name, 'text': [text]}))}'\n```\n",
+            "The reward is `[0].embedding[0]`. The text is the rendered chat"
+            + (f" without its first {served['text']!r}, which the tokenizer adds." if served["text"] else "."),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "'\\''")

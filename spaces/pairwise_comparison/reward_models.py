@@ -1,0 +1,564 @@
+"""Reward models: which ones this page offers, loading them, and reading them token by token.
+
+Models of the list are pinned to a revision and may bring their own code. Any other id is loaded without running code,
+without the page's own token, and only if it is a one-label `...ForSequenceClassification` of bounded size.
+
+`pairs.py` is grm_hf's own: it renders and tokenises by the policies that the model's configuration stores, so a reward
+is the number that the library gives. A decoder is causal: the head on the hidden state of token t gives the reward of
+the text that ends there, and one forward pass gives the reward after each token.
+"""
+
+import json
+import math
+import re
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from pairs import Encoded, Encoder
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+
+MAX_CHARACTERS = 20_000  # of one text
+MAX_TOKENS = 4096  # of prompt and answer together
+MAX_ANSWERS = 32
+MAX_GIGABYTES = 5  # of the weights of a free id
+KEPT = 2  # models in memory
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FREE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
+
+# ------------------------------------------------------------------------------------------------------------ the list
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A model that the owner of this page vouches for: a Hub id pinned to a commit, or a folder."""
+
+    source: str
+    revision: str | None
+    note: str = ""
+
+
+def read_list(path: Path) -> tuple[dict[str, Listed], list[str]]:
+    """The models that a JSON file lists (or that is in a folder), by name, and a sentence for each entry left out."""
+    if path.is_dir():
+        return {path.resolve().name: Listed(str(path), None)}, []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return {}, [f"The list of models “{path.name}” cannot be read: {error}"]
+    if not isinstance(entries, list):
+        return {}, [f"“{path.name}” holds no JSON list of models."]
+    models: dict[str, Listed] = {}
+    problems = []
+    for number, entry in enumerate(entries, 1):
+        entry = entry if isinstance(entry, dict) else {}
+        name = entry.get("name") or entry.get("id") or Path(entry.get("folder") or "").name
+        where = f"Entry {number} of “{path.name}” was left out:"
+        if entry.get("folder"):
+            listed = Listed(str(entry["folder"]), None, str(entry.get("note") or ""))
+            if not Path(entry["folder"]).is_dir():
+                problems.append(f"{where} there is no folder “{entry['folder']}”.")
+                continue
+        elif entry.get("id") and COMMIT.fullmatch(str(entry.get("revision"))):
+            listed = Listed(str(entry["id"]), entry["revision"], str(entry.get("note") or ""))
+        else:
+            problems.append(f"{where} it needs `id` and `revision` (all 40 digits of a commit), or `folder`.")
+            continue
+        if name in models:
+            problems.append(f"{where} another one is called “{name}”. Give it a `name`.")
+            continue
+        models[name] = listed
+    return models, problems
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to read: `kind` is "grm" (two heads) or "classifier" (the reward head alone)."""
+
+    name: str
+    revision: str | None
+    kind: str
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    seconds: float
+
+    @property
+    def temperature(self) -> float:
+        """By which the model itself divides differences of rewards."""
+        return getattr(self.model.config, "reward_temperature", 1.0)
+
+    def standardised(self, reward: float) -> float | None:
+        """In standard deviations from the mean over the model's last evaluation set, where it knows them."""
+        config = self.model.config
+        mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+        return None if (mean, std) == (0.0, 1.0) or not std else (reward - mean) / std
+
+
+class Models:
+    """The models of this page. `load` keeps the last few in memory."""
+
+    def __init__(self, path: Path):
+        self.listed, self.problems = read_list(path)
+        self._kept: dict[str, Loaded] = {}
+        self._lock = threading.Lock()
+
+    def load(self, name: str | None) -> Loaded:
+        """
+        Raises:
+            `ValueError`: with a sentence for the visitor.
+        """
+        name = (name or "").strip()
+        if not name:
+            raise ValueError("No model is chosen. Pick one of the list, or type a Hub id.")
+        with self._lock:
+            if name not in self._kept:
+                started = time.perf_counter()
+                parts = self._load_listed(name) if name in self.listed else _load_free(name)
+                while len(self._kept) >= KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[name] = Loaded(name, *parts, time.perf_counter() - started)
+            self._kept[name] = self._kept.pop(name)  # the latest one last
+            return self._kept[name]
+
+    def _load_listed(self, name):
+        listed = self.listed[name]
+        where = {"trust_remote_code": True, "revision": listed.revision}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(listed.source, **where)
+            model = AutoModelForSequenceClassification.from_pretrained(listed.source, **where).eval()
+        except Exception as error:  # of the network, the files, or the model's own code
+            traceback.print_exc()
+            raise ValueError(
+                f"The model “{name}” could not be loaded: the Hub cannot be reached, or its files are not what the "
+                f"list of this page says ({type(error).__name__}). Try again later, or choose another model."
+            ) from error
+        if model.config.model_type != "grm":
+            return listed.revision, "classifier", model, tokenizer, _encoder_of_a_classifier(name, model, tokenizer)
+        return listed.revision, "grm", model, tokenizer, Encoder.from_config(tokenizer, model.config)
+
+
+def _load_free(name):
+    """Any public reward model that transformers knows, without running code of its repository."""
+    if not FREE.fullmatch(name):
+        raise ValueError(
+            f"“{name[:100]}” is not on the list of this page and is no Hub id. An id is namespace/name, or "
+            "namespace/name@revision."
+        )
+    repo, _, revision = name.partition("@")
+    api = HfApi(token=False)  # what the owner of this page may see, its visitors may not
+    try:
+        info = api.model_info(repo, revision=revision or None)
+        sha, gated = info.sha, info.gated
+        sizes = {f.path: f.size for f in api.list_repo_tree(repo, revision=sha) if hasattr(f, "size")}
+    except RevisionNotFoundError as error:
+        raise ValueError(f"“{repo}” has no revision “{revision}”.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"There is no public model “{repo}” on the Hub.") from error
+    except Exception as error:
+        traceback.print_exc()
+        raise ValueError(
+            f"“{name}” is not on the list of this page, and the Hub cannot be asked for it now "
+            f"({type(error).__name__}). Try again later, or choose a model of the list."
+        ) from error
+    if gated:
+        raise ValueError(f"“{repo}” is gated: this page loads public models only.")
+    weights = sum(size for path, size in sizes.items() if path.endswith(".safetensors"))
+    if "adapter_config.json" in sizes and "config.json" not in sizes:
+        raise ValueError(f"“{repo}” is an adapter. Merge it into its base and push the model you get.")
+    if "config.json" not in sizes or not weights:
+        raise ValueError(f"“{repo}” is no model with safetensors weights: this page loads no other.")
+    if weights > MAX_GIGABYTES * 1e9:
+        raise ValueError(
+            f"The weights of “{repo}” have {weights / 1e9:.1f} GB; this page takes {MAX_GIGABYTES}. Run it on a "
+            "machine of your own, with the model on its list."
+        )
+    where = {"revision": sha, "trust_remote_code": False, "token": False}
+    try:
+        config = AutoConfig.from_pretrained(repo, **where)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"“{repo}” needs code of its own, or a newer transformers. This page runs the code of models on its list "
+            "only, where each is pinned to a revision that its owner has looked at."
+        ) from error
+    architecture = (config.architectures or ["no architecture"])[0]
+    if not architecture.endswith("ForSequenceClassification") or config.num_labels != 1:
+        raise ValueError(
+            f"“{repo}” is no reward model: found {architecture} with {config.num_labels} labels; required is a "
+            "...ForSequenceClassification with one."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(repo, **where)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            repo, output_loading_info=True, use_safetensors=True, **where
+        )
+    except Exception as error:
+        traceback.print_exc()
+        raise ValueError(f"“{repo}” could not be loaded ({type(error).__name__}): its files do not fit.") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"“{repo}” lacks {len(missing)} weights ({missing[0]}, ...): its reward would be random.")
+    return sha, "classifier", model.eval(), tokenizer, _encoder_of_a_classifier(repo, model, tokenizer)
+
+
+def _encoder_of_a_classifier(name, model, tokenizer) -> Encoder:
+    """It stores no policies: those of grm_hf hold, and as many tokens as it has positions."""
+    if not isinstance(getattr(model, "score", None), torch.nn.Module):
+        raise ValueError(
+            f"“{name}” ({model.config.model_type}) has no head `score` on a decoder. This page reads rewards at the "
+            "last token of causal models; an encoder wants its texts prepared in its own way."
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
+    try:
+        return Encoder(tokenizer, min(positions, MAX_TOKENS))
+    except ValueError as error:
+        raise ValueError(f"“{name}” cannot be used: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Reading:
+    """
+    What a model makes of one text.
+
+    Attributes:
+        reward: Read at token `read_at`.
+        ids, pieces, special: The tokens: ids, the text each adds, whether each is a special token.
+        start: Index of the first token of the answer.
+        rewards: The reward of the text that ends with each token.
+        logprobs: Log-probability of each token of the answer, by the language-model head; `None` without one. That of
+            a token with nothing before it is `None`.
+        cut, response_cut: Tokens that truncation took away, and whether some were the answer's.
+        unknown: Tokens that stand for words the tokenizer does not know.
+    """
+
+    reward: float
+    ids: list[int]
+    pieces: list[str]
+    special: list[bool]
+    start: int
+    rewards: list[float]
+    logprobs: list[float | None] | None
+    cut: int
+    response_cut: bool
+    unknown: int
+    read_at: int
+
+
+def encode(
+    loaded: Loaded, prompt: str | list[dict] | None, answer: str | list[dict], name: str = "The answer"
+) -> Encoded:
+    """Tokens of a prompt (text: one user message where the model has a chat template) and an answer to it; without
+    prompt, of a whole conversation."""
+    for what, text in (("The prompt", prompt), (name, answer)):
+        if text is None:
+            continue
+        characters = len(text) if isinstance(text, str) else sum(len(m["content"]) for m in text)
+        if characters > MAX_CHARACTERS:
+            raise ValueError(f"{what} has {characters:,} characters; this page takes {MAX_CHARACTERS:,}.")
+        if not text or (isinstance(text, str) and not text.strip()):
+            raise ValueError(f"{what} is empty.")
+    if isinstance(prompt, str) and isinstance(answer, str) and loaded.tokenizer.chat_template:
+        prompt = [{"role": "user", "content": prompt}]
+    chat = {"messages": answer} if prompt is None else {"prompt": prompt, "response": answer}
+    try:
+        encoded = loaded.encoder.encode_chat(chat)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
+    limit = min(positions, MAX_TOKENS)
+    if len(encoded.ids) > limit:
+        raise ValueError(
+            f"{name} and the prompt have {len(encoded.ids):,} tokens; the limit is {limit:,}. Shorten one of them."
+        )
+    return encoded
+
+
+def encode_both(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b: str) -> dict[str, Encoded]:
+    return {"A": encode(loaded, prompt, answer_a, "Answer A"), "B": encode(loaded, prompt, answer_b, "Answer B")}
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@torch.no_grad()
+def read(loaded: Loaded, encoded: Encoded) -> Reading:
+    """Everything about one text, in one forward pass."""
+    model, tokenizer, ids = loaded.model.to(device()), loaded.tokenizer, encoded.ids
+    inputs = {"input_ids": torch.tensor([ids], device=device()), "use_cache": False}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    logprobs: list[float | None] | None = None
+    read_at = len(ids) - 1
+    if loaded.kind == "grm":
+        first = max(encoded.start, 1)
+        out = model(
+            **inputs,
+            return_lm_logits=True,
+            logits_to_keep=len(ids) - first + 1,
+            lm_fn=lambda hidden, model: model.score(hidden),
+        )
+        rewards = out.lm_output.roll(1, 1)
+        targets = inputs["input_ids"][0, first:, None]
+        found = [
+            (logits.gather(-1, target).squeeze(-1) - logits.logsumexp(-1)).tolist()
+            for logits, target in zip(
+                (part.float() for part in out.lm_logits[0, :-1].split(256)), targets.split(256), strict=True
+            )
+        ]
+        logprobs = [None] * (first - encoded.start) + [value for part in found for value in part]
+    else:
+        heads: list[torch.Tensor] = []
+        hook = model.score.register_forward_hook(lambda module, args, output: heads.append(output))
+        try:
+            out = model(**inputs)
+        finally:
+            hook.remove()
+        rewards = heads[0]
+        pad = model.config.get_text_config().pad_token_id
+        read_at = max((i for i, index in enumerate(ids) if index != pad), default=read_at)
+    reward = out.logits.item()
+    if not math.isfinite(reward):
+        raise ValueError(f"The model “{loaded.name}” gives {reward} for this text: its weights are broken.")
+    known = set(tokenizer.all_special_ids) | {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    unknown = tokenizer.unk_token_id
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return Reading(
+        reward=reward,
+        ids=ids,
+        pieces=pieces(tokenizer, ids),
+        special=[index in known for index in ids],
+        start=encoded.start,
+        rewards=rewards.float().flatten().tolist(),
+        logprobs=logprobs,
+        cut=encoded.cut,
+        response_cut=encoded.response_cut,
+        unknown=0 if unknown is None or unknown in ends else ids.count(unknown),
+        read_at=read_at,
+    )
+
+
+@torch.no_grad()
+def reward_of(loaded: Loaded, encoded: Encoded) -> float:
+    """The reward alone, of one text by itself."""
+    model = loaded.model.to(device())
+    ids = torch.tensor([encoded.ids], device=device())
+    reward = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.item()
+    if not math.isfinite(reward):
+        raise ValueError(f"The model “{loaded.name}” gives {reward} for this text: its weights are broken.")
+    return reward
+
+
+@torch.no_grad()
+def rewards_together(loaded: Loaded, texts: list[Encoded]) -> list[float] | None:
+    """The rewards of texts in one padded batch; `None` where the model cannot be given one."""
+    model = loaded.model.to(device())
+    pad = model.config.get_text_config().pad_token_id
+    if loaded.kind == "classifier" and pad is None:
+        return None
+    width = max(len(text.ids) for text in texts)
+    rows = [text.ids + [pad or 0] * (width - len(text.ids)) for text in texts]
+    mask = [[1] * len(text.ids) + [0] * (width - len(text.ids)) for text in texts]
+    batch = {"input_ids": torch.tensor(rows, device=device()), "attention_mask": torch.tensor(mask, device=device())}
+    return model(**batch, use_cache=False).logits.squeeze(-1).tolist()
+
+
+def pieces(tokenizer, ids: list[int]) -> list[str]:
+    """The text that each token adds to those before it; a character of several tokens belongs to the last of them."""
+
+    def decode(part):
+        return str(tokenizer.decode(part, clean_up_tokenization_spaces=False))
+
+    found, begin, done = [], 0, 0
+    for i in range(len(ids)):
+        now = decode(ids[begin : i + 1])
+        if now.endswith("\ufffd") and i - done < 4 and i + 1 < len(ids):
+            found.append("")
+            continue
+        found.append(now[len(decode(ids[begin:done])) :])
+        begin, done = done, i + 1
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- comparing
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def check_temperature(temperature: float | None) -> float:
+    if temperature is None or not 0 < temperature < math.inf:
+        raise ValueError(f"The temperature is {temperature}; a positive number is required.")
+    return temperature
+
+
+def compare(
+    loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b: str, temperature: float = 1.0
+) -> dict[str, Any]:
+    """
+    Two answers to one prompt, as JSON.
+
+    Args:
+        temperature: Divides the difference of rewards, after the model's own temperature has.
+    """
+    check_temperature(temperature)
+    encoded = encode_both(loaded, prompt, answer_a, answer_b)
+    started = time.perf_counter()
+    readings = {name: read(loaded, text) for name, text in encoded.items()}
+    seconds = time.perf_counter() - started
+    rewards = {name: reading.reward for name, reading in readings.items()}
+    judged = judge(rewards, temperature, loaded.temperature)
+    return {
+        "model": loaded.name,
+        "revision": loaded.revision,
+        **judged,
+        "rewards": rewards,
+        "heads": heads(judged["preferred"], readings),
+        "answers": {name: describe(loaded, reading) for name, reading in readings.items()},
+        "device": device(),
+        "seconds": round(seconds, 3),
+    }
+
+
+def judge(rewards: dict[str, float], temperature: float, own: float) -> dict[str, Any]:
+    """What two rewards mean at a temperature, which divides their difference after the model's own has."""
+    check_temperature(temperature)
+    difference = rewards["A"] - rewards["B"]
+    preferred = None if difference == 0 else "A" if difference > 0 else "B"
+    probability = sigmoid(difference / (temperature * own))
+    return {
+        "preferred": preferred,
+        "verdict": verdict(preferred, probability),
+        "probability_a": probability,
+        "temperature": temperature,
+        "model_temperature": own,
+    }
+
+
+def verdict(preferred: str | None, probability: float) -> str:
+    if preferred is None:
+        return "The model gives both answers the same reward."
+    confidence = max(probability, 1 - probability)
+    steps = ((0.95, "clearly prefers"), (0.75, "prefers"), (0.6, "slightly prefers"), (0, "barely prefers"))
+    return f"The model {next(how for least, how in steps if confidence >= least)} answer {preferred}."
+
+
+def heads(preferred: str | None, readings: dict[str, Reading]) -> dict[str, Any] | None:
+    """Whether the answer with the higher reward is also the likelier one; `None` without a language-model head."""
+    means = {name: mean_logprob(reading) for name, reading in readings.items()}
+    if means["A"] is None or means["B"] is None:
+        return None
+    likelier = None if means["A"] == means["B"] else "A" if means["A"] > means["B"] else "B"
+    return {"likelier": likelier, "agree": likelier == preferred}
+
+
+def mean_logprob(reading: Reading) -> float | None:
+    values = [value for value in reading.logprobs or () if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def describe(loaded: Loaded, reading: Reading) -> dict[str, Any]:
+    """A reading as JSON."""
+    mean, start = mean_logprob(reading), reading.start
+    logprobs = reading.logprobs or [None] * (len(reading.ids) - start)
+    tokens = [
+        {"text": text, "special": special, "reward": reward, "logprob": logprob}
+        for text, special, reward, logprob in zip(
+            reading.pieces[start:], reading.special[start:], reading.rewards[start:], logprobs, strict=True
+        )
+    ]
+    before = reading.rewards[start - 1] if start else None
+    return {
+        "reward": reading.reward,
+        "standardised": loaded.standardised(reading.reward),
+        "mean_logprob": mean,
+        "perplexity": None if mean is None else math.exp(min(-mean, 700)),
+        "reward_before": before,
+        "tokens": tokens,
+        "disagreements": disagreements(before, tokens),
+        "seen": {
+            "prompt": [
+                {"text": text, "special": special}
+                for text, special in zip(reading.pieces[:start], reading.special[:start], strict=True)
+            ],
+            "tokens": len(reading.ids),
+            "answer_tokens": len(tokens),
+            "max_tokens": loaded.encoder.max_length,
+            "cut": reading.cut,
+            "answer_cut": reading.response_cut,
+            "unknown": reading.unknown,
+            "end": next((t["text"] for t in reversed(tokens) if t["special"]), None),
+            "read_at": reading.pieces[reading.read_at],
+            "read_before_end": len(reading.ids) - 1 - reading.read_at,
+        },
+    }
+
+
+def disagreements(before: float | None, tokens: list[dict], count: int = 3) -> list[dict]:
+    """The tokens at which the heads disagree most: the reward falls where the language model was less surprised than
+    usual in this answer, or rises where it was more so. Both are measured in standard deviations over the answer."""
+    steps, previous = [], before
+    for token in tokens:
+        if previous is not None and token["logprob"] is not None and not token["special"]:
+            steps.append((token, token["reward"] - previous))
+        previous = token["reward"]
+    if len(steps) < 3:
+        return []
+    size = math.sqrt(sum(step**2 for _, step in steps) / len(steps))
+    mean = sum(token["logprob"] for token, _ in steps) / len(steps)
+    spread = math.sqrt(sum((token["logprob"] - mean) ** 2 for token, _ in steps) / len(steps))
+    if not size or not spread:
+        return []
+    rated = [(-(step / size) * (token["logprob"] - mean) / spread, token, step) for token, step in steps]
+    strongest = sorted((row for row in rated if row[0] > 0.5), key=lambda row: -row[0])[:count]
+    return [{"text": t["text"], "step": step, "probability": math.exp(t["logprob"])} for _, t, step in strongest]
+
+
+def swap_check(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b: str) -> dict[str, Any]:
+    """The rewards of both answers alone and in a batch in either order; `largest` is the largest difference."""
+    encoded = encode_both(loaded, prompt, answer_a, answer_b)
+    found = {"alone": {name: reward_of(loaded, text) for name, text in encoded.items()}}
+    for order in ("AB", "BA"):
+        together = rewards_together(loaded, [encoded[name] for name in order])
+        if together is not None:
+            found[order] = dict(zip(order, together, strict=True))
+    largest = max(abs(row[name] - found["alone"][name]) for row in found.values() for name in "AB")
+    return {"rewards": found, "largest": largest if len(found) == 3 else None}
+
+
+def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperature: float = 1.0) -> dict[str, Any]:
+    """Answers to one prompt, as JSON in the order given; equal rewards keep that order."""
+    check_temperature(temperature)
+    if not 2 <= len(answers) <= MAX_ANSWERS:
+        raise ValueError(f"There are {len(answers)} answers; 2 to {MAX_ANSWERS} are required.")
+    encoded = [encode(loaded, prompt, text, f"Answer {number}") for number, text in enumerate(answers, 1)]
+    rewards = [reward_of(loaded, text) for text in encoded]
+    order = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))
+    scale = temperature * loaded.temperature
+    weights = [math.exp((reward - max(rewards)) / scale) for reward in rewards]
+    return {
+        "model": loaded.name,
+        "revision": loaded.revision,
+        "rewards": rewards,
+        "order": order,
+        "best": answers[order[0]],
+        "share": [weight / sum(weights) for weight in weights],
+        "tokens": [len(text.ids) for text in encoded],
+        "cut": [text.cut for text in encoded],
+        "temperature": temperature,
+    }

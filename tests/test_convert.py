@@ -1,0 +1,513 @@
+"""`grm convert`: each published layout, written here as its makers write it, scores as their arithmetic does."""
+
+import copy
+import importlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import chatml_tokenizer, llama_tokenizer, tiny_lm
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from grm_hf import GRMForSequenceClassification
+from grm_hf.cli import main
+from grm_hf.hub import convert
+from grm_hf.pairs import Encoder
+from grm_hf.scoring import verify
+
+
+MODULE = importlib.import_module("grm_hf.hub.convert")  # `grm_hf.hub.convert` is the function
+TOKENIZER = llama_tokenizer()
+VOCABULARY = len(TOKENIZER)
+IDS = [[256, 7, 91, 33, 250, 2, 14, 259], [256, 5, 5, 80, 258], list(range(40, 75))]
+CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def body(family="llama", **overrides):
+    defaults = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "eos_token_id": TOKENIZER.eos_token_id}
+    return tiny_lm(family, **{**defaults, **overrides})
+
+
+def value_head(width=32, inner=24, layers=1, bias=True):
+    """The authors' head: `summary` of a Sequential, or of one Linear for `layers=0`."""
+    torch.manual_seed(7)
+    if layers == 0:
+        return nn.Linear(width, 1, bias=bias)
+    steps = []
+    for i in range(layers):
+        steps += [nn.Linear(width if i == 0 else inner, inner), nn.ReLU()]
+    return nn.Sequential(*steps, nn.Linear(inner, 1))
+
+
+def named(head, prefix="v_head.summary"):
+    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in head.state_dict().items()}
+
+
+@torch.no_grad()
+def theirs(lm, head):
+    """The original's arithmetic, in float64: the head on the last of `hidden_states`, at the last token."""
+    if lm.config.model_type != "mixtral":  # its kernel knows float32 alone
+        lm, head = lm.double(), head.double()
+    rewards = []
+    for ids in IDS:
+        out = lm(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        rewards.append(head(out.hidden_states[-1])[0, len(ids) - 1, 0].item())
+    return rewards
+
+
+@torch.no_grad()
+def ours(folder):
+    model = GRMForSequenceClassification.from_pretrained(folder).eval()
+    return model, [model(input_ids=torch.tensor([ids])).logits.item() for ids in IDS]
+
+
+def write(folder, lm, tensors=None, settings=None, tokenizer=TOKENIZER):
+    """A folder with a language model, further tensors in the same file, and further settings in its config.json."""
+    lm.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **(tensors or {})}, path, metadata={"format": "pt"})
+    configure(folder, **(settings or {}))
+    return folder
+
+
+def configure(folder, **settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def as_bin(folder, shards=1):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    names = sorted(state)
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+        part = {name: state[name] for name in names[i::shards]}
+        torch.save(part, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def as_shards(folder):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    weight_map = {}
+    for i in range(2):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        part = {name: state[name] for name in sorted(state)[i::2]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def check(source, output, lm, head, **options):
+    """Convert, and compare the folder with the original's arithmetic, the text head included."""
+    done = convert(source, output, **options)
+    model, rewards = ours(output)
+    assert rewards == pytest.approx(theirs(lm, head), rel=1e-6, abs=2e-6)
+    ids = torch.tensor([IDS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.lm(ids).logits.double(), lm(ids).logits.double(), rtol=1e-4, atol=1e-5)
+    verify(output)
+    assert "auto_map" not in model.config.text_config.to_dict()
+    return done, model
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("files", ["one", "shards", "bin", "bin shards", "wrapper names"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_authors_layout(tmp_path, family, files):
+    lm, head = body(family), value_head()
+    settings = {
+        "architectures": ["LlamaForCausalLM"],
+        "auto_map": {"AutoModelForSequenceClassification": "modeling.AutoModelForCausalLMWithValueHead"},
+        "vhead_layer_type": "mlp",
+        "vhead_num_neurons": 1024,
+        "vhead_num_layers": 1,
+        "summary_dropout_prob": 0.2,
+    }
+    source = write(tmp_path / "source", lm, named(head), settings)
+    if files == "wrapper names":
+        state = load_file(source / "model.safetensors")
+        state = {name if name.startswith("v_head") else f"pretrained_model.{name}": t for name, t in state.items()}
+        save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    elif files == "shards":
+        as_shards(source)
+    elif files != "one":
+        as_bin(source, shards=1 if files == "bin" else 2)
+    done, model = check(source, tmp_path / "grm", lm, head)
+    config = model.config
+    assert (config.head_type, config.head_hidden_size, config.head_num_layers) == ("mlp", 24, 1)
+    assert (config.bos_policy, config.head_dropout) == ("double", 0.2)
+    assert done.layout == "GRM authors, MLP head"
+    assert done.lm_head == ("its own" if family == "llama" else "tied to the embeddings")
+    assert not any(name.startswith("vhead") for name in config.text_config.to_dict())
+
+
+def test_a_deeper_head(tmp_path):
+    lm, head = body(), value_head(layers=2)
+    _, model = check(write(tmp_path / "source", lm, named(head)), tmp_path / "grm", lm, head)
+    assert model.config.head_num_layers == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2", "mixtral"])
+def test_other_families(tmp_path, family):
+    lm, head = body(family), value_head()
+    check(write(tmp_path / "source", lm, named(head)), tmp_path / "grm", lm, head)
+
+
+@pytest.mark.parametrize("bias", ["none", "zero", "some"])
+def test_trl_value_head(tmp_path, bias):
+    lm, head = body(), value_head(layers=0, bias=bias != "none")
+    if bias == "zero":
+        head.bias.data.zero_()
+    done, model = check(write(tmp_path / "source", lm, named(head)), tmp_path / "grm", lm, head)
+    assert done.layout == "value head (TRL, LLaMA-Factory), linear head"
+    assert model.config.bos_policy == "single"
+    # Our linear head has no bias: with one it becomes two units, relu(z) - relu(-z) + b.
+    assert model.config.head_type == ("mlp" if bias == "some" else "linear")
+    assert model.config.head_hidden_size == 2 or bias != "some"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_llama_factory(tmp_path, suffix):
+    lm, head = body(), value_head(layers=0)
+    source = write(tmp_path / "source", lm)
+    if suffix == ".bin":
+        torch.save(named(head), source / "value_head.bin")
+    else:
+        save_file(named(head), source / "value_head.safetensors")
+    check(source, tmp_path / "grm", lm, head)
+
+
+def classifier(folder, lm, head, auto=AutoModelForSequenceClassification, settings=None):
+    """A stock classifier with the body of `lm`."""
+    config = copy.deepcopy(lm.config)
+    config.num_labels = 1
+    stock = auto.from_config(config)
+    stock.base_model.load_state_dict(lm.base_model.state_dict())
+    stock.score.load_state_dict(head.state_dict())
+    stock.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    configure(folder, **(settings or {}))
+    return stock.eval()
+
+
+def test_stock_classifier_with_tied_embeddings(tmp_path):
+    lm, head = body("llama_tied"), value_head(layers=0, bias=False)
+    classifier(tmp_path / "source", lm, head)
+    done, model = check(tmp_path / "source", tmp_path / "grm", lm, head)
+    assert (done.layout, done.lm_head) == ("classifier, linear head", "tied to the embeddings")
+    assert (model.config.head_type, model.config.bos_policy) == ("linear", "single")
+
+
+@pytest.mark.parametrize("base", ["plain", "authors", "grm"])
+def test_stock_classifier_takes_the_text_head_of_its_base(tmp_path, base):
+    lm, head = body(), value_head(layers=0, bias=False)
+    # What the authors' `-ft` models say of themselves: an MLP. The weights say linear.
+    classifier(tmp_path / "source", lm, head, settings={"vhead_layer_type": "mlp", "vhead_num_neurons": 1024})
+    with pytest.raises(ValueError, match="no language-model head.*--base"):
+        convert(tmp_path / "source", tmp_path / "grm")
+    assert not (tmp_path / "grm").exists()
+    folder = write(tmp_path / "base", lm, named(value_head()) if base == "authors" else None)
+    if base == "grm":
+        GRMForSequenceClassification.from_base(body(), head_hidden_size=4).save_pretrained(tmp_path / "own")
+        folder = tmp_path / "own"
+    done, model = check(tmp_path / "source", tmp_path / "grm", lm, head, base=folder)
+    assert done.lm_head == f"of the base '{folder}'"
+    assert (model.config.head_type, model.config.bos_policy) == ("linear", "double")
+
+
+def test_token_classifier_has_a_bias(tmp_path):
+    lm, head = body("llama_tied"), value_head(layers=0)
+    classifier(tmp_path / "source", lm, head, AutoModelForTokenClassification)
+    check(tmp_path / "source", tmp_path / "grm", lm, head)
+
+
+def test_a_config_that_says_tied_about_two_matrices(tmp_path):
+    lm, head = body(), value_head()
+    source = write(tmp_path / "source", lm, named(head), {"tie_word_embeddings": True})
+    _, model = check(source, tmp_path / "grm", lm, head)
+    assert model.config.text_config.tie_word_embeddings is False
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+RANK, ALPHA, TARGETS = 4, 8, ("q_proj", "v_proj")
+
+
+def adapter(folder, lm, head, base, layout):
+    """A LoRA adapter as four programs write it, and the model with the same update added in float64."""
+    torch.manual_seed(3)
+    updates = {}
+    for name, module in lm.named_modules():
+        if name.endswith(TARGETS):
+            a, b = torch.randn(RANK, module.in_features) / 4, torch.randn(module.out_features, RANK) / 4
+            updates[name] = (a, b)
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if layout == "authors" else "CAUSAL_LM",
+        "base_model_name_or_path": None if base is None else str(base),
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.05,
+        "target_modules": list(TARGETS),
+        "modules_to_save": ["v_head"] if layout == "peft" else None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    TOKENIZER.save_pretrained(folder)
+    if layout == "authors":
+        state = {f"{n}.lora_{x}.default.weight": t for n, ab in updates.items() for x, t in zip("AB", ab, strict=True)}
+        save_file({**state, **named(head)}, folder / "model.safetensors", metadata={"format": "pt"})
+        lm.config.save_pretrained(folder)
+    else:
+        inner = "base_model.model.pretrained_model." if layout == "peft" else "base_model.model."
+        state = {f"{inner}{n}.lora_{x}.weight": t for n, ab in updates.items() for x, t in zip("AB", ab, strict=True)}
+        if layout == "peft":
+            state.update(named(head, "base_model.model.v_head.summary"))
+        elif layout == "trl":
+            torch.save(named(head), folder / "pytorch_model.bin")
+        else:
+            save_file(named(head), folder / "value_head.safetensors")
+        save_file(state, folder / "adapter_model.safetensors")
+    lm = lm.double()
+    for name, (a, b) in updates.items():
+        lm.get_submodule(name).weight.data += ALPHA / RANK * (b.double() @ a.double())
+    return lm
+
+
+@pytest.mark.parametrize("layout", ["authors", "peft", "trl", "llama-factory"])
+def test_adapters_with_a_value_head(tmp_path, layout):
+    pytest.importorskip("peft")
+    head = value_head() if layout in ("authors", "peft") else value_head(layers=0)
+    base = write(tmp_path / "base", body())
+    lm = adapter(tmp_path / "source", body(), head, base, layout)
+    done, model = check(tmp_path / "source", tmp_path / "grm", lm, head)
+    assert done.layout.endswith("LoRA adapter") and done.lm_head == f"of the base '{base}'"
+    assert model.config.bos_policy == ("double" if layout in ("authors", "peft") else "single")
+    assert not (tmp_path / "grm" / "adapter_config.json").exists()
+
+
+def test_adapters_need_a_base_that_fits(tmp_path):
+    pytest.importorskip("peft")
+    adapter(tmp_path / "source", body(), value_head(), None, "authors")
+    with pytest.raises(ValueError, match="does not say what its base is.*--base"):
+        convert(tmp_path / "source", tmp_path / "grm")
+    write(tmp_path / "base", body(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"no place in a reward model.*layers\.1\.self_attn"):
+        convert(tmp_path / "source", tmp_path / "grm", base=tmp_path / "base")
+    write(tmp_path / "deep", body(num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"lacks weights.*layers\.2\.self_attn"):
+        convert(tmp_path / "source", tmp_path / "grm", base=tmp_path / "deep")
+
+
+def test_the_authors_padding_token_gets_a_row(tmp_path):
+    """The base lacks the row of `[PAD]`; one of a token that texts have is refused."""
+    pytest.importorskip("peft")
+    head = value_head()
+    base = write(tmp_path / "base", tiny_lm(vocab_size=VOCABULARY), tokenizer=None)
+    lm = adapter(tmp_path / "source", tiny_lm(vocab_size=VOCABULARY), head, base, "authors")
+    tokenizer = llama_tokenizer(pad_token=None)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<new>"] * (VOCABULARY - len(tokenizer)))
+    assert len(tokenizer) == VOCABULARY
+    tokenizer.add_special_tokens({"pad_token": "[PAD2]"})
+    tokenizer.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "grm")
+    model, rewards = ours(tmp_path / "grm")
+    assert model.config.vocab_size == VOCABULARY + 1
+    assert rewards == pytest.approx(theirs(lm, head), rel=1e-6, abs=2e-6)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="<more>"):
+        convert(tmp_path / "source", tmp_path / "other")
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+
+
+def test_the_bos_policy_of_the_authors(tmp_path):
+    """Their code renders the chat, then tokenises the text with special tokens."""
+    source = write(tmp_path / "source", body(), named(value_head()))
+    model = convert(source, tmp_path / "grm").model
+    original = TOKENIZER(TOKENIZER.apply_chat_template(CHAT, tokenize=False))["input_ids"]
+    assert original[:2] == [TOKENIZER.bos_token_id] * 2
+    assert Encoder.from_config(TOKENIZER, model.config).encode_chat(CHAT).ids == original
+    single = convert(source, tmp_path / "single", bos_policy="single").model
+    assert Encoder.from_config(TOKENIZER, single.config).encode_chat(CHAT).ids == original[1:]
+
+
+def test_the_maximum_length_is_the_tokenizers(tmp_path):
+    source = write(tmp_path / "source", body(), named(value_head()), tokenizer=None)
+    tokenizer = llama_tokenizer()
+    tokenizer.model_max_length = 48
+    tokenizer.save_pretrained(source)
+    assert convert(source, tmp_path / "a").model.config.max_sequence_length == 48
+    assert convert(source, tmp_path / "b", max_length=32).model.config.max_sequence_length == 32
+    TOKENIZER.save_pretrained(source)
+    assert convert(source, tmp_path / "c").model.config.max_sequence_length is None
+
+
+def test_without_tokenizer(tmp_path):
+    source = write(tmp_path / "source", body(), named(value_head()), tokenizer=None)
+    convert(source, tmp_path / "grm")
+    assert not (tmp_path / "grm" / "golden_rows.json").exists()
+    assert ours(tmp_path / "grm")[1] == pytest.approx(theirs(body(), value_head()), rel=1e-6, abs=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def spoil(change):
+    """A change of the tensors of the authors' layout."""
+
+    def apply(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    return apply
+
+
+def second_head(folder):
+    save_file(
+        {**named(value_head()), "v_head.summary.0.bias": torch.ones(24)},
+        folder / "value_head.safetensors",
+    )
+
+
+REFUSALS = {
+    "no head": (spoil(lambda s: [s.pop(k) for k in list(s) if "v_head" in k]), "no reward head"),
+    "left over": (spoil(lambda s: s.update(extra=torch.zeros(2))), r"no place in a reward model: \['extra'\]"),
+    "other value head": (spoil(lambda s: s.update({"v_head.linear_k.weight": torch.zeros(2)})), "linear_k"),
+    "missing body": (
+        spoil(lambda s: s.pop("model.layers.0.mlp.up_proj.weight")),
+        r"lacks weights.*layers\.0\.mlp\.up_proj",
+    ),
+    "another shape": (
+        spoil(lambda s: s.update({"model.norm.weight": torch.ones(31)})),
+        r"model\.norm\.weight \(31,\), not \(32,\)",
+    ),
+    "missing in head": (spoil(lambda s: s.pop("v_head.summary.0.weight")), "no v_head.summary.0.weight"),
+    "gap in head": (
+        spoil(lambda s: s.update({k.replace("y.2", "y.4"): s.pop(k) for k in list(s) if "summary.2" in k})),
+        "none that is known",
+    ),
+    "two heads": (spoil(lambda s: s.update({"score.weight": torch.zeros(1, 32)})), "more than one reward head"),
+    "two outputs": (
+        spoil(lambda s: s.update({"v_head.summary.2.weight": torch.zeros(2, 24)})),
+        "gives 2 numbers",
+    ),
+    "wrong width": (
+        spoil(lambda s: s.update({"v_head.summary.0.weight": torch.zeros(24, 16)})),
+        "reads 16 numbers, the language model gives 32",
+    ),
+    "two versions": (second_head, r"v_head\.summary\.0\.bias twice"),
+    "own code": (lambda f: configure(f, model_type="internlm2"), "code that comes with a model is never run"),
+    "quantised": (lambda f: configure(f, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
+    "no config": (lambda f: (f / "config.json").unlink(), "neither config.json nor adapter_config.json"),
+    "torn": (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 40), "is torn"),
+    "torn pickle": (lambda f: (f / "value_head.bin").write_bytes(b"\x80"), "is torn"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_and_nothing_left(tmp_path, case):
+    change, words = REFUSALS[case]
+    change(write(tmp_path / "source", body(), named(value_head())))
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "source", tmp_path / "grm")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_grm_is_not_converted(tmp_path):
+    GRMForSequenceClassification.from_base(body(), head_hidden_size=4).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="already"):
+        convert(tmp_path / "source", tmp_path / "grm")
+
+
+def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", body(), named(value_head()))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        convert(source, tmp_path / "full")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MODULE, "save_golden", stop)  # the weights are written by then
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "grm")
+    assert sorted(os.listdir(tmp_path)) == ["full", "source"]
+    monkeypatch.undo()
+    (tmp_path / "grm").mkdir()  # empty: fine
+    convert(source, tmp_path / "grm")
+    assert ours(tmp_path / "grm")
+
+
+def test_no_code_of_the_source_is_run(tmp_path):
+    """Neither the code files beside the weights, nor what a pickle would call."""
+    trace = tmp_path / "trace"
+    source = write(tmp_path / "source", body(), named(value_head()))
+    configure(source, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (source / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    convert(source, tmp_path / "grm")
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(trace), "w")
+
+    torch.save({"v_head.summary.0.weight": Evil()}, source / "value_head.bin")
+    with pytest.raises(ValueError, match="holds more than weights"):
+        convert(source, tmp_path / "other")
+    assert not trace.exists()
+
+
+def test_pickles_are_downloaded_only_without_safetensors(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo_id, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(MODULE, "snapshot_download", download)
+    MODULE._local("some/model", None)
+    assert [any(name.endswith(".bin") for name in patterns) for patterns in asked] == [False, True]
+    (tmp_path / "model.safetensors").touch()
+    asked.clear()
+    MODULE._local("some/model", None)
+    assert [any(name.endswith(".bin") for name in patterns) for patterns in asked] == [False]
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+def test_command(tmp_path, capsys):
+    source = write(tmp_path / "source", body(), named(value_head()), tokenizer=None)
+    chatml_tokenizer().save_pretrained(source)
+    output = str(tmp_path / "grm")
+    assert main(["convert", str(source), output, "--bos-policy", "single", "--max-length", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "GRM authors, MLP head" in out and "text head: its own" in out and "bos_policy: single" in out
+    assert main(["verify", output]) == 0
+    assert main(["convert", str(source), output]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+    shutil.rmtree(source)
+    assert main(["convert", str(source), str(tmp_path / "x")]) == 1
