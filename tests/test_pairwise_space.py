@@ -202,6 +202,17 @@ def test_rewards_are_the_librarys_under_the_policies_stored_in_the_model(space, 
     assert seen["end"] == end
 
 
+def test_a_model_is_loaded_with_its_policies(space, tmp_path):
+    tokenizer = TOKENIZERS["llama"]
+    grm(tokenizer, bos_policy="double", max_sequence_length=24).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    this = space.reward_models.Models(tmp_path).load(tmp_path.name)
+    (expected,) = GRMScorer(str(tmp_path)).stream([{"prompt": CONVERSATION, "response": A}])
+    encoded = space.reward_models.encode(this, CONVERSATION, A)
+    assert (len(encoded.ids), space.reward_models.reward_of(this, encoded)) == (24, close(expected.score))
+    assert this.encoder.bos == "double"
+
+
 def test_a_tokenizer_without_template_gets_plain_text(space):
     tokenizer = byte_tokenizer(eos_token="</s>", pad_token="<pad>")
     model = grm(tokenizer)

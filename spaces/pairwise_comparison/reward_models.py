@@ -310,7 +310,7 @@ def read(loaded: Loaded, encoded: Encoded) -> Reading:
             logits_to_keep=len(ids) - first + 1,
             lm_fn=lambda hidden, model: model.score(hidden),
         )
-        rewards = out.lm_output.roll(1, 1)
+        rewards = out.lm_output
         targets = inputs["input_ids"][0, first:, None]
         found = [
             (logits.gather(-1, target).squeeze(-1) - logits.logsumexp(-1)).tolist()
