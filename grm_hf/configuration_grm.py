@@ -18,6 +18,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_grm.GRMForSequenceClassification",
 }
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # what rewardbench loads a model with
+CHECKED_ON_4 = (
+    *("bloom", "cohere", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
+    *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3"),
+)
 HEAD_TYPES = ("mlp", "linear")
 BOS_POLICIES = ("single", "double")
 
@@ -34,26 +38,36 @@ def _text_property(name):
     return property(get, set, doc=f"`text_config.{name}`.")
 
 
-def _rope_as_in_transformers_4(fields):
-    """The fields of a text configuration with its rotary embedding where transformers 4 looks for it. It does not know
-    the `rope_parameters` that transformers 5 writes, and would rotate by a default instead: another number."""
+def as_in_transformers_4(fields):
+    """The fields of a text configuration as transformers 4 reads them. What transformers 5 writes about rotary
+    embeddings and kinds of layers, 4 does not know: it would go on with a default, to another number without a word.
+    `ValueError` where it cannot be told, or where nobody has checked."""
     fields = dict(fields)
-    rope = fields.pop("rope_parameters", None)
-    if not rope:
-        return fields
-    if set(rope) == {"full_attention", "sliding_attention"} and rope["sliding_attention"]["rope_type"] == "default":
+    kind, layers = fields["model_type"], fields.get("layer_types") or []
+    rope = fields.pop("rope_parameters", None) or {}
+    period = {"gemma2": 2, "gemma3_text": 6}.get(kind, 1)
+    usual = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(layers))]
+    if rope.keys() == {"full_attention", "sliding_attention"} and kind == "gemma3_text":
         fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        known = rope["sliding_attention"]["rope_type"] == "default"
         rope = rope["full_attention"]
+    else:
+        known = not any(isinstance(value, dict) for value in rope.values())
     rope = dict(rope)
-    if rope.get("rope_type") not in ("default", "linear", "dynamic", "yarn", "llama3"):
+    known = known and rope.get("rope_type", "default") in ("default", "linear", "dynamic", "yarn", "llama3")
+    if rope.get("rope_type") == "yarn":
+        longest = rope.get("original_max_position_embeddings", 0) * rope["factor"]  # some releases of 4 assume that
+        known = known and rope.get("truncate", True) and longest == fields.get("max_position_embeddings")
+    if kind not in CHECKED_ON_4 or layers != usual or fields.get("use_sliding_window") or not known:
         raise ValueError(
-            f"transformers {transformers.__version__} does not compute this model's rotary embedding, {rope}, as "
-            "transformers 5 does. Load it with transformers 5."
+            f"transformers {transformers.__version__} is not known to compute this model as transformers 5 does (type "
+            f"{kind!r}, layers {sorted(set(layers))}, rotary embedding {rope}). Load it with transformers 5."
         )
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if name in rope:
-            fields[name] = rope.pop(name)
-    fields["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if rope:
+        for name, of_neox in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+            if name in rope:
+                fields[of_neox if kind == "gpt_neox" else name] = rope.pop(name)
+        fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     return fields
 
 
@@ -157,7 +171,7 @@ class GRMConfig(PretrainedConfig):
                     "model, as `AutoConfig.from_pretrained(base)` returns it."
                 )
             if TRANSFORMERS_4:
-                fields = _rope_as_in_transformers_4(fields)
+                fields = as_in_transformers_4(fields)
             text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
             # The base class pushes its own attention setting into sub-configurations: hand the child's on, and work

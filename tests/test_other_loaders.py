@@ -15,6 +15,7 @@ from tiny import FAMILIES, chatml_tokenizer, llama_tokenizer, tiny_lm
 from transformers import AutoConfig
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf.configuration_grm import CHECKED_ON_4
 from grm_hf.hub.publish import stage
 from grm_hf.hub.tokenizer import spell_for_transformers_4
 
@@ -26,18 +27,30 @@ LAST_4 = os.environ.get("GRM_TRANSFORMERS_4")
 needs_rewardbench = pytest.mark.skipif(
     not REWARDBENCH, reason="GRM_REWARDBENCH_PYTHON names no environment with rewardbench; `make test` does"
 )
-ROPE = {"rope_theta": 1e6, "rope_type": "default"}  # not the default of transformers 4
+
+
+def rope(kind="default", **fields):
+    """Never what transformers 4 would take by default."""
+    return {"rope_theta": 500.0, "rope_type": kind, **fields}
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 ROPES = {
-    "theta": ROPE,
-    "linear": {"rope_theta": 500.0, "rope_type": "linear", "factor": 3.0},
-    "llama3": {
-        "rope_theta": 500.0,
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
+    "theta": ("llama", rope()),
+    "qwen": ("qwen2", rope()),
+    "linear": ("llama", rope("linear", factor=3.0)),
+    "dynamic": ("llama", rope("dynamic", factor=4.0)),
+    "llama3": ("llama", rope("llama3", factor=8.0, **LLAMA3)),
+    "yarn": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "partial": ("phi", rope(partial_rotary_factor=0.25)),
+    "neox": ("gpt_neox", rope(partial_rotary_factor=1.0)),
+    "nested": ("gemma3_text", {"full_attention": rope(), "sliding_attention": rope(rope_theta=100.0)}),
+    "refused yarn": ("llama", rope("yarn", factor=4.0)),
+    "refused truncation": ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)),
+    "refused longrope": (
+        "phi3",
+        rope("longrope", short_factor=[1.5] * 4, long_factor=[3.0] * 4, original_max_position_embeddings=16),
+    ),
 }
 CHATS = [
     [{"role": "user", "content": "What is two and two?"}, {"role": "assistant", "content": answer}]
@@ -84,22 +97,18 @@ def under_transformers_4(tmp_path, path=None):
     """Every family, and every kind of rotary embedding, saved here and loaded there."""
     made = {}
     ids, mask = pad(texts(), left=[True, False, True, False])
-    variants = {family: (family, {}) for family in FAMILIES}
-    variants |= {f"rope {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
-    variants["rope nested"] = (
-        "gemma3_text",
-        {"rope_parameters": {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 100.0}}},
-    )
-    variants["rope partial"] = ("phi", {"rope_parameters": {**ROPE, "partial_rotary_factor": 0.25}})
-    variants["rope longrope"] = (
-        "phi3",
-        {
-            "rope_parameters": {
-                **{"rope_theta": 500.0, "rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [3.0] * 4},
-                "original_max_position_embeddings": 16,
-            }
-        },
-    )
+    variants = {family: (family, {}) for family in FAMILIES} | {
+        name: (family, {"rope_parameters": rope}) for name, (family, rope) in ROPES.items()
+    }
+    variants |= {
+        "old names": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500}),
+        "old gemma": ("gemma3_text", {"num_hidden_layers": 7}),
+        "refused layers": (
+            "gemma3_text",
+            {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},
+        ),
+        "refused window": ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    }
     for name, (family, overrides) in variants.items():
         model = tiny_grm(family, **overrides)
         model.save_pretrained(tmp_path / name)
@@ -126,6 +135,10 @@ def run_there(command, cwd, path=None):
     return done.stdout
 
 
+def test_checked_families_are_those_of_the_test_below():
+    assert set(CHECKED_ON_4) == {model_type for model_type, _ in FAMILIES.values()} - {"qwen3_moe"}
+
+
 @pytest.mark.slow
 @needs_rewardbench
 @pytest.mark.parametrize("which", ["rewardbench", "last"])
@@ -135,9 +148,8 @@ def test_transformers_4_gives_the_same_rewards_or_refuses(tmp_path, which):
     version, found, made = under_transformers_4(tmp_path, LAST_4 if which == "last" else None)
     assert version == {"rewardbench": "4.51.0", "last": "4.57.6"}[which]
     refused = {name: said for name, said in found.items() if isinstance(said, str)}
-    assert set(refused) == {"rope longrope", "qwen3_moe"}, refused
-    assert "Load it with transformers 5" in refused["rope longrope"]
-    assert "would be random" in refused["qwen3_moe"]  # its configuration calls the number of experts by another name
+    assert set(refused) == {name for name in made if name.startswith("refused")} | {"qwen3_moe"}, refused
+    assert all("Load it with transformers 5" in said for said in refused.values())
     for name in set(made) - set(refused):
         rewards, pad_token_id, eos_token_id, exact = found[name]
         torch.testing.assert_close(torch.tensor(rewards), made[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -189,7 +201,7 @@ main()
 def test_rewardbench_gives_our_numbers(tmp_path, make):
     """Left padding, a doubled BOS masked away (`llama_tokenizer`), `config.pad_token_id` read."""
     tokenizer = make()
-    folder = pushed(tmp_path, tokenizer, rope_parameters=ROPE)
+    folder = pushed(tmp_path, tokenizer, rope_parameters=rope())
     ours = GRMScorer(str(folder)).score(CHATS)
     rows = [{"chosen": CHATS[i], "rejected": CHATS[j]} for i, j in ((0, 1), (2, 3), (1, 0))]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

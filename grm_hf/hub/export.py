@@ -30,7 +30,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration_grm import _rope_as_in_transformers_4
+from ..configuration_grm import as_in_transformers_4
 from ..modeling_grm import GRMForSequenceClassification, last_token_positions
 from ..pairs import Encoder
 from ..scoring.golden import CHATS, FILE, GoldenError, save_golden, tolerance
@@ -278,7 +278,7 @@ def _tell_transformers_4(path: Path):
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["torch_dtype"] = fields.get("dtype")
     try:
-        fields = {**_rope_as_in_transformers_4(fields), **fields}
+        fields = {**as_in_transformers_4(fields), **fields}
     except ValueError as error:
         logger.warning(f"The exported model needs engines that use transformers 5. ({error})")
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
