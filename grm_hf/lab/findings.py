@@ -245,6 +245,14 @@ def findings(results: dict) -> list[str]:
             family = [row for row in rows if row["quantity"] == quantity]
             parts.append(f"{len(family)} {what}: {_counted(family)}")
         lines.append(f"{label[0].upper() + label[1:]} ({n}), comparisons with Bradley-Terry, {'; '.join(parts)}.")
+    widths = [
+        f"{float(np.median([(r['high'] - r['low']) / 2 for r in rows if r['quantity'] == 'gold'])):.2f} {what}"
+        for rows, what in ((cells, "in single cells"), (averages, "averaged over the sizes"))
+    ]
+    lines.append(
+        f"Half the width of an interval for the difference in gold is, in the median, {' and '.join(widths)}: smaller "
+        "differences could hardly have been shown."
+    )
     for verdict in ("better", "worse"):
         named = [
             f"{NAMES[row['method']]}, {SET_NAMES[row['set']]}, {LABELS[row['labels']]}, {span(row, name='difference')}"

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def train_policy(output: Path, settings: Settings, algorithm: str, proxy: str, s
     from ..rewards import RewardEnsemble
 
     tokenizer = AutoTokenizer.from_pretrained(output / "base", padding_side="left")
-    policy = AutoModelForCausalLM.from_pretrained(output / "base")
+    policy: Any = AutoModelForCausalLM.from_pretrained(output / "base")
     members = settings.members if proxy in ENSEMBLES else 1
     method = BASELINE if proxy in ENSEMBLES else proxy
     folders = [

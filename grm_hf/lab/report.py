@@ -204,8 +204,9 @@ def about(results: dict) -> list[str]:
         f"{s['policy_steps']} steps of {s['policy_batch']} answers, learning rate {s['policy_learning_rate']:g}, "
         f"no penalty on the divergence, measured with {s['policy_samples']} answers to each prompt. KL: at each token "
         f"of the policy's answers the divergence of the whole distributions, summed. {versions}.",
-        f"Cost: {wall / 60:.1f} minutes in {len(calls)} calls of {max((c['workers'] for c in calls), default=0)} "
-        f"processes; {results['cpu_seconds'] / 60:.1f} minutes of processor time in its units (wall: {units}).",
+        f"Cost: {results['cpu_seconds'] / 60:.1f} minutes of processor time in the units, up to "
+        f"{max((call['workers'] for call in calls), default=0)} at a time; {wall / 60:.1f} minutes of wall time, with "
+        f"whatever else the machine did (by kind of unit: {units}).",
     ]
 
 
@@ -214,7 +215,7 @@ def section(results: dict) -> str:
     lines = [
         "## Over-optimisation in the demo world",
         "",
-        "`make lab`, then `python benchmarks/overoptimization.py`. What is measured and why: "
+        "`make lab`, then `python benchmarks/lab.py`. What is measured and why: "
         "[overoptimization.md](overoptimization.md).",
         "",
         *(f"- {line}" for line in about(results)),

@@ -25,7 +25,7 @@ from .setting import OWN_MODEL_NEEDS, Settings
 
 QUICK = {
     "pretrain_steps": 100,
-    "sizes": (32, 64, 128),
+    "sizes": (64, 128),
     "seeds": 2,
     "members": 2,
     "eval_limit": 3,

@@ -380,14 +380,14 @@ def gold_of(settings: Settings, prompt: str, texts: list[str]) -> list[float]:
 
 def draw_pairs(output: Path, settings: Settings, seed: int) -> dict:
     """A seed's training pairs: two answers of the policy to a prompt, sampled for this seed alone, `better` and
-    `worse` by gold, `gap` apart. Pairs of equal gold and answers without text are left out and counted."""
+    `worse` by gold, `gap` apart. Pairs of equal gold, of equal answers or without text are left out and counted."""
     model, tokenizer = load_base(output, settings)
     train, _ = prompts_of(settings)
     rng = random.Random(f"pairs-{seed}")
     wanted, skipped = max(settings.sizes), 0
     rows: list[dict] = []
     for turn in range(ROUNDS):
-        asked = rng.choices(train, k=min(wanted - len(rows), wanted) * 5 // 4 + 1)
+        asked = rng.choices(train, k=(wanted - len(rows)) * 5 // 4 + 1)
         drawn = sample(model, tokenizer, asked, 2, settings.max_new_tokens, seed=2_000_000 + 1000 * seed + turn)
         for prompt, answers in zip(asked, drawn, strict=True):
             a, b = text_of(tokenizer, answers)
@@ -403,8 +403,8 @@ def draw_pairs(output: Path, settings: Settings, seed: int) -> dict:
         if len(rows) >= wanted:
             return {"rows": rows[:wanted], "skipped": skipped}
     raise ValueError(
-        f"{wanted} pairs are required, and of {len(rows) + skipped} pairs of answers {skipped} had equal gold rewards "
-        "or no text. The gold reward tells too few answers of this policy apart."
+        f"{wanted} pairs are required, and of {len(rows) + skipped} pairs of answers {skipped} had equal gold "
+        "rewards, were identical or had no text. The gold reward tells too few answers of this policy apart."
     )
 
 

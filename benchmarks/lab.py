@@ -1,7 +1,7 @@
 """The section of docs/results.md on over-optimisation, from a finished run of `make lab`.
 
-    python benchmarks/overoptimization.py             # takes over runs/lab/results.json, then writes the section
-    python benchmarks/overoptimization.py --report    # the section only, from docs/results/lab.json
+    python benchmarks/lab.py             # takes over runs/lab/results.json, then writes the section
+    python benchmarks/lab.py --report    # the section only, from docs/results/lab.json
 """
 
 import argparse
