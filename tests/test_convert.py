@@ -3,11 +3,13 @@
 import copy
 import importlib
 import json
+import logging
 import os
 import shutil
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import chatml_tokenizer, llama_tokenizer, tiny_lm
 from torch import nn
@@ -231,6 +233,38 @@ def test_stock_classifier_takes_the_text_head_of_its_base(tmp_path, base):
     assert (model.config.head_type, model.config.bos_policy) == ("linear", "double")
 
 
+def test_embeddings_are_a_text_head_only_where_the_base_ties_them(tmp_path):
+    """Here the base has no matrix of its own: its config.json decides, and the source itself is no way out."""
+    lm, head = body(), value_head(layers=0, bias=False)
+    source = tmp_path / "source"
+    classifier(source, lm, head)
+    with pytest.raises(ValueError, match=r"no language-model head \(\['lm_head.weight'\]\).*not a classifier.*--base"):
+        convert(source, tmp_path / "grm", base=source)
+    assert os.listdir(tmp_path) == ["source"]
+    tied = body("llama_tied")
+    tied.save_pretrained(tmp_path / "tied")
+    GRMForSequenceClassification.from_base(tied, head_hidden_size=4).save_pretrained(tmp_path / "own")
+    for base in ("tied", "own"):
+        made = convert(source, tmp_path / f"of {base}", base=tmp_path / base).model
+        assert torch.equal(made.lm.lm_head.weight, tied.lm_head.weight)
+
+
+def test_nothing_is_reported_of_a_text_head_that_the_base_gives(tmp_path, caplog):
+    lm, head = body(), value_head(layers=0, bias=False)
+    classifier(tmp_path / "source", lm, head)
+    lm.save_pretrained(tmp_path / "base")
+    caplog.set_level(logging.WARNING, "transformers")
+    loading = logging.getLogger("transformers")
+    loading.addHandler(caplog.handler)
+    try:
+        convert(tmp_path / "source", tmp_path / "grm", base=tmp_path / "base")
+        assert "MISSING" not in caplog.text
+        type(lm).from_pretrained(tmp_path / "source")
+        assert "MISSING" in caplog.text  # for others it is
+    finally:
+        loading.removeHandler(caplog.handler)
+
+
 def test_token_classifier_has_a_bias(tmp_path):
     lm, head = body("llama_tied"), value_head(layers=0)
     classifier(tmp_path / "source", lm, head, AutoModelForTokenClassification)
@@ -338,6 +372,32 @@ def test_the_authors_padding_token_gets_a_row(tmp_path):
         convert(tmp_path / "source", tmp_path / "other")
 
 
+@pytest.mark.parametrize("way", ["modules_to_save", "save_embedding_layers"])
+def test_an_adapter_that_brings_embeddings_of_its_own_tokens(tmp_path, caplog, way):
+    """A classifier brings no rows of the text head."""
+    peft = pytest.importorskip("peft")
+    base, tokenizer = write(tmp_path / "base", body()), llama_tokenizer()
+    tokenizer.add_tokens(["<new>", "<more>"])
+    stock = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    stock.resize_token_embeddings(len(tokenizer))
+    saved = ["embed_tokens"] if way == "modules_to_save" else None
+    lora = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=saved)
+    model = peft.get_peft_model(stock, lora)
+    model.save_pretrained(tmp_path / "source", save_embedding_layers=way == "save_embedding_layers" or "auto")
+    tokenizer.save_pretrained(tmp_path / "source")
+    made = convert(tmp_path / "source", tmp_path / "grm").model
+    assert "no rows for the last 2 tokens" in caplog.text
+    ids = torch.tensor([[7, VOCABULARY, 91, VOCABULARY + 1]])
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits.item()
+        assert made(input_ids=ids).logits.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(made.lm.lm_head.weight[:VOCABULARY], body().lm_head.weight)
+    tokenizer.add_tokens(["<unknown>"])
+    tokenizer.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"neither its base nor the adapter has a row for: \['<unknown>'\]"):
+        convert(tmp_path / "source", tmp_path / "other")
+
+
 # ------------------------------------------------------------------------------------------------------------ policies
 
 
@@ -361,6 +421,9 @@ def test_the_maximum_length_is_the_tokenizers(tmp_path):
     assert convert(source, tmp_path / "b", max_length=32).model.config.max_sequence_length == 32
     TOKENIZER.save_pretrained(source)
     assert convert(source, tmp_path / "c").model.config.max_sequence_length is None
+    for length in (0, -5):
+        with pytest.raises(ValueError, match=f"`max_length` is {length}; .* at least 1"):
+            convert(source, tmp_path / "d", max_length=length)
 
 
 def test_without_tokenizer(tmp_path):
@@ -462,6 +525,21 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path, monkeypatch):
     assert ours(tmp_path / "grm")
 
 
+def test_where_the_output_may_be(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with MODULE.new_folder(tmp_path / "link") as out:
+        (out / "file").touch()
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "empty") == ["file"]
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"'\.' is the working directory"), MODULE.new_folder("."):
+        raise AssertionError("before the work")
+    with MODULE.new_folder("new") as out:
+        (out / "file").touch()
+    assert os.listdir("new") == ["file"] and sorted(os.listdir(tmp_path)) == ["empty", "here", "link"]
+
+
 def test_no_code_of_the_source_is_run(tmp_path):
     """Neither the code files beside the weights, nor what a pickle would call."""
     trace = tmp_path / "trace"
@@ -480,20 +558,26 @@ def test_no_code_of_the_source_is_run(tmp_path):
     assert not trace.exists()
 
 
-def test_pickles_are_downloaded_only_without_safetensors(tmp_path, monkeypatch):
-    asked = []
-
+@pytest.mark.parametrize(
+    ("there", "fetched"),
+    [
+        (["model.safetensors", "value_head.bin", "pytorch_model.bin"], ["value_head.bin"]),
+        (["model.safetensors", "value_head.safetensors", "value_head.bin"], []),
+        (["adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["adapter_model.bin", "value_head.bin"], ["adapter_model.bin", "value_head.bin"]),
+        (["pytorch_model-00001-of-00001.bin"], ["pytorch_model-00001-of-00001.bin"]),
+    ],
+)
+def test_a_pickle_is_downloaded_only_without_its_safetensors_twin(tmp_path, monkeypatch, there, fetched):
     def download(repo_id, revision, allow_patterns):
-        asked.append(allow_patterns)
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns):
+            (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(MODULE, "snapshot_download", download)
     MODULE._local("some/model", None)
-    assert [any(name.endswith(".bin") for name in patterns) for patterns in asked] == [False, True]
-    (tmp_path / "model.safetensors").touch()
-    asked.clear()
-    MODULE._local("some/model", None)
-    assert [any(name.endswith(".bin") for name in patterns) for patterns in asked] == [False]
+    safe = [name for name in there if name.endswith(".safetensors")]
+    assert sorted(os.listdir(tmp_path)) == sorted(safe + fetched)
 
 
 # ------------------------------------------------------------------------------------------------------------- command

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ from ..scoring.golden import save_golden
 logger = logging.get_logger(__name__)
 
 HEAD = re.compile(r"(v_head\.summary|score)(?:\.(\d+))?\.(weight|bias)")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "value_head.*", "adapter_model.*")
+PICKLES = {  # downloaded only where their twins are not
+    "model*.safetensors": "pytorch_model*.bin",
+    "value_head.safetensors": "value_head.bin",
+    "adapter_model.safetensors": "adapter_model.bin",
+}
+WEIGHTS = (*PICKLES, *PICKLES.values())
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 # What a source's configuration says of its reward head and of its code; ours says it elsewhere.
@@ -87,7 +93,7 @@ def convert(
             `"single"` or `"double"`, how the source was trained to read a chat. By default `"double"` for what the
             code of the GRM authors wrote, `"single"` for others.
         max_length (`int`, *optional*):
-            Longest sequence to score. By default what the source's tokenizer says.
+            Longest sequence to score, at least 1. By default what the source's tokenizer says.
         revision (`str`, *optional*):
             Of `source` on the Hub.
 
@@ -96,12 +102,14 @@ def convert(
 
     Raises:
         `ValueError`: weights are missing, left over, of a wrong shape, or more than one head; the source needs code of
-        its own; `output` holds something. Nothing is written then.
+        its own; `output` holds something or is the working directory. Nothing is written then.
 
     Source: the value head is that of the authors' code for arXiv 2406.10216, and of TRL's `ValueHead`.
     """
     if bos_policy is not None and bos_policy not in BOS_POLICIES:
         raise ValueError(f"`bos_policy` is {bos_policy!r}; it must be one of {BOS_POLICIES}.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"`max_length` is {max_length}; a sequence to score has at least 1 token.")
     with new_folder(output) as out:
         folder = _local(str(source), revision)
         adapter = (folder / "adapter_config.json").is_file()
@@ -157,9 +165,11 @@ def convert(
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `output` at the end, or nothing: no half of one is ever left there."""
-    path = Path(output)
+    path = Path(output).resolve()  # a link to an empty folder stays one
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"'{output}' exists and is not an empty folder. Choose another one; nothing is overwritten.")
+    if path == Path.cwd():
+        raise ValueError(f"'{output}' is the working directory, which cannot be replaced. Name a new folder in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -175,13 +185,13 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 
 def _local(source: str, revision: str | None) -> Path:
-    """The folder, downloaded if it is a Hub id: pickles only where there are no other weights."""
+    """The folder, downloaded if it is a Hub id: pickles only in place of safetensors that are not there."""
     if os.path.isdir(source):
         return Path(source)
-    safe = [*TEXTS, *(name for name in WEIGHTS if not name.endswith(".bin"))]
+    safe = [*TEXTS, *PICKLES]
     folder = Path(snapshot_download(source, revision=revision, allow_patterns=safe))
-    if not any(_files(folder, "model*.safetensors")):
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*safe, *WEIGHTS]))
+    if pickles := [name for twin, name in PICKLES.items() if not _files(folder, twin)]:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*safe, *pickles]))
     return folder
 
 
@@ -285,8 +295,14 @@ def load_tokenizer(place, **hub):
 # ------------------------------------------------------------------------------------------------------ language model
 
 
+def _no_load_report(record) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
 def _load(folder: str | Path, source: str, config=None):
-    """A causal language model without a weight of its own making, and what the files hold beside it."""
+    """A causal language model, and what its files lack or hold beside it, which [`_require`] reports by name."""
+    reporter = getLogger("transformers.modeling_utils")
+    reporter.addFilter(_no_load_report)
     try:
         config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return AutoModelForCausalLM.from_pretrained(
@@ -304,6 +320,8 @@ def _load(folder: str | Path, source: str, config=None):
             f"'{source}' is no causal language model that transformers knows; code that comes with a model is never "
             f"run here. ({error})"
         ) from error
+    finally:
+        reporter.removeFilter(_no_load_report)
 
 
 def _require(source: str, info: dict, missing: set, spare: set):
@@ -372,6 +390,12 @@ def _borrow_lm_head(lm, base: str, names: set):
     for path in _files(folder, *WEIGHTS):
         for name, tensor in _read(path, lambda name: _plain(name).removeprefix("lm.") in wanted).items():
             found[_plain(name).removeprefix("lm.")] = tensor
+    if names - set(found) and not _says_tied(folder):
+        raise ValueError(
+            f"'{base}' has no language-model head ({sorted(names - set(found))}), and its config.json does not tie it "
+            "to the embeddings. `base` must be the language model that this one was trained from, not a classifier: "
+            "`grm convert --base ID`."
+        )
     for name in sorted(names):
         ours = lm.get_parameter(name)
         theirs = found.get(name, found.get(embedding) if name.endswith("weight") else None)
@@ -383,6 +407,15 @@ def _borrow_lm_head(lm, base: str, names: set):
             )
         with torch.no_grad():
             ours.copy_(theirs)
+
+
+def _says_tied(folder: Path) -> bool:
+    """Whether the configuration ties the language-model head to the embeddings; if unsaid, its type does."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return config.get_text_config().tie_word_embeddings
 
 
 def _tied(lm) -> bool:
@@ -401,7 +434,6 @@ def _adapted(folder: Path, source: str, base, tokenizer):
         raise ValueError(f"The adapter in '{source}' does not say what its base is: `grm convert --base ID`.")
     lm, info = _load(base, str(base))
     _require(str(base), info, set(), set())
-    _make_room(lm, tokenizer, source)
 
     state: dict[str, torch.Tensor] = {}
     for path in _files(folder, *WEIGHTS):
@@ -409,6 +441,8 @@ def _adapted(folder: Path, source: str, base, tokenizer):
             if _plain(name) in state and not torch.equal(state[_plain(name)], tensor):
                 raise ValueError(_twice(source, _plain(name)))
             state[_plain(name)] = tensor
+    rows = lm.get_input_embeddings().weight.shape[0]
+    _make_room(lm, tokenizer, state, source)
     # The value head was wrapped with the model and is not part of it here; the task is that of no class of PEFT's.
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
     config.task_type, config.inference_mode = None, True
@@ -423,25 +457,31 @@ def _adapted(folder: Path, source: str, base, tokenizer):
     )
     _require(source, adapter, set(), set())
     merged = wrapped.merge_and_unload()
+    new = merged.get_output_embeddings().weight[rows:]
+    if len(new) and not new.any():
+        logger.warning(f"The text head of '{base}' has no rows for the last {len(new)} tokens of '{source}': zeros.")
     return merged, str(base)
 
 
-def _make_room(lm, tokenizer, source):
-    """The authors gave some models a padding token of its own, for which the base has no row. It is never read."""
-    rows = lm.get_input_embeddings().weight.shape[0]
-    if tokenizer is None or len(tokenizer) <= rows:
-        return
-    new = set(range(rows, len(tokenizer))) - {tokenizer.pad_token_id}
-    if new:
+def _make_room(lm, tokenizer, state, source):
+    """Rows for the tokens that the base lacks: those that the adapter brings (PEFT saves resized embeddings), or that
+    of a padding token, which some of the authors' models have of their own. It is never read."""
+    embeddings = lm.get_input_embeddings().weight
+    name = next(name for name, part in lm.named_parameters() if part is embeddings)
+    brought = state.get(name, state.get(name.replace(".weight", ".base_layer.weight")))
+    rows = len(embeddings if brought is None else brought)
+    tokens = rows if tokenizer is None else max(rows, len(tokenizer))
+    padding = {tokenizer.pad_token_id} if tokenizer is not None and brought is None else set()
+    if new := set(range(rows, tokens)) - padding:
         raise ValueError(
-            f"The tokenizer of '{source}' has tokens that its base has no row for: "
-            f"{tokenizer.convert_ids_to_tokens(sorted(new))}, and the adapter does not bring them."
+            f"The tokenizer of '{source}' has tokens that neither its base nor the adapter has a row for: "
+            f"{tokenizer.convert_ids_to_tokens(sorted(new))}. `base` must be the model that it was trained from."
         )
-    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    with torch.no_grad():
-        lm.get_input_embeddings().weight[rows:] = 0
-        lm.get_output_embeddings().weight[rows:] = 0
-    logger.warning(f"The base of '{source}' has no row for the padding token: added, with zeros.")
+    if tokens != (old := len(embeddings)):
+        lm.resize_token_embeddings(tokens, mean_resizing=False)
+        with torch.no_grad():
+            lm.get_input_embeddings().weight[old:] = 0
+            lm.get_output_embeddings().weight[old:] = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- head
