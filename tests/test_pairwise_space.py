@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -15,10 +16,12 @@ from xml.dom import minidom
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from grm_hf import GRMForSequenceClassification, GRMScorer, metrics, pairs
+from grm_hf.hub import export
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -329,6 +332,8 @@ def test_a_ranking_and_a_table_are_the_librarys(space):
     result = space.app.rank(PROMPT, answers)
     assert (result["rewards"], result["order"]) == (close(expected.scores), expected.order)
     assert result["best"] == expected.best and sum(result["share"]) == close(1.0)
+    assert result["model_temperature"] == 2.0
+    assert "over the temperature, 1 × 2 (the model’s own)" in space.drawing.ranking(result, answers)
     assert result["share"][0] == close(
         math.exp(expected.scores[0] / 2) / sum(math.exp(score / 2) for score in expected.scores)
     )
@@ -430,6 +435,9 @@ def test_a_model_that_overflows_is_named(space):
         ("", "nothing to score"),
         ("prompt,chosen\na,b", "with one called “rejected”"),
         ("prompt,chosen,rejected", "no pairs below it"),
+        ("prompt,chosen,rejected,id,ID\na,b,c,1,2", "names the column “id” more than once"),
+        ("prompt,chosen,rejected,Margin\na,b,c,1", "The first line has “margin”, which this page writes itself"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "cut_tokens": 1}', "Line 1 has “cut_tokens”"),
         ("prompt,chosen,rejected\na,b", "Line 2 has 2 cells; the first line has 3"),
         ("prompt,chosen,rejected\na,,c", "Line 2: “chosen” is empty"),
         ('prompt,chosen,rejected\na,"b"x,c', "is no CSV"),
@@ -448,6 +456,39 @@ def test_bad_tables_get_a_sentence(space, text, words):
     assert words in page and 'role="alert"' in page and saved.visible is False
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_download_can_be_read_again(space, form):
+    rows = [{"prompt": "a\u2028b\x85\u2029c\x0b", "chosen": "x\ry", "rejected": 'n"o\n', "id": "7\r\n8"}] * 2
+    scores = [dict.fromkeys(space.tables.SCORES, "1")] * 2
+    text = space.tables.write_pairs(rows, scores, form)
+    again, found = space.tables.read_pairs("", text.encode())
+    assert (found, again) == (form, [{**row, **score} for row, score in zip(rows, scores, strict=True)])
+    assert space.tables.write_pairs(again, scores, form) == text
+    assert space.tables.read_pairs(text.replace("\n", "\r\n"), None)[0] == again or form == "csv"
+
+
+def test_scores_of_a_download_are_replaced_and_that_is_said(space):
+    lines = json.dumps({"prompt": PROMPT, "chosen": A, "rejected": B})
+    page, _ = space.app.show_batch("tiny", lines, None, progress=Quiet())
+    (row,) = space.tables.read_pairs(lines, None)[0]
+    again = json.dumps({**row, **dict.fromkeys(space.tables.SCORES, 99.0)})
+    other, _ = space.app.show_batch("tiny", again, None, progress=Quiet())
+    note = '<p class="quiet">The table had scores of this page: the new ones took their places.</p>'
+    assert note not in page and other.replace(note, "") == page
+
+
+def test_an_empty_prompt_beside_whole_conversations_is_none(space):
+    row = {"prompt": "", "chosen": [*CONVERSATION, say(A)], "rejected": [*CONVERSATION, say(B)]}
+    page, _ = space.app.show_batch("tiny", json.dumps(row), None, progress=Quiet())
+    assert "on 1 pairs" in page
+
+
+def test_a_table_of_too_many_tokens_gets_a_sentence(space, monkeypatch):
+    monkeypatch.setattr(space.app, "MAX_TABLE_TOKENS", 60)
+    page, _ = space.app.show_batch("tiny", space.app.PAIRS, None, progress=Quiet())
+    assert re.search(r"The table has \d+ tokens; this page takes 60", page)
+
+
 def test_bad_files_get_a_sentence(space):
     for upload, words in ((b"\xff\xfe", "not text in UTF-8"), (b"x" * 2_000_001, "larger than 2 MB")):
         assert words in space.app.show_batch("tiny", "", upload, progress=Quiet())[0]
@@ -463,6 +504,8 @@ def test_bad_rankings_get_a_sentence(space, answers, words):
 def test_answers_by_lines_or_by_dashes(space):
     assert space.tables.read_answers("a\n\n b \nc - d") == ["a", "b", "c - d"]
     assert space.tables.read_answers("a\nb\n---\nc\n----\n") == ["a\nb", "c"]
+    assert space.tables.read_answers("a\r\nb\r\n---\r\nc\r\n") == ["a\r\nb", "c"]
+    assert space.tables.read_answers("a\u2028b\x85c\x0bd\r\ne") == ["a\u2028b\x85c\x0bd", "e"]
 
 
 def test_conversations(space):
@@ -492,16 +535,165 @@ def test_the_api_says_sentences(space):
     assert space.app.models() == [{"name": "tiny", "revision": None, "note": f"two layers {EVIL}"}]
 
 
-def test_only_the_last_models_are_kept(space):
+def test_only_the_last_models_are_kept(space, monkeypatch):
     this = space.reward_models.Models(SPACE / "models.json")
     this.listed = dict.fromkeys("abc", space.reward_models.Listed(str(space.folder / "model"), None))
     first = this.load("a")
     assert this.load("a") is first
     this.load("b"), this.load("a"), this.load("c")
     assert list(this._kept) == ["a", "c"]
+    load, counts = space.reward_models._load, []
+    monkeypatch.setattr(
+        space.reward_models, "_load", lambda *args, **kw: (counts.append(len(this._kept)), load(*args, **kw))[1]
+    )
+    this.load("b")
+    assert counts == [space.reward_models.KEPT - 1]  # room is made before another one is loaded
     this.listed["d"] = space.reward_models.Listed(str(space.folder), None)
     with pytest.raises(ValueError, match="“d” could not be loaded"):
         this.load("d")
+
+
+# --------------------------------------------------------------------------------------------- what models are refused
+
+
+def classifier(**changed):
+    torch.manual_seed(0)
+    tokenizer = TOKENIZERS["chatml"]
+    config = LlamaConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+           "num_attention_heads": 2, "num_labels": 1, "pad_token_id": tokenizer.pad_token_id, **changed}
+    )  # fmt: skip
+    return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def stored(space, tmp_path, monkeypatch):
+    """Stores a model as if it were ann/x of the Hub: the working directory stands for it."""
+
+    class Api:
+        def __init__(self, token):
+            assert token is False
+
+        def model_info(self, repo, revision):
+            return SimpleNamespace(sha="a" * 40, gated=False)
+
+        def list_repo_tree(self, repo, revision):
+            return [SimpleNamespace(path=file.name, size=file.stat().st_size) for file in Path(repo).iterdir()]
+
+    monkeypatch.setattr(space.reward_models, "HfApi", Api)
+    monkeypatch.chdir(tmp_path)
+
+    def store(model, tokenizer=TOKENIZERS["chatml"]):
+        model.save_pretrained("ann/x")
+        tokenizer.save_pretrained("ann/x")
+        return Path("ann/x")
+
+    return store
+
+
+def either(space, how):
+    """Loads ann/x as a free id, or as a model of the list."""
+    if how == "free":
+        return space.reward_models.Models(SPACE / "models.json").load("ann/x")
+    return space.reward_models.Models(Path("ann/x")).load("x")
+
+
+def test_an_export_is_read_by_the_policies_it_stores(space, tmp_path, stored):
+    tokenizer = TOKENIZERS["chatml"]
+    torch.manual_seed(0)
+    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = GRMForSequenceClassification.from_base(lm, head_type="linear").eval()
+    model.config.max_sequence_length = 24
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "ann/x")
+    (expected,) = GRMScorer(str(tmp_path / "model")).stream([{"prompt": CONVERSATION, "response": A}])
+    assert expected.truncated
+    for how in ("listed", "free"):
+        this = either(space, how)
+        (encoded,) = space.reward_models.encode_all(this, [(CONVERSATION, A)])
+        assert (this.kind, len(encoded.ids)) == ("classifier", 24)
+        assert space.reward_models.reward_of(this, encoded) == close(expected.score)
+    this.model.config.max_sequence_length = 100_000
+    assert space.reward_models._encoder_of_a_classifier("x", this.model, tokenizer).max_length == 512
+    this.model.config.max_sequence_length = "long"
+    with pytest.raises(ValueError, match="“x” cannot be used: `max_length` is 'long'"):
+        space.reward_models._encoder_of_a_classifier("x", this.model, tokenizer)
+
+
+@pytest.mark.parametrize("how", ["free", "listed"])
+def test_models_whose_files_do_not_fit_are_refused(space, stored, how, capsys):
+    folder = stored(classifier())
+    weights = load_file(folder / "model.safetensors")
+
+    def put(extra=(), without=()):
+        kept = {name: tensor for name, tensor in weights.items() if name not in without}
+        save_file({**kept, **dict(extra)}, folder / "model.safetensors", {"format": "pt"})
+
+    put({"lm_head.weight": torch.zeros(1, 16)})
+    assert either(space, how).kind == "classifier"
+    put({"value.weight": torch.zeros(1, 16)})
+    with pytest.raises(ValueError, match="1 weights that LlamaForSequenceClassification does not use .value.weight"):
+        either(space, how)
+    put(without=["score.weight"])
+    with pytest.raises(ValueError, match="lacks 1 weights .score.weight"):
+        either(space, how)
+    stored(classifier(num_labels=2))
+    with pytest.raises(ValueError, match="2 labels"):
+        either(space, how)
+
+
+def test_a_language_model_on_the_list_is_refused(space, stored):
+    stored(tiny_lm("llama", vocab_size=len(TOKENIZERS["chatml"])))
+    with pytest.raises(ValueError, match="lacks 1 weights .score.weight"):
+        either(space, "listed")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_listed_model_with_code_of_another_repository_is_refused(space, stored, file):
+    path = stored(classifier()) / file
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": ["own.Slow", None]}}))
+    space.reward_models._check_code("x", "ann/x", None)
+    path.write_text(json.dumps({**values, "auto_map": {"AutoTokenizer": ["eve/code--tok.Slow", None]}}))
+    with pytest.raises(ValueError, match=f"another repository .*auto_map` of its {file}"):
+        either(space, "listed")
+
+
+def test_a_free_id_with_an_adapter_beside_its_model_is_refused(space, stored):
+    (stored(classifier()) / "adapter_config.json").write_text('{"base_model_name_or_path": "eve/other"}')
+    with pytest.raises(ValueError, match="is an adapter"):
+        either(space, "free")
+
+
+def test_a_free_id_cannot_hide_its_size_in_missing_weights(space, stored, monkeypatch):
+    folder = stored(classifier())
+    config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(space.reward_models, "_load", None)
+    for vocabulary, words in ((10_000_000, "160,00"), (10**9, "64.0 GB")):
+        (folder / "config.json").write_text(json.dumps({**config, "vocab_size": vocabulary}))
+        with pytest.raises(ValueError, match=f"would have .*{words}.* and files with at least a byte for each"):
+            either(space, "free")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10**10 }}"],
+)
+def test_the_template_of_a_free_id_runs_in_bounds(space, stored, monkeypatch, template):
+    stored(classifier())
+    this = either(space, "free")
+    this.tokenizer.chat_template = template + TOKENIZERS["chatml"].chat_template
+    monkeypatch.setattr(space.reward_models, "APART_SECONDS", 1)
+    started = time.perf_counter()
+    for task, arguments in (("compare", (A, B)), ("rank", ([A, B],))):
+        with pytest.raises(ValueError, match="took more than 1 seconds"):
+            getattr(space.reward_models, task)(this, PROMPT, *arguments)
+    with pytest.raises(ValueError, match="took more than 1 seconds"):
+        space.app.score_pairs(this, [{"prompt": PROMPT, "chosen": A, "rejected": B}], Quiet())
+    assert time.perf_counter() - started < 20
+    with pytest.raises(ValueError, match="Answer A is empty"):  # its own sentences come through
+        space.reward_models.compare(this, PROMPT, "", B)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -527,7 +719,7 @@ def test_what_a_visitor_typed_is_escaped(space):
 
 
 def test_the_pages_are_well_formed(space):
-    page, result, *_ = space.app.show_comparison("tiny", "prompt", PROMPT, A + "\n<é 🙂>", B, 1.0)
+    page, _, result, *_ = space.app.show_comparison("tiny", "prompt", PROMPT, A + "\n<é 🙂>", B, 1.0)
     minidom.parseString(page.replace("<wbr>", "<wbr/>"))
     assert (
         space.app.show_comparison("tiny", "prompt", PROMPT, A + "\n<é 🙂>", B, 1.0)[0].split("both answers in")[0]
@@ -566,14 +758,42 @@ def test_a_probability_is_never_shown_as_certain(space):
 
 
 def test_another_temperature_runs_no_model(space, monkeypatch):
-    _, result, *_ = space.app.show_comparison("tiny", "prompt", PROMPT, A, B, 1.0)
+    _, state, result, *_ = space.app.show_comparison("tiny", "prompt", PROMPT, A, B, 1.0)
     monkeypatch.setattr(space.reward_models, "read", None)
-    inputs = ("tiny", "prompt", PROMPT, A, B)
-    page, hot, shown, link = space.app.show_at_temperature(result, 4.0, *inputs)
+    page, kept, hot, link = space.app.show_at_temperature(state, 4.0)
     a, b = result["rewards"].values()
-    assert hot["probability_a"] == close(1 / (1 + math.exp((b - a) / 8))) and hot == shown
-    assert "4 × 2 (the model’s own)" in page and "t=4" in link
-    assert "positive number" in space.app.show_at_temperature(result, 0, *inputs)[0]
+    assert hot["probability_a"] == close(1 / (1 + math.exp((b - a) / 8)))
+    assert kept == {"inputs": ["tiny", "prompt", PROMPT, A, B], "result": hot}  # those compared, whatever is typed now
+    assert "4 × 2 (the model’s own)" in page and link == space.app.query_of("tiny", "prompt", PROMPT, A, B, 4.0)
+    assert "positive number" in space.app.show_at_temperature(state, 0)[0]
+
+
+def test_the_swap_check_is_of_the_result_shown(space):
+    _, state, result, *_ = space.app.show_comparison("tiny", "prompt", PROMPT, A, B, 1.0)
+    page = space.app.show_swap_check(state)
+    assert "beyond rounding" in page and all(
+        space.drawing.signed(reward) in page for reward in result["rewards"].values()
+    )
+    assert space.app.show_swap_check(None) == ""
+
+
+def test_where_they_part_is_said_of_the_answers_own_mean(space):
+    def token(probability, reward):
+        return {"text": "w", "special": False, "reward": reward, "logprob": math.log(probability)}
+
+    # One token at 80 % among surer ones, where the reward rises; one at 1 % among less likely ones, where it falls.
+    sure = [token(0.999, 0.0), token(0.999, 0.01), token(0.999, 0.0), token(0.8, 1.0), token(0.999, 1.0)]
+    unsure = [token(1e-4, 0.0), token(2e-4, 0.01), token(1e-4, 0.0), token(0.01, -1.0), token(1e-4, -1.0)]
+    _, _, result, *_ = space.app.show_comparison("tiny", "prompt", PROMPT, A, B, 1.0)
+    for name, tokens in (("A", sure), ("B", unsure)):
+        result["answers"][name]["disagreements"] = space.reward_models.disagreements(0.0, tokens)
+    page = space.drawing.other_head(result)
+    assert (
+        "rises by 1.000, though the language model was more surprised than on average in this answer (80.0 %)" in page
+    )
+    assert (
+        "falls by 1.000, though the language model was less surprised than on average in this answer (1.0 %)" in page
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- links
@@ -602,6 +822,8 @@ def test_links_restore_everything(space):
         ("prompt=x&t=warm", "temperature “warm”"),
         ("prompt=x&t=-1", "temperature “-1”"),
         ("prompt=x&t=nan", "temperature “nan”"),
+        ("prompt=x&t=50", "temperature “50”; a number from 0.1 to 10 is required"),
+        ("prompt=x&t=0.05", "temperature “0.05”"),
         (f"prompt=x&kind={EVIL}", "kind “&lt;img"),
         ("prompt=" + "x" * 5000, "This link is too long"),
     ],

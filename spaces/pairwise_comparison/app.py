@@ -6,6 +6,7 @@
 wired to a page and to a JSON API. What a visitor gets wrong is answered with a sentence.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -33,6 +34,8 @@ import tables
 MODELS = reward_models.Models(Path(os.environ.get("GRM_SPACE_MODELS") or Path(__file__).with_name("models.json")))
 DOWNLOADS = Path(tempfile.mkdtemp(prefix="pairwise_comparison_"))
 MAX_LINK = 4000  # characters
+MAX_TABLE_TOKENS = 100_000
+COLDEST, HOTTEST = 0.1, 10
 KINDS = [("one prompt", "prompt"), ("conversation", "conversation")]
 MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 
@@ -125,32 +128,34 @@ def sentence(error: Exception) -> str:
 
 
 def show_comparison(name, kind, prompt, answer_a, answer_b, temperature):
-    """HTML, the result and its JSON, the query of the link, and an emptied swap check."""
+    """HTML, what later events need (the inputs and the result), JSON, the query of the link, an emptied swap check."""
     try:
         chat = tables.read_prompt(kind, prompt)
         result = with_model(reward_models.compare, name, chat, answer_a or "", answer_b or "", temperature)
-        link = query_of(name, kind, prompt, answer_a, answer_b, temperature)
-        return drawing.comparison(result), result, result, link, ""
+        state = {"inputs": [name, kind, prompt, answer_a, answer_b], "result": result}
+        return drawing.comparison(result), state, result, query_of(*state["inputs"], temperature), ""
     except Exception as error:
         return drawing.problem(sentence(error)), None, None, "", ""
 
 
-def show_at_temperature(result, temperature, name, kind, prompt, answer_a, answer_b):
+def show_at_temperature(state, temperature):
     """The same rewards at another temperature: no model runs."""
-    if result is None:
+    if state is None:
         return [gr.skip()] * 4
+    result = state["result"]
     try:
         judged = reward_models.judge(result["rewards"], temperature, result["model_temperature"])
     except ValueError as error:
         return drawing.problem(error), None, None, ""
     result = {**result, **judged}
-    link = query_of(name, kind, prompt, answer_a, answer_b, temperature)
-    return drawing.comparison(result), result, result, link
+    link = query_of(*state["inputs"], temperature)
+    return drawing.comparison(result), {**state, "result": result}, result, link
 
 
-def show_swap_check(result, name, kind, prompt, answer_a, answer_b):
-    if result is None:
+def show_swap_check(state):
+    if state is None:
         return ""
+    name, kind, prompt, answer_a, answer_b = state["inputs"]
     try:
         chat = tables.read_prompt(kind, prompt)
         return drawing.swap(with_model(reward_models.swap_check, name, chat, answer_a, answer_b))
@@ -181,11 +186,13 @@ def from_link(request: gr.Request):
         if len(query) > MAX_LINK + 200:
             raise ValueError(f"This link is too long: {len(query):,} characters, and {MAX_LINK:,} fit.")
         try:
-            temperature = reward_models.check_temperature(float(known.get("t", 1)))
+            temperature = float(known.get("t", 1))
         except ValueError:
+            temperature = math.nan
+        if not COLDEST <= temperature <= HOTTEST:
             raise ValueError(
-                f"The link says temperature “{known['t'][:40]}”; a positive number is required."
-            ) from None
+                f"The link says temperature “{known['t'][:40]}”; a number from {COLDEST} to {HOTTEST} is required."
+            )
         kind = known.get("kind", "prompt")
         if kind not in ("prompt", "conversation"):
             raise ValueError(f"The link says kind “{kind[:40]}”; “prompt” or “conversation” is required.")
@@ -213,12 +220,19 @@ def show_ranking(name, kind, prompt, answers, temperature):
 
 def score_pairs(loaded, rows, progress):
     """Rewards of both sides of each row, one text at a time: a score depends on no neighbour."""
-    encoded = []
-    for number, row in enumerate(rows, 1):
-        pair = [reward_models.encode(loaded, row.get("prompt"), row[s], f"Pair {number}, “{s}”") for s in tables.SIDES]
-        encoded.append(pair)
+    texts = [
+        (row.get("prompt") or None, row[side], f"Pair {number}, “{side}”")
+        for number, row in enumerate(rows, 1)
+        for side in tables.SIDES
+    ]
+    encoded = reward_models.encode_all(loaded, texts)
+    tokens = sum(len(text.ids) for text in encoded)
+    if tokens > MAX_TABLE_TOKENS:
+        raise ValueError(
+            f"The table has {tokens:,} tokens; this page takes {MAX_TABLE_TOKENS:,}. Score it with `grm score`."
+        )
     scores = []
-    for pair in progress.tqdm(encoded, desc="Scoring", unit="pairs"):
+    for pair in progress.tqdm(list(zip(encoded[::2], encoded[1::2], strict=True)), desc="Scoring", unit="pairs"):
         chosen, rejected = (reward_models.reward_of(loaded, text) for text in pair)
         values = (
             *(chosen, rejected, chosen - rejected),
@@ -350,7 +364,8 @@ a public `...ForSequenceClassification` with one label, up to {reward_models.MAX
 
 ### Limits
 {reward_models.MAX_CHARACTERS:,} characters a text, {reward_models.MAX_TOKENS:,} tokens a sequence,
-{reward_models.MAX_ANSWERS} answers to rank, {tables.MAX_ROWS} pairs a table. One computation at a time; others wait.
+{reward_models.MAX_ANSWERS} answers to rank, {tables.MAX_ROWS} pairs and
+{MAX_TABLE_TOKENS:,} tokens a table. One computation at a time; others wait.
 Nothing you type is stored; a link holds the whole comparison in its address.
 
 ### From a program
@@ -392,8 +407,8 @@ def build() -> gr.Blocks:
                 b = gr.Textbox(first[3], label="Answer B", lines=4, max_lines=16, min_width=300, elem_id="answer-b")
             with gr.Row(equal_height=True):
                 temperature = gr.Slider(
-                    0.1,
-                    10,
+                    COLDEST,
+                    HOTTEST,
                     1.0,
                     step=0.1,
                     label="Temperature",
@@ -424,7 +439,9 @@ def build() -> gr.Blocks:
                 max_lines=20,
                 elem_id="answers",
             )
-            many_temperature = gr.Slider(0.1, 10, 1.0, step=0.1, label="Temperature", info="Divides the rewards")
+            many_temperature = gr.Slider(
+                COLDEST, HOTTEST, 1.0, step=0.1, label="Temperature", info="Divides the rewards"
+            )
             rank_button = gr.Button("Rank", variant="primary", elem_id="rank-button")
             ranking = gr.HTML(elem_id="ranking")
         with gr.Tab("Batch", id="batch"):
@@ -458,10 +475,10 @@ def build() -> gr.Blocks:
         )
         for event in (compared, linked):
             event.then(None, link, link, js=TO_LINK)
-            event.then(show_swap_check, [state, *inputs[:-1]], swap, show_progress="minimal", **MODEL_EVENT)
+            event.then(show_swap_check, state, swap, show_progress="minimal", **MODEL_EVENT)
         temperature.release(
             show_at_temperature,
-            [state, temperature, *inputs[:-1]],
+            [state, temperature],
             outputs[:-1],
             show_progress="hidden",
             api_visibility="private",

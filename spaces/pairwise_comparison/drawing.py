@@ -181,15 +181,19 @@ def standardised(answers: dict) -> str:
 
 def probability_bar(result: dict) -> str:
     p = result["probability_a"]
-    own = result["model_temperature"]
-    scale = f"{result['temperature']:g}" + ("" if own == 1 else f" × {own:g} (the model’s own)")
     left, right = (f"{name} {percent(share)}" if share >= 0.25 else "" for name, share in (("A", p), ("B", 1 - p)))
     return (
         f'<div class="share" role="img" aria-label="A {percent(p)}, B {percent(1 - p)}">'
         f'<div style="width:{100 * p:.2f}%;{"padding:0" if not left else ""}">{left}</div>'
         f'<div style="{"padding:0" if not right else ""}">{right}</div></div>'
-        f'<p class="quiet">P(A beats B) = {percent(p)}: sigmoid of the difference over the temperature, {scale}.</p>'
+        f'<p class="quiet">P(A beats B) = {percent(p)}: sigmoid of the difference over the temperature, '
+        f"{scale(result)}.</p>"
     )
+
+
+def scale(result: dict) -> str:
+    own = result["model_temperature"]
+    return f"{result['temperature']:g}" + ("" if own == 1 else f" × {own:g} (the model’s own)")
 
 
 def heat_maps(answers: dict) -> str:
@@ -317,8 +321,8 @@ def other_head(result: dict) -> str:
     for name, answer in answers.items():
         items = "".join(
             f"<li>“{escape(row['text'].strip())}”: the reward {'falls' if row['step'] < 0 else 'rises'} by "
-            f"{abs(row['step']):.3f}, though the language model "
-            f"{'expected' if row['step'] < 0 else 'hardly expected'} it ({percent(row['probability'])})</li>"
+            f"{abs(row['step']):.3f}, though the language model was {'less' if row['step'] < 0 else 'more'} surprised "
+            f"than on average in this answer ({percent(row['probability'])})</li>"
             for row in answer["disagreements"]
         )
         if items:
@@ -445,7 +449,7 @@ def ranking(result: dict, answers: list[str]) -> str:
         f'<p class="verdict">Answer {order[0] + 1} is the best of {len(rewards)}.</p>',
         "<table class='full'><thead><tr><th class='number'>rank</th><th>answer</th>"
         f"<th class='number'>reward<br>share</th></tr></thead><tbody>{''.join(rows)}</tbody></table>",
-        f'<p class="quiet">Share: softmax of the rewards at temperature {result["temperature"]:g}. Expected reward of '
+        f'<p class="quiet">Share: softmax of the rewards over the temperature, {scale(result)}. Expected reward of '
         f"the best of so many answers drawn from these: {best_of}.</p>",
     )
 
@@ -491,6 +495,8 @@ def batch(rows: list[dict], scores: list[dict], result: dict, reliability: list[
         notes.append(f"{cut} pairs were longer than the model reads and lost the beginning of their prompt.")
     if result["temperature_at_bound"]:
         notes.append("No temperature fits: the rewards make no error here, or do no better than a coin.")
+    if any("margin" in row for row in rows):
+        notes.append("The table had scores of this page: the new ones took their places.")
     if len(rows) > SHOWN:
         notes.append(f"The first {SHOWN} pairs are shown; all are in the download.")
     return page(

@@ -10,11 +10,13 @@ the text that ends there, and one forward pass gives the reward after each token
 
 import json
 import math
+import os
 import re
+import signal
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from pairs import Encoded, Encoder
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file
 
 
 MAX_CHARACTERS = 20_000  # of one text
@@ -30,6 +33,8 @@ MAX_TOKENS = 4096  # of prompt and answer together
 MAX_ANSWERS = 32
 MAX_GIGABYTES = 5  # of the weights of a free id
 KEPT = 2  # models in memory
+APART_SECONDS = 20  # of a process that runs what a free id brings
+APART_BYTES = 2**30  # that it may take beyond what the page has
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FREE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
@@ -93,6 +98,7 @@ class Loaded:
     tokenizer: Any
     encoder: Encoder
     seconds: float
+    free: bool = False  # nobody vouches for its chat template and tokenizer
 
     @property
     def temperature(self) -> float:
@@ -125,32 +131,70 @@ class Models:
         with self._lock:
             if name not in self._kept:
                 started = time.perf_counter()
-                parts = self._load_listed(name) if name in self.listed else _load_free(name)
+                listed = self.listed.get(name)
+                source, revision = (listed.source, listed.revision) if listed else _check_free(name)
                 while len(self._kept) >= KEPT:
                     self._kept.pop(next(iter(self._kept)))
-                self._kept[name] = Loaded(name, *parts, time.perf_counter() - started)
+                parts = _load(name, source, revision, free=listed is None)
+                self._kept[name] = Loaded(name, revision, *parts, time.perf_counter() - started, listed is None)
             self._kept[name] = self._kept.pop(name)  # the latest one last
             return self._kept[name]
 
-    def _load_listed(self, name):
-        listed = self.listed[name]
-        where = {"trust_remote_code": True, "revision": listed.revision}
+
+def _load(name, source, revision, free):
+    """Kind, model, tokenizer and encoder. Code of the repository runs only where it is on the list."""
+    where = {"revision": revision, "trust_remote_code": not free}
+    if free:
+        where |= {"token": False}
+    else:
+        _check_code(name, source, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, output_loading_info=True, use_safetensors=True if free else None, **where
+        )
+    except Exception as error:  # of the network, the files, or the model's own code
+        traceback.print_exc()
+        raise ValueError(
+            f"The model “{name}” could not be loaded ({type(error).__name__}): the Hub cannot be reached, or the "
+            "model's files do not fit. Try again later, or choose another model."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"“{name}” lacks {len(missing)} weights ({missing[0]}, ...): its reward would be random.")
+    if other := sorted(key for key in info["unexpected_keys"] if "lm_head" not in key.split(".")):
+        raise ValueError(
+            f"“{name}” has {len(other)} weights that {type(model).__name__} does not use ({other[0]}, ...): its "
+            "reward would not be the one it was trained for."
+        )
+    if model.config.num_labels != 1:
+        raise ValueError(f"“{name}” is no reward model: it has {model.config.num_labels} labels; required is one.")
+    model.eval()
+    if not free and model.config.model_type == "grm":
+        return "grm", model, tokenizer, Encoder.from_config(tokenizer, model.config)
+    return "classifier", model, tokenizer, _encoder_of_a_classifier(name, model, tokenizer)
+
+
+def _check_code(name, source, revision):
+    """The revision of a model pins its own code only: of another repository's, transformers takes the latest."""
+    for file in ("config.json", "tokenizer_config.json"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(listed.source, **where)
-            model = AutoModelForSequenceClassification.from_pretrained(listed.source, **where).eval()
-        except Exception as error:  # of the network, the files, or the model's own code
+            path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            auto_map = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map") if path else None
+        except Exception as error:
             traceback.print_exc()
             raise ValueError(
-                f"The model “{name}” could not be loaded: the Hub cannot be reached, or its files are not what the "
-                f"list of this page says ({type(error).__name__}). Try again later, or choose another model."
+                f"The model “{name}” could not be loaded: its {file} cannot be read ({type(error).__name__}). Try "
+                "again later, or choose another model."
             ) from error
-        if model.config.model_type != "grm":
-            return listed.revision, "classifier", model, tokenizer, _encoder_of_a_classifier(name, model, tokenizer)
-        return listed.revision, "grm", model, tokenizer, Encoder.from_config(tokenizer, model.config)
+        if "--" in json.dumps(auto_map):
+            raise ValueError(
+                f"“{name}” takes its code from another repository (`--` in the `auto_map` of its {file}), which no "
+                "revision pins. Push the model with its code in its own repository."
+            )
 
 
-def _load_free(name):
-    """Any public reward model that transformers knows, without running code of its repository."""
+def _check_free(name):
+    """The id and commit of any public reward model that transformers knows, by what the Hub says before loading it."""
     if not FREE.fullmatch(name):
         raise ValueError(
             f"“{name[:100]}” is not on the list of this page and is no Hub id. An id is namespace/name, or "
@@ -175,7 +219,7 @@ def _load_free(name):
     if gated:
         raise ValueError(f"“{repo}” is gated: this page loads public models only.")
     weights = sum(size for path, size in sizes.items() if path.endswith(".safetensors"))
-    if "adapter_config.json" in sizes and "config.json" not in sizes:
+    if "adapter_config.json" in sizes:
         raise ValueError(f"“{repo}” is an adapter. Merge it into its base and push the model you get.")
     if "config.json" not in sizes or not weights:
         raise ValueError(f"“{repo}” is no model with safetensors weights: this page loads no other.")
@@ -198,30 +242,81 @@ def _load_free(name):
             f"“{repo}” is no reward model: found {architecture} with {config.num_labels} labels; required is a "
             "...ForSequenceClassification with one."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(repo, **where)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            repo, output_loading_info=True, use_safetensors=True, **where
+    parameters = apart(_count_parameters, config)
+    size = parameters * (config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2)
+    if size > MAX_GIGABYTES * 1e9 or parameters > weights:  # weights that no file holds take memory all the same
+        raise ValueError(
+            f"“{repo}” would have {parameters:,} parameters by its config.json, {size / 1e9:.1f} GB, and its files "
+            f"have {weights / 1e9:.1f} GB. This page takes {MAX_GIGABYTES} GB and files with at least a byte for each."
         )
-    except Exception as error:
-        traceback.print_exc()
-        raise ValueError(f"“{repo}” could not be loaded ({type(error).__name__}): its files do not fit.") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"“{repo}” lacks {len(missing)} weights ({missing[0]}, ...): its reward would be random.")
-    return sha, "classifier", model.eval(), tokenizer, _encoder_of_a_classifier(repo, model, tokenizer)
+    return repo, sha
+
+
+def _count_parameters(config) -> int:
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def apart(task, *arguments):
+    """
+    Runs a task on what a free id brings (a chat template is a program) in a forked process, which the system ends
+    after `APART_SECONDS` and keeps from taking much memory. Only its result comes back, as JSON.
+
+    Raises:
+        `ValueError`: the task's own, or with a sentence for any other end.
+    """
+    receive, send = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(APART_SECONDS)
+            _limit_memory()
+            try:
+                answer = True, task(*arguments)
+            except ValueError as error:
+                answer = False, str(error)
+            with open(send, "w", encoding="ascii") as pipe:
+                pipe.write(json.dumps(answer))
+        finally:
+            os._exit(0)
+    os.close(send)
+    with open(receive, encoding="ascii") as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    try:
+        fine, result = json.loads(said)
+    except ValueError:
+        raise ValueError(
+            f"The model's configuration, chat template or tokenizer failed, or took more than {APART_SECONDS} seconds "
+            f"or {APART_BYTES / 2**30:g} GB. Shorten the texts, or choose another model."
+        ) from None
+    if not fine:
+        raise ValueError(result)
+    return result
+
+
+def _limit_memory():
+    import resource  # not on Windows
+
+    now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + APART_BYTES,) * 2)
 
 
 def _encoder_of_a_classifier(name, model, tokenizer) -> Encoder:
-    """It stores no policies: those of grm_hf hold, and as many tokens as it has positions."""
+    """The policies are those that `grm export` stores, or grm_hf's; the limit is at most the model's positions."""
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         raise ValueError(
             f"“{name}” ({model.config.model_type}) has no head `score` on a decoder. This page reads rewards at the "
             "last token of causal models; an encoder wants its texts prepared in its own way."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
+    config = model.config
+    limit = min(getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS, MAX_TOKENS)
     try:
-        return Encoder(tokenizer, min(positions, MAX_TOKENS))
-    except ValueError as error:
+        encoder = Encoder.from_config(tokenizer, config) if hasattr(config, "bos_policy") else Encoder(tokenizer)
+        return replace(encoder, max_length=min(encoder.max_length or limit, limit))
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"“{name}” cannot be used: {error}") from error
 
 
@@ -286,8 +381,20 @@ def encode(
     return encoded
 
 
+def encode_all(loaded: Loaded, texts: list[tuple]) -> list[Encoded]:
+    """What `encode` makes of each prompt, answer and name."""
+    if loaded.free:
+        return [Encoded(**values) for values in apart(_encode_all, loaded, texts)]
+    return [encode(loaded, *text) for text in texts]
+
+
+def _encode_all(loaded, texts):
+    return [asdict(encode(loaded, *text)) for text in texts]
+
+
 def encode_both(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b: str) -> dict[str, Encoded]:
-    return {"A": encode(loaded, prompt, answer_a, "Answer A"), "B": encode(loaded, prompt, answer_b, "Answer B")}
+    texts = [(prompt, answer_a, "Answer A"), (prompt, answer_b, "Answer B")]
+    return dict(zip("AB", encode_all(loaded, texts), strict=True))
 
 
 def device() -> str:
@@ -546,7 +653,7 @@ def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperatu
     check_temperature(temperature)
     if not 2 <= len(answers) <= MAX_ANSWERS:
         raise ValueError(f"There are {len(answers)} answers; 2 to {MAX_ANSWERS} are required.")
-    encoded = [encode(loaded, prompt, text, f"Answer {number}") for number, text in enumerate(answers, 1)]
+    encoded = encode_all(loaded, [(prompt, text, f"Answer {number}") for number, text in enumerate(answers, 1)])
     rewards = [reward_of(loaded, text) for text in encoded]
     order = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))
     scale = temperature * loaded.temperature
@@ -561,4 +668,5 @@ def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperatu
         "tokens": [len(text.ids) for text in encoded],
         "cut": [text.cut for text in encoded],
         "temperature": temperature,
+        "model_temperature": loaded.temperature,
     }

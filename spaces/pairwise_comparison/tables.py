@@ -55,8 +55,8 @@ def check_messages(messages, name: str) -> list[dict]:
 def read_answers(text: str | None) -> list[str]:
     """Answers divided by lines of three or more dashes; without any, one a line."""
     text = text or ""
-    parts = re.split(r"^-{3,}[ \t]*$", text, flags=re.MULTILINE) if re.search(r"^-{3,}[ \t]*$", text, re.M) else None
-    answers = [part.strip() for part in (text.splitlines() if parts is None else parts)]
+    parts = re.split(r"^-{3,}[ \t\r]*$", text, flags=re.MULTILINE)
+    answers = [part.strip() for part in (parts if len(parts) > 1 else text.split("\n"))]
     return [answer for answer in answers if answer]
 
 
@@ -83,7 +83,7 @@ def read_pairs(text: str | None, upload: bytes | None) -> tuple[list[dict], str]
 
 
 def _csv_rows(text):
-    header_line = text.splitlines()[0]
+    header_line = text.split("\n")[0].strip()
     delimiter = max(",;\t", key=header_line.count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows = []
@@ -94,6 +94,9 @@ def _csv_rows(text):
                 raise ValueError(
                     f"The first line must name the columns, with one called “{name}”. It is: {header_line[:200]}"
                 )
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise ValueError(f"The first line names the column “{twice[0][:40]}” more than once.")
+        _check_names(header, "The first line")
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
@@ -110,9 +113,19 @@ def _csv_rows(text):
     return rows
 
 
+def _check_names(names, where):
+    """All names of `SCORES` are those of a table from here, which is scored anew; some of them are another's."""
+    taken = [name for name in SCORES if name in names]
+    if taken and len(taken) < len(SCORES):
+        raise ValueError(
+            f"{where} has {', '.join(f'“{name}”' for name in taken)}, which this page writes itself: another name is "
+            "required."
+        )
+
+
 def _json_rows(text):
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"Line {number}"
@@ -122,6 +135,7 @@ def _json_rows(text):
             raise ValueError(f"{where} is no JSON: {error}. Each line is one pair.") from None
         if not isinstance(row, dict) or not row.get("chosen") or not row.get("rejected"):
             raise ValueError(f"{where} needs “prompt”, “chosen” and “rejected”.")
+        _check_names(row, where)
         whole = isinstance(row["chosen"], list) and isinstance(row["rejected"], list) and not row.get("prompt")
         for name in ("chosen", "rejected") if whole else ("prompt", "chosen", "rejected"):
             if isinstance(row.get(name), list):
@@ -147,7 +161,7 @@ def write_pairs(rows: list[dict], scores: list[dict], form: str) -> str:
     if form == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged)
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(merged[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(merged[0]), lineterminator="\r\n")  # as RFC 4180; either sign is quoted in cells
     writer.writeheader()
     writer.writerows(merged)
     return out.getvalue()
