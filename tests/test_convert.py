@@ -595,3 +595,9 @@ def test_command(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
     shutil.rmtree(source)
     assert main(["convert", str(source), str(tmp_path / "x")]) == 1
+
+
+def test_a_source_that_is_not_there_is_called_that(tmp_path):
+    with pytest.raises(ValueError, match="There is no folder '.*absent', and a Hub id is NAMESPACE/NAME"):
+        convert(tmp_path / "absent", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import multimodal, pad, score, texts, tiny_grm
+from test_model import assert_same, multimodal, pad, score, texts, tiny_grm
 from tiny import byte_tokenizer, tiny_lm
 from transformers import (
     AutoConfig,
@@ -499,7 +499,7 @@ def test_adapter_folder_loads_with_its_head(auto, head_type, tmp_path):
     wanted = score(adapted, IDS, MASK)
     loaded = auto.from_pretrained(tmp_path / "adapter")
     assert type(loaded) is GRMForSequenceClassification and not any(m.training for m in loaded.modules())
-    assert torch.equal(score(loaded, IDS, MASK), wanted)
+    assert_same(score(loaded, IDS, MASK), wanted)
     assert (score(load(tmp_path / "grm"), IDS, MASK) - wanted).abs().min() > 1e-4
     merged = adapted.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
@@ -582,7 +582,7 @@ def test_adapter_of_a_bfloat16_model(tmp_path):
     adapted = lora(load(tmp_path / "grm"), tmp_path / "adapter", None, target_modules=["c_attn"], fan_in_fan_out=True)
     loaded = load(tmp_path / "adapter")
     assert loaded.dtype == torch.bfloat16 and {p.dtype for p in loaded.score.parameters()} == {torch.float32}
-    assert torch.equal(score(loaded, IDS, MASK), score(adapted, IDS, MASK))
+    assert_same(score(loaded, IDS, MASK), score(adapted, IDS, MASK))
 
 
 def test_folder_with_a_model_and_an_adapter_is_refused(tmp_path):

@@ -82,6 +82,7 @@ def expected(lm, model, rows):
 
 
 def assert_same(found, wanted, tolerance=FLOAT32):
+    """To rounding: matrix products of some processors depend on where in memory a weight lies."""
     scale = wanted.abs().clamp(min=1)
     assert ((found.double() - wanted.double()).abs() <= tolerance * scale).all(), (found, wanted)
 
@@ -136,7 +137,8 @@ def test_saved_and_loaded_is_the_same_model(family, head_type, tmp_path):
     ids, mask = pad(texts(), left=True)
     with torch.no_grad():
         ours, theirs = (m(ids, attention_mask=mask, return_lm_logits=True) for m in (loaded, model))
-    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.lm_logits, theirs.lm_logits)
+    assert_same(ours.logits, theirs.logits)
+    assert_same(ours.lm_logits, theirs.lm_logits)
     for config in (loaded.config, model.config):  # what loading itself writes: the path, the dtype it chose
         config._name_or_path, config.text_config.dtype = "", None
     assert loaded.config.to_dict() == model.config.to_dict()
@@ -349,7 +351,7 @@ def test_head_stays_float32_under_a_bfloat16_body(head_type, tmp_path):
         assert {p.dtype for p in ours.score.parameters()} == {torch.float32}
     assert {p.dtype for p in upcast.parameters()} == {torch.float32}
     ids, mask = pad(texts(), left=True)
-    assert torch.equal(score(loaded, ids, mask), score(model, ids, mask))
+    assert_same(score(loaded, ids, mask), score(model, ids, mask))
     with torch.no_grad():
         hidden = model.model(ids, attention_mask=mask).last_hidden_state[:, -1]
     # Right to float32's precision, which bfloat16 anywhere in the head would not be.
@@ -372,7 +374,7 @@ def test_head_computes_in_float32_whatever_the_user_does(head_type, how, tmp_pat
     ids, mask = pad(texts(), left=False)
     model.save_pretrained(tmp_path)
     loaded = GRMForSequenceClassification.from_pretrained(tmp_path)
-    assert torch.equal(score(loaded, ids, mask), score(model, ids, mask))
+    assert_same(score(loaded, ids, mask), score(model, ids, mask))
 
 
 def test_float64_stays_float64():
@@ -524,7 +526,8 @@ def test_train_and_eval_and_dropout(tmp_path):
     model.save_pretrained(tmp_path)
     loaded, ids = GRMForSequenceClassification.from_pretrained(tmp_path), texts()[0][None]
     assert not any(module.training for module in loaded.modules())
-    assert torch.equal(score(loaded, ids), score(loaded, ids)) and torch.equal(score(loaded, ids), score(model, ids))
+    assert torch.equal(score(loaded, ids), score(loaded, ids))
+    assert_same(score(loaded, ids), score(model, ids))
     loaded.train()
     assert not torch.equal(score(loaded, ids), score(loaded, ids))
     loaded.lm.eval()
@@ -533,7 +536,7 @@ def test_train_and_eval_and_dropout(tmp_path):
     for module in loaded.modules():  # what TRL's `disable_dropout` does
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    assert torch.equal(score(loaded, ids), score(model, ids))
+    assert_same(score(loaded, ids), score(model, ids))
 
 
 def test_generating_changes_no_score():
@@ -571,7 +574,8 @@ def test_new_tokens_in_the_vocabulary(family, tmp_path):
     new = torch.tensor([[5, 119, 103]])
     with torch.no_grad():
         ours, theirs = loaded(new, return_lm_logits=True), model(new, return_lm_logits=True)
-    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.lm_logits, theirs.lm_logits)
+    assert_same(ours.logits, theirs.logits)
+    assert_same(ours.lm_logits, theirs.lm_logits)
 
 
 @pytest.mark.parametrize("head_type", HEADS)
@@ -625,11 +629,11 @@ def test_device_map(device_map, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="40kB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = GRMForSequenceClassification.from_pretrained(tmp_path, device_map=device_map)
-    assert torch.equal(score(loaded, ids), score(model, ids))
+    assert_same(score(loaded, ids), score(model, ids))
     model.lm.save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
     made = GRMForSequenceClassification.from_base(tmp_path / "base", head_hidden_size=16, device_map=device_map)
-    assert torch.equal(score(made, ids), score(model, ids))
+    assert_same(score(made, ids), score(model, ids))
 
 
 def test_device_map_with_layers_on_disk(tmp_path):
@@ -642,7 +646,7 @@ def test_device_map_with_layers_on_disk(tmp_path):
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )
     ids, mask = pad(rows, left=True)  # the hooks must not hide that the decoder takes position ids
-    assert torch.equal(score(loaded, ids, mask), score(model, ids, mask))
+    assert_same(score(loaded, ids, mask), score(model, ids, mask))
 
 
 def test_quantisers_leave_both_heads_alone():
@@ -712,8 +716,9 @@ def test_text_classification_pipeline_returns_the_raw_reward(head_type, tmp_path
         for options in ({}, dict(batch_size=3), dict(batch_size=2, function_to_apply="none")):
             found = pipe(inputs, **options)
             assert {row["label"] for row in found} == {"REWARD"}
-            assert_same(torch.tensor([row["score"] for row in found]), wanted)
-    assert_same(torch.tensor([pipe("bad answer")[0]["score"]]), wanted[2:])
+            # A head that is 30 times as steep in each layer makes more of the rounding before it.
+            assert_same(torch.tensor([row["score"] for row in found]), wanted, 10 * FLOAT32)
+    assert_same(torch.tensor([pipe("bad answer")[0]["score"]]), wanted[2:], 10 * FLOAT32)
 
 
 # ---------------------------------------------------------------------------------- PPO reads by itself: same number

@@ -577,6 +577,11 @@ def test_golden_rows_of_given_texts_and_without_a_template(tmp_path):
         save_golden(model, tokenizer, tmp_path, ["a"])
 
 
+def test_a_folder_that_is_not_there_is_called_that(tmp_path):
+    with pytest.raises(ValueError, match=r"^There is no folder '.*absent'\.$"):
+        verify(tmp_path / "absent")
+
+
 def test_golden_rows_leave_the_model_as_it_was(tmp_path):
     model = grm().train()
     before = state(model)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -189,7 +190,10 @@ def _local(source: str, revision: str | None) -> Path:
     if os.path.isdir(source):
         return Path(source)
     safe = [*TEXTS, *PICKLES]
-    folder = Path(snapshot_download(source, revision=revision, allow_patterns=safe))
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=safe))
+    except HFValidationError as error:
+        raise ValueError(f"There is no folder '{source}', and a Hub id is NAMESPACE/NAME.") from error
     if pickles := [name for twin, name in PICKLES.items() if not _files(folder, twin)]:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*safe, *pickles]))
     return folder

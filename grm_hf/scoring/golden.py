@@ -4,6 +4,7 @@ loads the folder can ask, on any machine and with any versions, whether the numb
 
 import json
 import math
+import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ def verify(path: str | Path, **load_kwargs) -> str:
         `ValueError`: there are no golden rows.
     """
     path = str(path)
+    if os.path.isabs(path) and not os.path.isdir(path):
+        raise ValueError(f"There is no folder '{path}'.")
     hub = {key: load_kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in load_kwargs}
     try:
         file = cached_file(path, FILE, **hub)
