@@ -24,20 +24,24 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationMixin,
 )
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file
+from transformers.utils import can_return_tuple, find_adapter_config_file
 
 from .configuration_grm import TRANSFORMERS_4, GRMConfig
 from .heads_grm import build_head
 
 
+# transformers 5.24 calls the cache `cache`; before, it was `past_key_values`. Asked of the class, not of a version.
+CACHE = "cache" if "cache" in SequenceClassifierOutputWithPast.__dataclass_fields__ else "past_key_values"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
-class GRMOutput(ModelOutput):
+class GRMOutput(SequenceClassifierOutputWithPast):
     """
-    Output of [`GRMForSequenceClassification`].
+    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under the
+    name this transformers has for it, `hidden_states`, `attentions`), and two fields of the language-model head.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
@@ -48,17 +52,10 @@ class GRMOutput(ModelOutput):
             Next-token scores of the language-model head, with `return_lm_logits=True`.
         lm_output (`Any`, *optional*):
             What `lm_fn` returned.
-        past_key_values, hidden_states, attentions:
-            As the decoder returns them.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     lm_logits: torch.FloatTensor | None = None
     lm_output: object | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
 
 
 def last_token_positions(attention_mask):
@@ -402,7 +399,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             logits=rewards,
             lm_logits=lm_logits,
             lm_output=None if lm_fn is None else lm_fn(hidden, self),
-            past_key_values=getattr(out, "past_key_values", None),
+            **{CACHE: out.get(CACHE)},
             hidden_states=out.hidden_states if output_hidden_states else None,
             attentions=getattr(out, "attentions", None),
         )
