@@ -4,7 +4,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo lab test lint bench clean
+.PHONY: demo lab test lint bench copies clean
 
 demo: .venv/demo.done
 	OMP_NUM_THREADS=2 .venv/bin/grm demo
@@ -58,6 +58,10 @@ bench: .venv/dev.done
 	.venv-rewardbench/bin/python -m pip install --quiet --no-deps --upgrade \
 		--target .venv-rewardbench/transformers-4 transformers==4.57.6 tokenizers==0.22.2
 	touch $@
+
+# A Space is pushed as it is, so what it shares with the package lies in its folder too. The table is spaces/copies.txt.
+copies:
+	while read -r source copy; do cp "$$source" "$$copy"; done < spaces/copies.txt
 
 clean:
 	rm -rf .venv .venv-ppo .venv-rewardbench runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,9 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from .configuration_grm import GRMConfig
 from .modeling_grm import GRMForSequenceClassification
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register(GRMConfig.model_type, GRMConfig, exist_ok=True)
 for _auto_class in (AutoModel, AutoModelForSequenceClassification):
@@ -41,7 +40,7 @@ _LAZY = {
     "GRMScorer": "scoring",
 }
 
-__all__ = ["GRMConfig", "GRMForSequenceClassification", *_LAZY]
+__all__ = ["GRMConfig", "GRMForSequenceClassification", "__version__", *_LAZY]
 
 
 def __getattr__(name):

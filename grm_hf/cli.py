@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import __version__
+from .version import __version__
 
 
 FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -435,7 +435,7 @@ def _verify(args):
 
 
 def _merge(args):
-    from .training import merge_adapter
+    from .hub.merge import merge_adapter
 
     merge_adapter(args.adapter, args.output)
     print(f"merged model: {args.output}")

@@ -1,33 +1,24 @@
 """A batch of preference pairs as padded rows, as one packed row, or as one row of trees in which every common prefix
-stands once; and the attention that the last two need.
+stands once; and which of these a model can run exactly.
 
 `shared_prefix` is the padded computation without its repetitions: a token's hidden state depends on its position and
 on the tokens before it, so sequences that begin alike share the states of what they share. Each token is computed
-once, at the position it has in its own sequence; a branch attends to its prefix and to itself.
-
-What a branch attends to is said by an explicit table, never inferred from position ids. It travels in the place of
-the attention mask, as a `(1, 1, segments, 4)` integer tensor: transformers hands a mask of four dimensions to the
-attention function as it is, and any attention function but ours refuses integers.
+once, at the position it has in its own sequence; a branch attends to its prefix and to itself (`grm_hf.attention`).
 """
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface
 
+from .attention import ATTENTION, layout_attention, segment_attention
 from .modeling_grm import GRMForSequenceClassification
 
 
 LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
-ATTENTION = "grm_segments"
 MIN_SHARED = 8  # tokens: below that, a branch's mask and copied keys cost more than what it saves
 
 
@@ -65,7 +56,7 @@ def plant(sequences: Sequence[Sequence[int]], share: bool = True) -> Forest:
     segment = -1
     for i in order:
         ids = sequences[i]
-        shared = _common_prefix(before, ids) if share else 0
+        shared = common_prefix(before, ids) if share else 0
         if shared < MIN_SHARED and shared < len(ids):
             shared, segment = 0, -1
         start, own = len(forest.ids), len(ids) - shared
@@ -79,7 +70,7 @@ def plant(sequences: Sequence[Sequence[int]], share: bool = True) -> Forest:
     return forest
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -212,248 +203,6 @@ def model_kwargs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "segments" in batch:
         kwargs["attention_mask"] = batch["segments"][None, None]
     return kwargs
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
-
-
-class _Plan:
-    """The table of segments as the attention function uses it, made once for all layers."""
-
-    def __init__(self, table: list[list[int]]):
-        self.starts = [start for start, *_ in table]
-        self.lengths = [length for _, length, *_ in table]
-        self.prefixes: list[list[tuple[int, int]]] = []  # of each segment: (segment, how many of its first tokens)
-        for _, _, parent, shared in table:
-            runs = [*self.prefixes[parent], (parent, self.lengths[parent])] if shared else []
-            ends = itertools.accumulate((n for _, n in runs), initial=0)
-            cut = [(s, min(n, shared - end)) for (s, n), end in zip(runs, ends, strict=False)]
-            self.prefixes.append([(s, n) for s, n in cut if n > 0])
-        self.masks: dict[tuple, torch.Tensor] = {}
-        self.varlen: tuple | None = None
-
-    def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """`(queries, keys)`, 0 or -inf: the last query sees all keys, each one before it a key less at the end; with
-        `window`, only so many keys back."""
-        key = (queries, keys, window, like.dtype, like.device)
-        if key not in self.masks:
-            at = torch.arange(keys - queries, keys, device=like.device)[:, None]
-            to = torch.arange(keys, device=like.device)
-            seen = to <= at if window is None else (to <= at) & (to > at - window)
-            self.masks[key] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
-        return self.masks[key]
-
-    def ragged(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """For ragged batches: places of each segment's keys, ends of queries and of keys, longest of each."""
-        if self.varlen is None:
-            runs = [
-                [*((self.starts[s], n) for s, n in prefix), (start, length)]
-                for prefix, start, length in zip(self.prefixes, self.starts, self.lengths, strict=True)
-            ]
-            keys = [sum(n for _, n in run) for run in runs]
-            places = [place for run in runs for start, n in run for place in range(start, start + n)]
-            ends = [[0, *itertools.accumulate(lengths)] for lengths in (self.lengths, keys)]
-            cu_q, cu_k = (torch.tensor(e, dtype=torch.int32, device=device) for e in ends)
-            self.varlen = torch.tensor(places, device=device), cu_q, cu_k, max(self.lengths), max(keys)
-        return self.varlen
-
-
-_plans = WeakTensorKeyDictionary()  # one for all layers of a forward, and for those that the backward runs again
-
-
-def _plan_of(attention_mask: torch.Tensor | None) -> _Plan:
-    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.is_floating_point():
-        raise ValueError(
-            f"The attention {ATTENTION!r} serves packed and shared-prefix batches only, and this one has no table of "
-            "segments. Make it by `PairCollator(layout='packed' or 'shared_prefix')` and pass it by `model_kwargs`."
-        )
-    if attention_mask not in _plans:
-        _plans[attention_mask] = _Plan(attention_mask[0, 0].tolist())
-    return _plans[attention_mask]
-
-
-# What decoders hand down that does not change the attention. Anything else might (sinks, biases, chosen blocks).
-HARMLESS = {
-    "cache_position",
-    "num_items_in_batch",
-    "output_rows",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "past_key_values",
-    "position_embeddings",
-    "position_ids",
-    "return_dict",
-    "use_cache",
-}
-
-
-def segment_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Attention function for transformers' `AttentionInterface`: each segment of the row attends to its prefix and to
-    itself, causally. `attention_mask` holds the table of segments; `query` is `(1, heads, tokens, head_dim)`."""
-    plan = _plan_of(attention_mask)
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
-    if unknown or is_causal is False or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{type(module).__name__} asks for attention that packed and shared-prefix layouts do not have "
-            f"(arguments {unknown}, is_causal={is_causal}, queries {tuple(query.shape)}, keys {tuple(key.shape)}). "
-            "Use layout='padded'."
-        )
-    assert sum(plan.lengths) == query.shape[2], (plan.lengths, query.shape)
-    if (flash := _flash_kernel(query, value, dropout, softcap)) is not None:
-        return flash(query, key, value, plan.ragged(query.device), scaling, dropout, sliding_window, softcap), None
-
-    queries, keys, values = (x.split(plan.lengths, 2) for x in (query, key, value))
-    outputs = []
-    for i, prefix in enumerate(plan.prefixes):
-        q, k, v = queries[i], keys[i], values[i]
-        if prefix:
-            k, v = (torch.cat([*(x[s][:, :, :n] for s, n in prefix), x[i]], 2) for x in (keys, values))
-        window = sliding_window if sliding_window is not None and k.shape[2] > sliding_window else None
-        if softcap is not None:
-            out = _softcapped(q, k, v, plan.mask(q.shape[2], k.shape[2], window, q), scaling, dropout, softcap)
-        else:
-            whole = not prefix and window is None
-            mask = None if whole else plan.mask(q.shape[2], k.shape[2], window, q)
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=whole, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, 1), None
-
-
-def _softcapped(q, k, v, mask, scaling, dropout, softcap):
-    """Gemma 2: scores go through `softcap * tanh(scores / softcap)`, which no kernel of torch does on CPU."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.matmul(q, k.transpose(2, 3)) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap + mask
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
-
-
-def _flash_kernel(query, value, dropout, softcap) -> Callable | None:
-    """A kernel on ragged batches, where there is one: flash-attn's, or the one that torch brings along."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if query.shape[-1] > 256 or query.shape[-1] != value.shape[-1]:
-        return None
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return None
-    try:
-        from flash_attn import flash_attn_varlen_func
-
-        return lambda *args: _flash_attn(flash_attn_varlen_func, *args)
-    except ImportError:
-        pass
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return None if dropout or softcap is not None else lambda *args: _torch_varlen(varlen_attn, *args)
-
-
-def _rows(query, key, value, places):
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return query, key.index_select(0, places), value.index_select(0, places)
-
-
-def _flash_attn(kernel, query, key, value, ragged, scaling, dropout, window, softcap):
-    places, *ends = ragged
-    window = (-1 if window is None else window - 1, 0)
-    return kernel(
-        *_rows(query, key, value, places),
-        *ends,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=window,
-        softcap=softcap or 0.0,
-    )[None]
-
-
-def _torch_varlen(kernel, query, key, value, ragged, scaling, dropout, window, softcap):
-    places, *ends = ragged
-    window = (-1 if window is None else window - 1, 0)
-    grouped = query.shape[1] != key.shape[1]
-    return kernel(*_rows(query, key, value, places), *ends, scale=scaling, window_size=window, enable_gqa=grouped)[
-        None
-    ]
-
-
-AttentionInterface.register(ATTENTION, segment_attention)
-
-
-@contextmanager
-def layout_attention(model: nn.Module, layout: str, implementation: str = ATTENTION) -> Iterator[None]:
-    """
-    Within it, `model` runs batches of `layout`. Keep the backward inside as well: gradient checkpointing runs layers
-    again there. Outside, the model has the attention it was loaded with, so nothing of this is ever saved.
-
-    Args:
-        model (`nn.Module`):
-            The model, as it is or wrapped (PEFT, DDP, FSDP).
-        layout (`str`):
-            What [`resolve_layout`] returned. Nothing happens for `"padded"`.
-    """
-    configs = [getattr(module, "config", None) for module in model.modules()] if layout != "padded" else []
-    before = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PreTrainedConfig)}
-    if layout == "padded" or any(name == implementation for _, name in before.values()):  # or within it already
-        yield
-        return
-    hooks = _finish_read_rows_only(model)
-    try:
-        for config, _ in before.values():
-            config._attn_implementation = implementation
-        yield
-    finally:
-        for config, name in before.values():
-            config._attn_implementation = name
-        for hook in hooks:
-            hook.remove()
-
-
-def _finish_read_rows_only(model: nn.Module) -> list:
-    """The last layer must make keys and values of every token, but queries and all that follows them only where its
-    output is read (`output_rows`). Hooks on those parts of the layer, which work on each token by itself, see to that;
-    layers with other names for them are left whole."""
-    decoder = next(m for m in model.modules() if isinstance(m, GRMForSequenceClassification)).model
-    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    last = next(m for m in stacks if len(m) == decoder.config.num_hidden_layers)[-1]
-    rows: list[torch.Tensor | None] = [None]
-    lengths: dict[nn.Module, int] = {}
-
-    def remember(_, args, kwargs):
-        rows[0] = kwargs.get("output_rows")
-
-    def gather(module, args):
-        if rows[0] is None or not args or args[0].dim() != 3:
-            return None
-        lengths[module] = args[0].shape[1]
-        return args[0].index_select(1, rows[0]), *args[1:]
-
-    def scatter(module, _, output):
-        if module not in lengths:
-            return None
-        whole = output.new_zeros(1, lengths.pop(module), output.shape[-1])
-        return whole.index_copy(1, rows[0], output)
-
-    hooks = [last.register_forward_pre_hook(remember, with_kwargs=True)]
-    for name, module in last.named_modules():
-        if name in ("mlp", "self_attn.q_proj", "self_attn.o_proj"):
-            hooks += [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
-    return hooks
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness

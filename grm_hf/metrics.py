@@ -446,7 +446,7 @@ def compare_models(
     }
 
 
-def _t_central_probability(angle: float, df: int) -> float:
+def t_central_probability(angle: float, df: int) -> float:
     """`P(|T| <= sqrt(df) * tan(angle))` for Student's t: for whole `df` a finite series in the angle."""
     odd, cosine = df % 2, math.cos(angle)
     term, total = cosine**odd, 0.0
@@ -482,7 +482,7 @@ def seed_interval(values: Any, level: float = 0.95) -> dict[str, float]:
     low_angle, high_angle = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low_angle + high_angle) / 2
-        if _t_central_probability(middle, n - 1) < level:
+        if t_central_probability(middle, n - 1) < level:
             low_angle = middle
         else:
             high_angle = middle

@@ -40,8 +40,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 @dataclass
 class GRMOutput(SequenceClassifierOutputWithPast):
     """
-    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under the
-    name this transformers has for it, `hidden_states`, `attentions`), and two fields of the language-model head.
+    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under
+    the name this transformers has for it, `hidden_states`, `attentions`), and two fields of the LM head.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*):

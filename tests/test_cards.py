@@ -182,7 +182,7 @@ def test_writing_a_card_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     """The same bits with cards at every step and without any."""
     one = run(tmp_path / "one")
     one.train()
-    monkeypatch.setattr("grm_hf.training.trainer.card.card_of_run", lambda *args: "")
+    monkeypatch.setattr("grm_hf.training.run_card.card_of_run", lambda *args: "")
     other = run(tmp_path / "other")
     other.train()
     assert "Printed when" in (tmp_path / "one" / "README.md").read_text()

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
 from grm_hf.hub import convert
+from grm_hf.hub.folders import new_folder
 from grm_hf.pairs import Encoder
 from grm_hf.scoring import verify
 
@@ -529,13 +530,13 @@ def test_where_the_output_may_be(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to("empty")
-    with MODULE.new_folder(tmp_path / "link") as out:
+    with new_folder(tmp_path / "link") as out:
         (out / "file").touch()
     assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "empty") == ["file"]
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(ValueError, match=r"'\.' is the working directory"), MODULE.new_folder("."):
+    with pytest.raises(ValueError, match=r"'\.' is the working directory"), new_folder("."):
         raise AssertionError("before the work")
-    with MODULE.new_folder("new") as out:
+    with new_folder("new") as out:
         (out / "file").touch()
     assert os.listdir("new") == ["file"] and sorted(os.listdir(tmp_path)) == ["empty", "here", "link"]
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grm_hf.demo import world as module
-from grm_hf.demo.base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
-from grm_hf.demo.world import EVASIONS, KIND, LONG, PLAIN_OPENERS, RUDE, TOPICS, World, words
+from grm_hf.lab import world as module
+from grm_hf.lab.base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
+from grm_hf.lab.world import EVASIONS, KIND, LONG, PLAIN_OPENERS, RUDE, TOPICS, World, words
 
 
 WORLD = World(seed=0)

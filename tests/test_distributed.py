@@ -111,7 +111,8 @@ FSDP = """
     from torch.distributed.fsdp import fully_shard
 
     from grm_hf import losses
-    from grm_hf.layouts import PairCollator, layout_attention, model_kwargs
+    from grm_hf.attention import layout_attention
+    from grm_hf.layouts import PairCollator, model_kwargs
     from grm_hf.logprobs import sequence_logps
 
     dist.init_process_group("gloo")

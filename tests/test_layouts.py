@@ -13,8 +13,9 @@ from tiny import tiny_lm
 from torch.utils.flop_counter import FlopCounterMode
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from grm_hf import GRMForSequenceClassification, layouts
-from grm_hf.layouts import PairCollator, layout_attention, model_kwargs, plant, resolve_layout
+from grm_hf import GRMForSequenceClassification, attention, layouts
+from grm_hf.attention import layout_attention
+from grm_hf.layouts import PairCollator, model_kwargs, plant, resolve_layout
 from grm_hf.logprobs import sequence_logps
 from grm_hf.losses import pair_loss, text_loss
 
@@ -413,12 +414,12 @@ def test_an_attention_that_does_more_falls_back(monkeypatch):
 
 def test_a_wrong_attention_is_found_out(monkeypatch):
     """The trial run is not a formality."""
-    right = layouts._Plan.mask
+    right = attention._Plan.mask
 
     def everything(self, queries, keys, window, like):
         return torch.zeros_like(right(self, queries, keys, window, like))
 
-    monkeypatch.setattr(layouts._Plan, "mask", everything)
+    monkeypatch.setattr(attention._Plan, "mask", everything)
     messages = []
     assert resolve_layout("shared_prefix", grm(), messages.append) == "padded"
     assert "hidden states differed" in messages[0]
@@ -440,12 +441,12 @@ def test_nothing_of_it_is_saved(tmp_path):
     model = grm()
     with layout_attention(model, "shared_prefix"):
         model.save_pretrained(tmp_path)
-    assert layouts.ATTENTION not in (tmp_path / "config.json").read_text()
+    assert attention.ATTENTION not in (tmp_path / "config.json").read_text()
     assert "grm_segments" not in json.dumps(model.config.to_dict())
     with pytest.raises(ZeroDivisionError), layout_attention(model, "shared_prefix"):
         with layout_attention(model, "shared_prefix"):  # the trainer's forward, within its step
             model(**model_kwargs(PairCollator(0, "shared_prefix")(some_pairs())))
-        assert model.config._attn_implementation == layouts.ATTENTION
+        assert model.config._attn_implementation == attention.ATTENTION
         raise ZeroDivisionError
     assert model.config._attn_implementation == model.lm.config._attn_implementation == "sdpa"
 
@@ -461,7 +462,7 @@ def test_ragged_form_is_the_same_attention(window):
     count = batch["input_ids"].shape[1]
     query, key, value = (torch.randn(1, heads, count, 8) for heads in (4, 2, 2))
     mask = batch["segments"][None, None]
-    right, _ = layouts.segment_attention(torch.nn.Module(), query, key, value, mask, sliding_window=window)
+    right, _ = attention.segment_attention(torch.nn.Module(), query, key, value, mask, sliding_window=window)
 
     def kernel(q, k, v, ends_q, ends_k, longest_q, longest_k, softmax_scale, causal, window_size, **_):
         assert causal and longest_q == ends_q.diff().max() and longest_k == ends_k.diff().max()
@@ -476,8 +477,8 @@ def test_ragged_form_is_the_same_attention(window):
                     out[i, head] = scores.softmax(0) @ v[first : at + 1, head // 2]
         return out
 
-    ragged = layouts._plan_of(mask).ragged(query.device)
-    found = layouts._flash_attn(kernel, query, key, value, ragged, None, 0.0, window, None)
+    ragged = attention._plan_of(mask).ragged(query.device)
+    found = attention._flash_attn(kernel, query, key, value, ragged, None, 0.0, window, None)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 

@@ -642,42 +642,6 @@ def test_no_other_line_of_a_shipped_file_looks_like_a_relative_import(name):
     assert sorted(a or b for a, b in looks_like) == sorted(real)
 
 
-# Design: imports go one way, from the left to the right.
-LAYERS = (
-    {"__init__", "cli", "__main__"},
-    {"training", "scoring", "rewards", "evaluation", "hub", "demo", "lab"},
-    {"pairs", "layouts", "losses", "logprobs", "metrics"},
-    {"modeling_grm"},
-    {"heads_grm", "configuration_grm"},
-)
-
-
-def test_imports_go_one_way():
-    layer = {name: i for i, names in enumerate(LAYERS) for name in names}
-    seen = set()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        room = parts[0]
-        assert room in layer, f"{room} has no place in the order of imports"
-        seen.add(room)
-        for level, module in imports(path):
-            if level:
-                package = ["grm_hf", *parts[:-1]][: len(parts) + 1 - level]
-                module = ".".join([*package, module] if module else package)
-            names = module.split(".")
-            if names[0] == "trl":
-                policies = path == PACKAGE / "lab" / "policies.py"
-                assert policies or room in {"training", "rewards", "cli"}, f"{path} imports trl"
-            if names[0] in {"gradio", "evaluate"}:
-                raise AssertionError(f"{path} imports {names[0]}")
-            if names[0] != "grm_hf" or names[1:2] == [room]:
-                continue
-            target = names[1] if len(names) > 1 else "__init__"
-            if target in layer and target != "__init__":
-                assert target != "cli" and layer[target] >= layer[room], f"{path} imports {module}"
-    assert {"__init__", *SHIPPED} <= seen
-
-
 def test_public_names_import_and_heavy_ones_come_late():
     code = (
         "import sys, grm_hf\n"

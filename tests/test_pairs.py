@@ -16,7 +16,8 @@ from tiny import BARE, CHATML, bare_tokenizer, byte_tokenizer, chatml_tokenizer,
 from transformers import ByT5Tokenizer
 
 from grm_hf import GRMConfig
-from grm_hf.pairs import Counts, Encoded, Encoder, OverlengthError, _message, prepare_pairs
+from grm_hf.encoding import _message
+from grm_hf.pairs import Counts, Encoded, Encoder, OverlengthError, prepare_pairs
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

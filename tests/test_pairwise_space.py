@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from grm_hf import GRMForSequenceClassification, GRMScorer, metrics, pairs
+from grm_hf import GRMForSequenceClassification, GRMScorer, metrics
 from grm_hf.hub import export
 
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "spaces" / "pairwise_comparison"
-NAMES = ("app", "drawing", "metrics", "pairs", "reward_models", "tables")
+NAMES = ("app", "drawing", "encoding", "metrics", "reward_models", "tables")
 PROMPT, A, B = "What is 2 + 2?", "It is 4.", "Maybe 5, or not?"
 EVIL = "<img src=x onerror=alert(1)>"
 BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
@@ -75,18 +75,11 @@ def close(expected):
 # ---------------------------------------------------------------------------------------------------------- the folder
 
 
-def test_the_copies_are_the_librarys_files():
-    for module in (metrics, pairs):
-        name = Path(module.__file__).name
-        copy = SPACE / name
-        assert copy.read_bytes() == Path(module.__file__).read_bytes(), f"cp grm_hf/{name} {copy.relative_to(ROOT)}"
-
-
 def test_the_folder_is_self_contained():
     files = {path.stem for path in SPACE.glob("*.py")}
     assert files == set(NAMES)
     others = {"gradio", "huggingface_hub", "jinja2", "numpy", "spaces", "torch", "transformers"}
-    type_checking = {"datasets", ".configuration_grm"}  # of pairs.py; `datasets` also in a function not used here
+    type_checking = {".configuration_grm"}  # of encoding.py
     for name in files:
         imported = set()
         for node in ast.walk(ast.parse((SPACE / f"{name}.py").read_text(encoding="utf-8"))):
@@ -94,7 +87,7 @@ def test_the_folder_is_self_contained():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add("." * node.level + (node.module or "").split(".")[0])
-        allowed = others | files | (type_checking if name == "pairs" else set())
+        allowed = others | files | (type_checking if name == "encoding" else set())
         assert imported - set(sys.stdlib_module_names) <= allowed, name
 
 

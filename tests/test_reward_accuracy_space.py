@@ -30,12 +30,6 @@ RNG = np.random.default_rng(0)
 CHOSEN, REJECTED = RNG.normal(0.5, 1, 40), RNG.normal(0, 1, 40)
 
 
-def test_the_mathematics_is_the_librarys():
-    assert (SPACE / "metrics.py").read_bytes() == Path(metrics.__file__).read_bytes(), (
-        "cp grm_hf/metrics.py spaces/reward_accuracy/metrics.py"
-    )
-
-
 def test_the_folder_is_self_contained():
     files = {path.stem for path in SPACE.glob("*.py")}
     assert files == {"app", "metrics", "reward_accuracy", "tests"}

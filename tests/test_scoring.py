@@ -16,8 +16,8 @@ import torch
 from tiny import FAMILIES, chatml_tokenizer, tiny_lm
 
 from grm_hf import GRMForSequenceClassification
+from grm_hf.attention import ATTENTION
 from grm_hf.cli import main
-from grm_hf.layouts import ATTENTION
 from grm_hf.pairs import Encoder, prepare_pairs
 from grm_hf.scoring import GoldenError, GRMScorer, golden, save_golden, verify
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
-from .base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
-from .world import World
+from ..devices import quiet
+from ..lab.base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
+from ..lab.world import World
 
 
 BASELINE = "Bradley-Terry"
@@ -116,7 +116,7 @@ def run(output_dir: str | Path = "runs/demo", seeds: int = 5, quick: bool = Fals
         jobs = [(method, seed, folder, size, output / "model") for seed in range(seeds) for method in METHODS]
         workers = min(4, os.cpu_count() or 1, len(jobs))
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used threads may hang
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_quiet) as pool:
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=quiet) as pool:
             futures = [pool.submit(train_one, *job) for job in jobs]
             try:
                 for future in tqdm(as_completed(futures), "training", total=len(jobs), unit="run"):
@@ -161,18 +161,6 @@ def _pretrain(folder: str, size: Size) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _quiet() -> None:
-    """What a worker process sets before its first run."""
-    import datasets
-    import transformers
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> dict:
     """Trains one reward model on the base in a folder and measures it; saves it to `save_to` if it is the one to keep.
 
@@ -182,9 +170,9 @@ def train_one(method: str, seed: int, base: str, size: Size, save_to: Path) -> d
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, set_seed
 
-    from .. import GRMForSequenceClassification
-    from ..hub.card import facts_of_run
+    from ..modeling_grm import GRMForSequenceClassification
     from ..training import GRMRewardConfig, GRMRewardTrainer
+    from ..training.run_card import facts_of_run
 
     assert size.steps % size.evaluations == 0, (size.steps, size.evaluations)  # the last evaluation is the result
     world = World(WORLD_SEED)

@@ -1,8 +1,9 @@
 """What goes to the Hub: complete models (`publish.py`) and their cards (`card.py`); and other layouts, in
 (`convert.py`) and out (`export.py`)."""
 
+from ..native import load_export
 from .convert import Converted, convert
-from .export import Exported, export, load_export
+from .export import Exported, export
 from .publish import push_folder, push_model
 
 

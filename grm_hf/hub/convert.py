@@ -9,11 +9,8 @@ import json
 import os
 import pickle
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -23,13 +20,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
-from transformers.utils.hub import has_file
 
 from ..configuration_grm import BOS_POLICIES, GRMConfig
 from ..modeling_grm import GRMForSequenceClassification
+from ..native import POLICIES
 from ..scoring.golden import save_golden
+from .folders import new_folder
+from .tokenizer import load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -41,12 +40,9 @@ PICKLES = {  # downloaded only where their twins are not
     "adapter_model.safetensors": "adapter_model.bin",
 }
 WEIGHTS = (*PICKLES, *PICKLES.values())
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json")
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 # What a source's configuration says of its reward head and of its code; ours says it elsewhere.
 FOREIGN = re.compile(r"auto_map|architectures|vhead_.*|summary_dropout_prob|num_labels|id2label|label2id|problem_type")
-# Set by `grm export`, so that a model that comes back scores as it did.
-POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
 
 
 @dataclass(frozen=True)
@@ -163,25 +159,6 @@ def convert(
     return Converted(model, layout, lm_head)
 
 
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` at the end, or nothing: no half of one is ever left there."""
-    path = Path(output).resolve()  # a link to an empty folder stays one
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"'{output}' exists and is not an empty folder. Choose another one; nothing is overwritten.")
-    if path == Path.cwd():
-        raise ValueError(f"'{output}' is the working directory, which cannot be replaced. Name a new folder in it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's is for its owner alone
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 # --------------------------------------------------------------------------------------------------------------- files
 
 
@@ -282,18 +259,6 @@ def _head(folder: Path, source: str, adapter: bool):
     if shapes[-1][0] != 1:
         raise ValueError(f"The reward head of '{source}' gives {shapes[-1][0]} numbers; a reward model gives one.")
     return layers, "mlp" if len(layers) > 1 else "linear", set(found)
-
-
-def load_tokenizer(place, **hub):
-    """The tokenizer of a folder or Hub id, without code of its own; `None` if there is none."""
-    try:
-        # transformers 5.0 makes an empty one where there are no files.
-        if not any(has_file(place, name, **hub) for name in TOKENIZERS):
-            return None
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
-        logger.warning(f"The tokenizer of '{place}' cannot be loaded: {error}")
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------ language model

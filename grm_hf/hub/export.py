@@ -13,29 +13,26 @@ import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    Qwen2Config,
     __version__,
 )
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_grm import as_in_transformers_4
-from ..modeling_grm import GRMForSequenceClassification, last_token_positions
-from ..pairs import Encoder
+from ..encoding import Encoder
+from ..modeling_grm import GRMForSequenceClassification
+from ..native import POLICIES, Qwen2ForRewardModel, as_qwen2_config, load_export
 from ..scoring.golden import CHATS, FILE, GoldenError, save_golden, tolerance
 from ..scoring.scorer import GRMScorer
-from .convert import POLICIES, load_tokenizer, new_folder
+from .folders import new_folder
+from .tokenizer import load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -63,26 +60,6 @@ class Exported:
 
     architecture: str
     difference: float
-
-
-class Qwen2ForRewardModel(Qwen2PreTrainedModel):
-    """The layout of that name in vLLM and SGLang, which transformers lacks: a Qwen2 decoder, and `score` of Linear,
-    ReLU and Linear, all but the last as wide as the decoder. Here it is read at the last token of the mask."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = Qwen2Model(config)
-        width = config.hidden_size
-        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-        self.post_init()
-
-    def forward(self, input_ids, attention_mask=None, use_cache=None):
-        """`(batch_size, sequence_length)` to `.logits` of shape `(batch_size, 1)`."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return SequenceClassifierOutputWithPast(logits=self.score(hidden[rows, last_token_positions(attention_mask)]))
 
 
 def export(source: str | Path, output: str | Path, *, revision: str | None = None) -> Exported:
@@ -135,21 +112,6 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         text = _card(Path(output).name, config, tokenizer, out, served, temperature, difference)
         (out / "README.md").write_text(text, encoding="utf-8")
     return Exported(config.architectures[0], difference)
-
-
-def load_export(folder: str | Path, **kwargs):
-    """An exported model, loaded without remote code; refuses one with weights missing. `.logits` is `(B, 1)`."""
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
-    loader: Any = AutoModelForSequenceClassification
-    if config.architectures == [Qwen2ForRewardModel.__name__]:
-        config, loader = _as_qwen2(config), Qwen2ForRewardModel
-    kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
-    model, info = loader.from_pretrained(folder, **kwargs)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
-    if wrong:
-        raise ValueError(f"'{folder}' does not fit its config.json: {wrong[:5]}. Export the model again.")
-    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -236,21 +198,9 @@ def _require_qwen2(ours, text):
         raise ValueError(f"Qwen2 is not known to rotate as this body does, by {rope}; exact are {ROPES}.")
 
 
-def _as_qwen2(config):
-    """The configuration with which transformers' Qwen2 computes the body: what the engines read of it, and no more."""
-    if config.model_type == "qwen2":
-        return config
-    same = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
-        *("pad_token_id", "bos_token_id", "eos_token_id", "dtype", *POLICIES),
-    )
-    return Qwen2Config(**{name: copy.deepcopy(getattr(config, name)) for name in same}, use_sliding_window=False)
-
-
 def _reward_model(model, config):
     with torch.device("meta"):
-        native = Qwen2ForRewardModel(_as_qwen2(config))
+        native = Qwen2ForRewardModel(as_qwen2_config(config))
     state = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
     for name, part in native.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and name not in state:
@@ -367,7 +317,7 @@ def _check(folder: Path, probe: list[int]) -> float:
         )
     scorer = GRMScorer(native, tokenizer, deterministic=True)
     for number, row in enumerate(rows):
-        if (ids := list(scorer._encode(row["chat"]).ids)) != row["ids"]:
+        if (ids := list(scorer.encode(row["chat"]).ids)) != row["ids"]:
             raise GoldenError(f"golden row {number} of the export has other token ids.\n{ids}\n{row['ids']}")
     batches = [[row] for row in rows] + ([rows] if tokenizer.pad_token_id is not None else [])
     worst = 0.0

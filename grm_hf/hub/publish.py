@@ -227,7 +227,7 @@ def _link(source, target):
 
 
 def _merge(folder, out, config):
-    from ..training.merge import merge_adapter  # needs peft, which a model of its own does not
+    from .merge import merge_adapter  # needs peft, which a model of its own does not
 
     with torch.random.fork_rng(devices=[]):  # building the adapter draws numbers that a running training would miss
         merge_adapter(str(folder), str(out))

@@ -1,10 +1,18 @@
-"""The files of a tokenizer, in words that transformers 4 understands too (rewardbench has no other)."""
+"""The tokenizer of a folder or repository, and its files in words that transformers 4 understands too (rewardbench has
+no other)."""
 
 import json
 from pathlib import Path
 
+from transformers import AutoTokenizer
+from transformers.utils import logging
+from transformers.utils.hub import has_file
+
+
+logger = logging.get_logger(__name__)
 
 FILE = "tokenizer_config.json"
+TOKENIZERS = (FILE, "tokenizer.json")
 
 
 def spell_for_transformers_4(folder: str | Path) -> None:
@@ -30,3 +38,15 @@ def spell_for_transformers_4(folder: str | Path) -> None:
         new = path.with_name(f"{FILE}.new")
         new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(path)
+
+
+def load_tokenizer(place, **hub):
+    """The tokenizer of a folder or Hub id, without code of its own; `None` if there is none."""
+    try:
+        # transformers 5.0 makes an empty one where there are no files.
+        if not any(has_file(place, name, **hub) for name in TOKENIZERS):
+            return None
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
+    except (OSError, ValueError) as error:
+        logger.warning(f"The tokenizer of '{place}' cannot be loaded: {error}")
+        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..metrics import _t_central_probability, best_of_n_kl, seed_interval
+from ..metrics import best_of_n_kl, seed_interval, t_central_probability
 from .policies import ALGORITHMS, PPO_NEEDS, policy_name
 from .proxies import BASELINE, LABELS, METHODS, NAMES, proxy_name
 from .setting import SET_NAMES, Settings, read_unit, unit_file, within
@@ -152,7 +152,7 @@ def difference(ours: list[float], theirs: list[float], sign: int) -> dict:
     verdict = SAME
     if found["low"] > 0 or found["high"] < 0:
         verdict = "better" if found["mean"] * sign > 0 else "worse"
-    p = 1 - _t_central_probability(math.atan(t / math.sqrt(df)), df)
+    p = 1 - t_central_probability(math.atan(t / math.sqrt(df)), df)
     return {"difference": found["mean"], "low": found["low"], "high": found["high"], "p": p, "verdict": verdict}
 
 

@@ -170,7 +170,7 @@ def _ppo(folder, output, settings, policy, tokenizer, reward, value_folder, seed
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from .. import GRMForSequenceClassification
+    from ..modeling_grm import GRMForSequenceClassification
     from ..rewards import ppo_reward_model
 
     prompts, _ = prompts_of(settings)

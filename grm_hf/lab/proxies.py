@@ -63,7 +63,7 @@ def train_proxy(output: Path, settings: Settings, labels: str, size: int, method
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, set_seed
 
-    from .. import GRMForSequenceClassification
+    from ..modeling_grm import GRMForSequenceClassification
     from ..rewards.adapters import PolicyScorer
     from ..training import GRMRewardConfig, GRMRewardTrainer
 

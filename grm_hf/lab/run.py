@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..demo.run import _quiet
+from ..devices import quiet
 from . import policies, proxies, setting
 from .setting import OWN_MODEL_NEEDS, Settings
 
@@ -198,7 +198,7 @@ def finish(unit: Unit, output: Path, settings: Settings) -> None:
 
 def _silent() -> None:
     """What a worker process does first. The bar belongs to the run, and errors are raised where they are awaited."""
-    _quiet()
+    quiet()
     sys.stdout = sys.stderr = open(os.devnull, "w")
     policies.preload()
     gc.collect()

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ..demo.base_model import build_model, build_tokenizer, pretrain
-from ..demo.world import World
+from ..devices import own_device
 from ..rewards import grm_reward_func
-from ..scoring.scorer import own_device
+from .base_model import build_model, build_tokenizer, pretrain
+from .world import World
 
 
 WORLD = World(0)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ..devices import own_device
+from ..encoding import Encoded, OverlengthError
 from ..modeling_grm import GRMForSequenceClassification
-from ..pairs import Encoded, OverlengthError
 from ..scoring import GRMScorer
-from ..scoring.scorer import own_device
 from .selftest import check_scorer
 from .transforms import Transform
 
@@ -64,7 +64,7 @@ class PolicyScorer(GRMScorer):
         self.opening, self._chat_end = "", []
         if self.tokenizer.chat_template:
             user = [{"role": "user", "content": "a"}]
-            render = self.encoder._render
+            render = self.encoder.render
             with_opening, without = (render(user, None, {}, add_generation_prompt=on) for on in (True, False))
             if with_opening.startswith(without):
                 self.opening = with_opening.removeprefix(without).strip()
@@ -73,11 +73,11 @@ class PolicyScorer(GRMScorer):
             same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
             self._chat_end = one[len(one) - same :]
 
-    def _encode(self, chat) -> Encoded:
+    def encode(self, chat) -> Encoded:
         if isinstance(chat, Rendered):
             return self.encoder.fit(self._ended(chat.ids), 0)
         if not isinstance(chat, Rollout):
-            return super()._encode(chat)
+            return super().encode(chat)
         try:
             return self.encoder.encode(chat.prompt, chat.completion, chat.tools, **chat.template_kwargs)
         except OverlengthError:
@@ -88,10 +88,10 @@ class PolicyScorer(GRMScorer):
         encoder, prompt = self.encoder, chat.prompt
         if isinstance(prompt, str):
             text = f"{prompt}{chat.completion}{self.tokenizer.eos_token}"
-            return encoder.fit(*encoder._tokenize(text, len(prompt), special_tokens=True))
+            return encoder.fit(*encoder.tokenize(text, len(prompt), special_tokens=True))
         blank = chat.completion if isinstance(chat.completion, str) else _content(chat.completion[-1])
         messages = [*prompt, {"role": "assistant", "content": blank}]
-        return encoder.fit(*encoder._encode_messages(messages, chat.tools, chat.template_kwargs))
+        return encoder.fit(*encoder.encode_messages(messages, chat.tools, chat.template_kwargs))
 
     def _is_blank(self, completion) -> bool:
         """Whether an answer holds no text: nothing, white space, or nothing but special tokens."""

@@ -5,7 +5,6 @@ loads the folder can ask, on any machine and with any versions, whether the numb
 import json
 import math
 import os
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from .. import __version__
+from ..devices import is_whole, own_device
+from ..encoding import OverlengthError
 from ..modeling_grm import GRMForSequenceClassification
-from ..pairs import OverlengthError
-from .scorer import GRMScorer, is_whole, own_device
+from ..native import load_export
+from ..version import __version__
+from .scorer import GRMScorer
 
 
 FILE = "golden_rows.json"
@@ -85,7 +85,7 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
     rows = []
     for number, chat in enumerate(chats):
         try:
-            rows.append({"chat": chat, "ids": list(scorer._encode(chat).ids)})
+            rows.append({"chat": chat, "ids": list(scorer.encode(chat).ids)})
         except OverlengthError as error:
             if given:
                 raise ValueError(f"chat {number}: {error}") from error
@@ -142,7 +142,7 @@ def verify(path: str | Path, **load_kwargs) -> str:
         given["attn_implementation"] = saved["attn_implementation"]
     load: Any = GRMForSequenceClassification.from_pretrained
     if "exported_as" in content:
-        from ..hub.export import load_export as load
+        load = load_export
     model = load(path, **{**given, **load_kwargs})
     if not hasattr(model, "hf_device_map"):
         model.to(own_device())
@@ -154,7 +154,7 @@ def verify(path: str | Path, **load_kwargs) -> str:
     for number, row in enumerate(content["rows"]):
         ids, expected = row["ids"], row["score"]
         try:
-            tokens = _compare(ids, list(scorer._encode(row["chat"]).ids))
+            tokens = _compare(ids, list(scorer.encode(row["chat"]).ids))
         except ValueError as error:
             tokens = f"cannot be encoded: {error}"
         # Of the stored ids: a change of the tokenizer is not taken for one of the weights.
@@ -185,7 +185,7 @@ def _compare(stored: list[int], now: list[int]) -> str:
 
 
 def _rewards(scorer: GRMScorer, ids: list[list[int]]) -> list[float]:
-    return scorer._rewards([array("i", row) for row in ids], tqdm(disable=True))
+    return scorer.rewards_of_ids(ids)
 
 
 def _dtype(model) -> str:

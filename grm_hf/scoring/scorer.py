@@ -7,21 +7,20 @@ tokens (`grm_hf.layouts`). A score does not depend on this beyond rounding; with
 """
 
 import math
-import os
 from array import array
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import groupby, islice, pairwise
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..layouts import MIN_SHARED, _common_prefix, layout_attention, model_kwargs, plant, resolve_layout
+from ..attention import layout_attention
+from ..devices import evaluating, is_whole, own_device
+from ..encoding import Encoded, Encoder
+from ..layouts import MIN_SHARED, common_prefix, model_kwargs, plant, resolve_layout
 from ..modeling_grm import GRMForSequenceClassification
-from ..pairs import Encoded, Encoder
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class GRMScorer:
     def stream(self, chats: Iterable, window: int | None = 1024) -> Iterator[Score]:
         """As [`~GRMScorer.score`], with details and for any number of chats: `window` of them for each process are
         read and computed at a time, and share what they have in common."""
-        named = ((f"chat {number}", self._encode, chat) for number, chat in enumerate(chats))
+        named = ((f"chat {number}", self.encode, chat) for number, chat in enumerate(chats))
         return self._stream(named, window, len(chats) if isinstance(chats, Sized) else None)
 
     def score_pairs(self, rows: Iterable[dict]) -> list[tuple[float, float]]:
@@ -194,7 +193,8 @@ class GRMScorer:
 
     # ---------------------------------------------------------------------------------------------------------- tokens
 
-    def _encode(self, chat) -> Encoded:
+    def encode(self, chat) -> Encoded:
+        """The token ids of a chat, as [`~GRMScorer.score`] reads it."""
         if isinstance(chat, dict) and isinstance(chat.get("prompt"), str) and self.tokenizer.chat_template:
             chat = {**chat, "prompt": [{"role": "user", "content": chat["prompt"]}]}
         return self.encoder.encode_chat(chat)
@@ -225,11 +225,12 @@ class GRMScorer:
                         raise ValueError(f"{name}: {error}") from error
                     texts.append(array("i", encoded.ids))  # an eighth of what a list takes
                     truncated.append(encoded.truncated)
-                results = zip(self._rewards(texts, bar), texts, truncated, strict=True)
+                results = zip(self.rewards_of_ids(texts, bar), texts, truncated, strict=True)
                 yield from (Score(reward, len(ids), cut) for reward, ids, cut in results)
 
-    def _rewards(self, texts: list[array], bar) -> list[float]:
-        """Rewards of token sequences, in the order given. Equal ones are computed once."""
+    def rewards_of_ids(self, ids: Sequence[Sequence[int]], bar=None) -> list[float]:
+        """Rewards of token sequences, in the order given. Equal ones are computed once. `bar` is told of each text."""
+        texts = [row if isinstance(row, array) else array("i", row) for row in ids]
         order = sorted(range(len(texts)), key=texts.__getitem__)
         groups = [list(group) for _, group in groupby(order, key=texts.__getitem__)]
         distinct = [texts[group[0]] for group in groups]
@@ -245,7 +246,8 @@ class GRMScorer:
                     found = self.model(**model_kwargs(batch), use_cache=False).logits.squeeze(-1).tolist()
                     for i, reward in zip(members, found, strict=True):
                         rewards[i] = reward
-                bar.update(sum(len(groups[i]) for i in members))
+                if bar is not None:
+                    bar.update(sum(len(groups[i]) for i in members))
         if ranks > 1:  # every rank has zeros for what others computed
             whole = torch.tensor(rewards, dtype=torch.float64, device=self.accelerator.device)
             rewards = self.accelerator.reduce(whole, "sum").tolist()
@@ -270,7 +272,7 @@ class GRMScorer:
         new = [len(text) for text in texts]  # tokens that a text adds to a row behind its predecessor
         if self.layout == "shared_prefix":
             for i, pair in enumerate(pairwise(texts), 1):
-                shared = _common_prefix(*pair)
+                shared = common_prefix(*pair)
                 new[i] -= shared if shared >= MIN_SHARED else 0
         budget = min(self.max_tokens_per_batch, -(-sum(new) // ranks))  # a row for each process
         room = -1
@@ -299,33 +301,3 @@ class GRMScorer:
             "read_index": read,
             "output_rows": read.unique(),
         }
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within it; outside, every module has the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def is_whole(model: nn.Module) -> bool:
-    """Whether this process can run `model` alone: no part of it is with other processes (FSDP, ZeRO-3, tensor
-    parallelism), where a forward waits until all of them run one."""
-    split = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    return not split and not any(
-        parameter.numel() == 0 or parameter.is_meta or hasattr(parameter, "device_mesh")
-        for parameter in model.parameters()
-    )
-
-
-def own_device() -> torch.device:
-    """The accelerator of this process among those of its machine, or the CPU."""
-    kind = torch.accelerator.current_accelerator()
-    if kind is None or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())

@@ -5,8 +5,8 @@ try:
 except ImportError as error:
     raise ImportError("Training needs TRL: pip install 'grm-hf[train]'.") from error
 
+from ..hub.merge import merge_adapter
 from .config import GRMRewardConfig
-from .merge import merge_adapter
 from .trainer import GRMRewardTrainer
 
 

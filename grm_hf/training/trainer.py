@@ -25,15 +25,17 @@ from transformers.utils.hub import PushInProgress
 from trl import RewardTrainer
 
 from .. import losses
+from ..attention import layout_attention
 from ..configuration_grm import GRMConfig
+from ..encoding import Encoder
 from ..hub import card, publish
 from ..hub.tokenizer import spell_for_transformers_4
-from ..layouts import PairCollator, layout_attention, model_kwargs, resolve_layout
+from ..layouts import PairCollator, model_kwargs, resolve_layout
 from ..logprobs import sequence_logps
 from ..modeling_grm import GRMForSequenceClassification
-from ..pairs import Encoder, prepare_pairs
+from ..pairs import prepare_pairs
 from ..scoring import golden
-from . import reference
+from . import reference, run_card
 from .config import GRMRewardConfig
 
 
@@ -183,10 +185,10 @@ class GRMRewardTrainer(RewardTrainer):
                 "per_device_train_batch_size with gradient_accumulation_steps."
             )
         if args.pair_loss is not None:
-            self._pair_loss = args.pair_loss
+            self.pair_loss = args.pair_loss
         else:
-            self._pair_loss = "margin" if "margin" in (self._columns(self.train_dataset) or ()) else "bt"
-        if self._pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
+            self.pair_loss = "margin" if "margin" in (self._columns(self.train_dataset) or ()) else "bt"
+        if self.pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
             logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
         # Sums of what a log line averages, and what they are sums over: exact whatever the sizes of the batches.
         self._sums = {"train": {}, "eval": {}}
@@ -296,7 +298,7 @@ class GRMRewardTrainer(RewardTrainer):
         outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
-        pair = losses.pair_loss(chosen, rejected, margin, self._pair_loss, args.label_smoothing)
+        pair = losses.pair_loss(chosen, rejected, margin, self.pair_loss, args.label_smoothing)
         loss = pair.mean()
         if args.center_rewards_coefficient is not None:
             centering = losses.centering(chosen, rejected)
@@ -485,12 +487,12 @@ class GRMRewardTrainer(RewardTrainer):
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = self.hub_model_id or model_name or folder.name
-        text = card.card_of_run(self, name, dataset_name, [tags] if isinstance(tags, str) else tags)
+        text = run_card.card_of_run(self, name, dataset_name, [tags] if isinstance(tags, str) else tags)
         path = folder / "README.md"
         if path.is_file():
             text = card.merge_cards(path.read_text(encoding="utf-8"), text)
         path.write_text(text, encoding="utf-8")
-        results = card.eval_results(self, dataset_name)
+        results = run_card.eval_results(self, dataset_name)
         if results is not None:
             (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
             (folder / EVAL_RESULTS).write_text(results, encoding="utf-8")

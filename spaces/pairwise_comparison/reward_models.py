@@ -3,9 +3,9 @@
 Models of the list are pinned to a revision and may bring their own code. Any other id is loaded without running code,
 without the page's own token, and only if it is a one-label `...ForSequenceClassification` of bounded size.
 
-`pairs.py` is grm_hf's own: it renders and tokenises by the policies that the model's configuration stores, so a reward
-is the number that the library gives. A decoder is causal: the head on the hidden state of token t gives the reward of
-the text that ends there, and one forward pass gives the reward after each token.
+`encoding.py` is grm_hf's own: it renders and tokenises by the policies that the model's configuration stores, so a
+reward is the number that the library gives. A decoder is causal: the head on the hidden state of token t gives the
+reward of the text that ends there, and one forward pass gives the reward after each token.
 """
 
 import json
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encoding import Encoded, Encoder
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from pairs import Encoded, Encoder
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
 

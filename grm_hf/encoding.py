@@ -1,6 +1,5 @@
-"""A preference example as tokens. One `Encoder` renders and tokenises for training, evaluation, scoring and serving,
-so that a text has one sequence of ids everywhere; `prepare_pairs` runs it over a dataset of preference pairs, refuses
-bad rows by index, and counts what was cut or dropped.
+"""A prompt and a response as token ids. One `Encoder` renders and tokenises for training, evaluation, scoring and
+serving, so that a text has one sequence of ids everywhere.
 
 A sequence is `(BOS) prompt + response + terminator`. The reward is read at the terminator: the end of turn that the
 chat template writes, or EOS where it writes none. `start` is the index of the first response token: the text loss
@@ -8,32 +7,22 @@ covers `ids[start:]`, which is the assistant's final turn and its terminator.
 """
 
 import json
-import math
 import os.path
-import re
 import warnings
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
     from .configuration_grm import GRMConfig
 
 
 # A private-use character: no response contains it, so two renderings that differ by it part exactly there.
 _PROBE = "\uf8ff"
-# The unfinished word at the end of a text. In scripts written without spaces a character counts as a word.
-_WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+$")
-_KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED = range(4)
 
 
 class OverlengthError(ValueError):
@@ -101,7 +90,7 @@ class Encoder:
             raise ValueError(f"`overlength` is {self.overlength!r}; it must be 'truncate_left', 'drop' or 'error'.")
         if self.bos not in ("single", "double"):
             raise ValueError(f"`bos` is {self.bos!r}; it must be 'single' or 'double'.")
-        if self.max_length is not None and (not _is_int(self.max_length) or self.max_length < 2):
+        if self.max_length is not None and (not is_int(self.max_length) or self.max_length < 2):
             raise ValueError(
                 f"`max_length` is {self.max_length!r}; it must be a whole number of at least 2 (a token and its "
                 "terminator), or None for no limit."
@@ -159,9 +148,9 @@ class Encoder:
             if not response.strip():
                 raise ValueError("the response has no text. Remove the row, or give the response.")
             text, eos = prompt + response, str(self.tokenizer.eos_token)
-            ids, start = self._tokenize(text if text.endswith(eos) else text + eos, len(prompt), special_tokens=True)
+            ids, start = self.tokenize(text if text.endswith(eos) else text + eos, len(prompt), special_tokens=True)
         else:
-            ids, start = self._encode_messages(_conversation(prompt, response), _tools(tools), template_kwargs)
+            ids, start = self.encode_messages(_conversation(prompt, response), _tools(tools), template_kwargs)
         # Templates may write a line break or two behind the terminator: a handful of blank tokens is no response.
         words = list(islice((index for index in ids[start:] if index not in self._special_ids), 8))
         if len(words) < 8 and not str(self.tokenizer.decode(words)).strip():
@@ -181,7 +170,7 @@ class Encoder:
         """
         if isinstance(chat, dict):
             tools = tools or chat.get("tools")
-            template_kwargs = {**_template_kwargs(chat), **template_kwargs}
+            template_kwargs = {**template_kwargs_of(chat), **template_kwargs}
             response = chat.get("response", chat.get("completion"))
             if chat.get("messages") is not None:
                 chat = chat["messages"]
@@ -208,10 +197,10 @@ class Encoder:
         head, cut = min(self._leading_bos(ids), self.max_length - 1), len(ids) - self.max_length
         return Encoded(ids[:head] + ids[head + cut :], max(start - cut, head), cut, response_cut=head + cut > start)
 
-    def _encode_messages(
+    def encode_messages(
         self, messages: list[dict], tools: list | None, template_kwargs: dict
     ) -> tuple[list[int], int]:
-        render = partial(self._render, tools=tools, template_kwargs=template_kwargs)
+        render = partial(self.render, tools=tools, template_kwargs=template_kwargs)
         *prompt, final = messages
         text = render(messages)
         before = render(prompt, add_generation_prompt=True)
@@ -226,9 +215,9 @@ class Encoder:
         quoted = own.endswith(self._ends) and end.endswith(own)
         if quoted or not end.endswith(self._ends):
             text += str(self.tokenizer.eos_token)
-        return self._tokenize(text, len(before), special_tokens=self.bos == "double")
+        return self.tokenize(text, len(before), special_tokens=self.bos == "double")
 
-    def _render(
+    def render(
         self, messages: list[dict], tools: list | None, template_kwargs: dict, add_generation_prompt: bool = False
     ) -> str:
         from jinja2 import TemplateError
@@ -250,7 +239,7 @@ class Encoder:
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
-    def _tokenize(self, text: str, boundary: int, special_tokens: bool) -> tuple[list[int], int]:
+    def tokenize(self, text: str, boundary: int, special_tokens: bool) -> tuple[list[int], int]:
         """Token ids of a text, and the index of the first token that reaches beyond the character `boundary`."""
         tokenizer: Any = self.tokenizer
         call = partial(tokenizer, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
@@ -272,293 +261,13 @@ class Encoder:
         return next((i for i, index in enumerate(ids) if index != self.tokenizer.bos_token_id), len(ids))
 
 
-@dataclass
-class Counts:
-    """
-    What happened to the rows of a dataset. `str()` gives it as a sentence.
-
-    Attributes:
-        name (`str`): Name of the dataset.
-        rows (`int`): Rows seen.
-        dropped (`int`): Rows left out: too long, or the same on both sides once they were cut.
-        truncated (`int`): Rows kept of which at least one sequence was cut.
-        response_cut (`int`): Rows among those where the cut reached into a response.
-    """
-
-    name: str
-    rows: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    response_cut: int = 0
-
-    @property
-    def kept(self) -> int:
-        return self.rows - self.dropped
-
-    def add(self, outcome: int, rows: int = 1) -> None:
-        self.rows += rows
-        self.dropped += rows * (outcome == _DROPPED)
-        self.truncated += rows * (outcome in (_TRUNCATED, _RESPONSE_CUT))
-        self.response_cut += rows * (outcome == _RESPONSE_CUT)
-
-    def __str__(self) -> str:
-        inside = f" ({self.response_cut} of them inside the response)" if self.truncated else ""
-        return f"{self.name}: {self.rows} rows, {self.dropped} dropped, {self.truncated} truncated{inside}"
-
-
-def prepare_pairs(
-    dataset: "Dataset | IterableDataset",
-    encoder: Encoder,
-    name: str = "train",
-    num_proc: int | None = None,
-    starts_required: bool = True,
-) -> "tuple[Dataset | IterableDataset, Counts]":
-    """
-    Tokenises a dataset of preference pairs.
-
-    Takes every preference format of TRL: text or messages, the prompt in a column of its own or as the beginning of
-    both sides, with `tools` (list or JSON), `chat_template_kwargs` and `margin` (any finite number). Rows that are
-    already tokenised have `chosen_ids`, `rejected_ids` (with BOS and terminator), `chosen_start` and `rejected_start`.
-    All rows must be of one kind. Other columns are left out of the result.
-
-    Where two texts hold their prompt only as a common beginning, the response begins with the word (a character, in
-    scripts written without spaces) in which they first differ, and with the white space before it.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Preference pairs.
-        encoder ([`Encoder`]):
-            Tokenizer and policies.
-        name (`str`, *optional*, defaults to `"train"`):
-            What errors and counts call the dataset.
-        num_proc (`int`, *optional*):
-            Processes; only for a [`~datasets.Dataset`].
-        starts_required (`bool`, *optional*, defaults to `True`):
-            Whether rows that are already tokenised must say where their responses start. Pass `False` if there is no
-            text loss; then the whole sequence counts as response.
-
-    Returns:
-        The dataset with columns `chosen_ids`, `rejected_ids` (lists of ints), `chosen_start`, `rejected_start` (see
-        [`Encoded`]) and, where given, `margin`, and [`Counts`]. A streaming dataset is prepared while it is read: its
-        counts are those of the latest reading in this process, and a bad row raises when it is reached.
-
-    Raises:
-        `ValueError`: for a bad row, with its index, what was found and what to do; for a dataset without rows, or of
-            which every row was dropped.
-    """
-    import datasets
-
-    if getattr(dataset, "format", {}).get("type") != "custom":  # rows as Python objects, but by the user's transform
-        dataset = dataset.with_format(None)
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The {name} dataset has no rows.")
-    with _naming(name, 0):
-        kind = _kind(first)
-    prepare = partial(_prepare_row, encoder=encoder, name=name, kind=kind, starts_required=starts_required)
-
-    ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
-    columns = {"chosen_ids": ids, "rejected_ids": ids, "chosen_start": number, "rejected_start": number}
-    columns |= {column: datasets.Value("float64") for column in kind.numbers}
-    features = datasets.Features({**columns, "outcome": datasets.Value("int8")})
-    counts = Counts(name)
-
-    if isinstance(dataset, datasets.IterableDataset):
-        prepare(first, 0)  # a mistake in the settings or the columns shows now, not in the first step
-        stream = dataset.map(
-            partial(_prepare_and_count, prepare=prepare, counts=counts),
-            with_indices=True,
-            remove_columns=dataset.column_names or list(first),
-            features=features,
-        )
-        return stream.filter(_is_kept, input_columns="outcome").select_columns(list(columns)), counts
-
-    prepared = dataset.map(
-        prepare,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=features,
-        num_proc=num_proc,
-        desc=f"Tokenizing {name} dataset",
-    ).with_format(None)
-    outcomes = prepared["outcome"][:]
-    for outcome, rows in Counter(outcomes).items():
-        counts.add(outcome, rows)
-    if not counts.kept:
-        raise ValueError(
-            f"Every row of the {name} dataset ({counts.rows}) was dropped: none fits into max_length="
-            f"{encoder.max_length}. Raise `max_length`, or choose overlength='truncate_left'."
-        )
-    if counts.dropped:
-        prepared = prepared.select([i for i, outcome in enumerate(outcomes) if outcome != _DROPPED])
-    return prepared.remove_columns("outcome"), counts
-
-
-class _Kind(NamedTuple):
-    """What all rows of a dataset have in common."""
-
-    form: str  # "tokens", "text" or "messages"
-    prompt: bool  # in a column of its own
-    numbers: tuple[str, ...]  # columns of floats that are taken over
-
-    def __str__(self) -> str:
-        prompt = {"tokens": ""}.get(self.form, " with a prompt" if self.prompt else " without a prompt")
-        return f"{self.form}{prompt}, {' and '.join(self.numbers) or 'no margin'}"
-
-
-@contextmanager
-def _naming(name: str, index: int, side: str = "") -> Iterator[None]:
-    """Puts the dataset, the row and the field in front of a `ValueError` from inside."""
-    try:
-        yield
-    except ValueError as error:
-        where = f"{name} dataset, row {index}" + (f", `{side}`" if side else "")
-        raise (OverlengthError if isinstance(error, OverlengthError) else ValueError)(f"{where}: {error}") from error
-
-
-def _kind(row: dict) -> _Kind:
-    numbers = tuple(n for n in ("margin",) if row.get(n) is not None)
-    if "chosen_ids" in row and "rejected_ids" in row:
-        numbers += tuple(n for n in ("ref_chosen_logps", "ref_rejected_logps") if row.get(n) is not None)
-        return _Kind("tokens", False, numbers)
-    missing = [field for field in ("chosen", "rejected") if row.get(field) is None]
-    if missing:
-        raise ValueError(
-            f"no {' and no '.join(f'`{field}`' for field in missing)}; found {_found(row)}. A preference pair has "
-            "`chosen` and `rejected`, and `prompt` if these do not contain it: rename the columns, or remove the row."
-        )
-    prompt = row.get("prompt")
-    forms = {field: _form(field, row[field]) for field in ("chosen", "rejected")}
-    if prompt is not None:
-        forms["prompt"] = _form("prompt", prompt)
-    if forms["chosen"] == forms["rejected"] == "messages" and isinstance(prompt, str):
-        prompt = forms.pop("prompt") and None  # some datasets repeat the prompt as text beside whole conversations
-    if len(set(forms.values())) > 1:
-        raise ValueError(
-            f"text and messages are mixed: {', '.join(f'`{field}` is {form}' for field, form in forms.items())}. "
-            "Write all of them the same way."
-        )
-    return _Kind(forms["chosen"], prompt is not None, numbers)
-
-
-def _form(field: str, value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list):
-        return "messages"
-    raise ValueError(f"`{field}` is {_describe(value)}; it must be a string or a list of messages.")
-
-
-def _prepare_row(row: dict, index: int, *, encoder: Encoder, name: str, kind: _Kind, starts_required: bool) -> dict:
-    with _naming(name, index):
-        own = _kind(row)
-        if own != kind:
-            raise ValueError(
-                f"this row is {own}; row 0 is {kind}. All rows of a dataset must be of one kind: fill in what is "
-                "missing, or remove the column or the rows."
-            )
-        output: dict[str, Any] = {number: _finite(number, row[number]) for number in kind.numbers}
-        texts = row
-        if kind.form != "tokens":
-            if row["chosen"] == row["rejected"]:
-                raise ValueError("`chosen` and `rejected` are equal, so nothing is preferred. Remove the row.")
-            if kind.form == "text" and not kind.prompt:
-                texts = _split_texts(row["chosen"], row["rejected"])
-        prompt = row["prompt"] if kind.prompt else []
-        tools, template_kwargs = row.get("tools"), _template_kwargs(row)
-
-    encoded: dict[str, Encoded] = {}
-    for side in ("chosen", "rejected"):
-        with _naming(name, index, f"{side}_ids" if kind.form == "tokens" else side):
-            try:
-                if kind.form == "tokens":
-                    encoded[side] = encoder.fit(*_tokens(row, side, encoder.tokenizer, starts_required))
-                elif kind.form == "text":
-                    encoded[side] = encoder.encode(texts.get("prompt") or "", texts[side])
-                else:
-                    encoded[side] = encoder.encode(prompt, row[side], tools, **template_kwargs)
-            except OverlengthError:
-                if encoder.overlength != "drop":
-                    raise
-    if len(encoded) < 2:
-        empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
-        return {**empty, **output, "outcome": _DROPPED}
-
-    chosen, rejected = encoded["chosen"], encoded["rejected"]
-    cut = chosen.truncated or rejected.truncated
-    equal = chosen.ids == rejected.ids
-    with _naming(name, index):
-        if equal and not cut:
-            raise ValueError("the two responses are the same tokens, so nothing is preferred. Remove the row.")
-        if cut and "ref_chosen_logps" in output:
-            raise ValueError(
-                f"it has reference log-probabilities, which belong to the uncut text, and is longer than max_length="
-                f"{encoder.max_length}. Remove the columns `ref_chosen_logps` and `ref_rejected_logps`, or raise "
-                "`max_length`."
-            )
-    response_cut = chosen.response_cut or rejected.response_cut
-    outcome = _DROPPED if equal else _RESPONSE_CUT if response_cut else _TRUNCATED if cut else _KEPT
-    return {
-        "chosen_ids": chosen.ids,
-        "rejected_ids": rejected.ids,
-        "chosen_start": chosen.start,
-        "rejected_start": rejected.start,
-        **output,
-        "outcome": outcome,
-    }
-
-
-def _prepare_and_count(row: dict, index: int, *, prepare, counts: Counts) -> dict:
-    if index == 0:  # another reading begins
-        counts.rows = counts.dropped = counts.truncated = counts.response_cut = 0
-    prepared = prepare(row, index)
-    counts.add(prepared["outcome"])
-    return prepared
-
-
-def _is_kept(outcome: int) -> bool:
-    return outcome != _DROPPED
-
-
-def _tokens(row: dict, side: str, tokenizer: PreTrainedTokenizerBase, starts_required: bool) -> tuple[list[int], int]:
-    """Ids and start of a row that is already tokenised."""
-    vocabulary = len(tokenizer)
-    ids, start = row[f"{side}_ids"], row.get(f"{side}_start")
-    if not isinstance(ids, list) or not ids or not all(_is_int(i) and 0 <= i < vocabulary for i in ids):
-        raise ValueError(
-            f"found {_describe(ids)}; it must be a non-empty list of token ids from 0 to {vocabulary - 1}."
-        )
-    if start is None:
-        if starts_required:
-            raise ValueError(
-                f"there is no `{side}_start`, so the tokens that the text loss needs are unknown. Add the columns "
-                "`chosen_start` and `rejected_start` (index of the first response token), or give the texts instead."
-            )
-        start = 0
-    if not _is_int(start) or not 0 <= start < len(ids):
-        raise ValueError(f"`{side}_start` is {start!r}; it must be the index of one of the {len(ids)} tokens.")
-    return ids, start
-
-
-def _split_texts(chosen: str, rejected: str) -> dict[str, str]:
-    """The prompt that two different texts have in common, and what each has behind it."""
-    prompt = os.path.commonprefix([chosen, rejected])
-    rests = chosen[len(prompt) :], rejected[len(prompt) :]
-    if any(_WORD.match(rest[:1]) for rest in rests):
-        prompt = _WORD.sub("", prompt)
-    if not all(rest.strip() for rest in rests):  # one text is the beginning of the other
-        prompt = re.sub(r"\S+\s*$", "", prompt)
-    prompt = prompt.rstrip()
-    return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
-
-
 def _conversation(prompt: Any, response: Any) -> list[dict]:
     """Prompt and response as one checked list of messages; the last one is the response."""
     if isinstance(response, (str, dict)):
         response = [{"role": "assistant", "content": response} if isinstance(response, str) else response]
     if not isinstance(prompt, list) or not isinstance(response, list):
         raise ValueError(
-            f"the prompt is {_describe(prompt)} and the response is {_describe(response)}. Give two strings, or a list"
+            f"the prompt is {describe(prompt)} and the response is {describe(response)}. Give two strings, or a list"
             " of messages and then a string, a message or a list of messages."
         )
     if not response:
@@ -589,7 +298,7 @@ def _conversation(prompt: Any, response: Any) -> list[dict]:
 
 def _message(index: int, message: Any) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        found = _found(message) if isinstance(message, dict) else _describe(message)
+        found = keys_found(message) if isinstance(message, dict) else describe(message)
         raise ValueError(
             f'message {index} has no role: found {found}. A message is {{"role": ..., "content": ...}}; rename the '
             'keys of other conventions ("from", "value").'
@@ -601,7 +310,7 @@ def _message(index: int, message: Any) -> dict:
     texts = all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
     if not texts and not (content is None and message.get("tool_calls")):
         raise ValueError(
-            f"message {index} ({message['role']}) has content that is not text: found {_describe(content)}. Give a "
+            f"message {index} ({message['role']}) has content that is not text: found {describe(content)}. Give a "
             "string or a list of text parts."
         )
     return message
@@ -619,32 +328,26 @@ def _tools(tools: str | list | None) -> list | None:
         except json.JSONDecodeError as error:
             raise ValueError(f"`tools` is not JSON ({error}). Give a list of tools, or that list as JSON.") from None
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"`tools` is {_describe(tools)}. Give a list of tools, or that list as JSON.")
+        raise ValueError(f"`tools` is {describe(tools)}. Give a list of tools, or that list as JSON.")
     return tools or None  # with an empty list some templates announce tools all the same
 
 
-def _template_kwargs(row: dict) -> dict:
+def template_kwargs_of(row: dict) -> dict:
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
-        raise ValueError(f"`chat_template_kwargs` is {_describe(given)}; it must be a dictionary.")
+        raise ValueError(f"`chat_template_kwargs` is {describe(given)}; it must be a dictionary.")
     return {key: value for key, value in given.items() if value is not None}  # Arrow fills in other rows' keys
 
 
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"`{name}` is {value!r}; it must be a finite number. Correct it, or remove the row.")
-    return float(value)
-
-
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _found(row: dict) -> str:
+def keys_found(row: dict) -> str:
     return ", ".join(f"`{key}`" if value is not None else f"`{key}` (null)" for key, value in row.items()) or "nothing"
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if value is None or value == []:
         return "empty"
     text = repr(value)

@@ -1,0 +1,66 @@
+"""Exported reward models as transformers loads them: the native sequence classifiers, and `Qwen2ForRewardModel`, the
+layout for MLP heads that vLLM and SGLang have and transformers lacks.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, Qwen2Config
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
+
+from .modeling_grm import last_token_positions
+
+
+# Set by `grm export`, so that a model that comes back scores as it did.
+POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
+
+
+class Qwen2ForRewardModel(Qwen2PreTrainedModel):
+    """The layout of that name in vLLM and SGLang, which transformers lacks: a Qwen2 decoder, and `score` of Linear,
+    ReLU and Linear, all but the last as wide as the decoder. Here it is read at the last token of the mask."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Qwen2Model(config)
+        width = config.hidden_size
+        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        """`(batch_size, sequence_length)` to `.logits` of shape `(batch_size, 1)`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[rows, last_token_positions(attention_mask)]))
+
+
+def load_export(folder: str | Path, **kwargs):
+    """An exported model, loaded without remote code; refuses one with weights missing. `.logits` is `(B, 1)`."""
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
+    loader: Any = AutoModelForSequenceClassification
+    if config.architectures == [Qwen2ForRewardModel.__name__]:
+        config, loader = as_qwen2_config(config), Qwen2ForRewardModel
+    kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
+    model, info = loader.from_pretrained(folder, **kwargs)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(f"'{folder}' does not fit its config.json: {wrong[:5]}. Export the model again.")
+    return model.eval()
+
+
+def as_qwen2_config(config):
+    """The configuration with which transformers' Qwen2 computes the body: what the engines read of it, and no more."""
+    if config.model_type == "qwen2":
+        return config
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "dtype", *POLICIES),
+    )
+    return Qwen2Config(**{name: copy.deepcopy(getattr(config, name)) for name in same}, use_sliding_window=False)

@@ -1,0 +1,271 @@
+"""What the card of a training run says: read from the trainer, written by `grm_hf.hub.card`."""
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..devices import is_whole
+from ..hub.card import ANSWERS, QUESTION, TAGS, facts_of_model, metadata_of, write_card
+from ..metrics import brier, expected_calibration_error, fit_temperature, length_bias, pair_wins, wilson_interval
+
+
+LOG_ROWS = 20
+FORMULAS = {
+    "none": "",
+    "sft": "-log sigmoid(beta * s_c)",
+    "sft_nll": "-s_c",
+    "sft_token_mean": "-s_c / tokens",
+    "dpo_noref": "-log sigmoid(beta * (s_c - s_r))",
+    "dpo": "-log sigmoid(beta * ((s_c - s_r) - (ref_c - ref_r)))",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def card_of_run(trainer, name: str, dataset_name: str | None = None, tags: list[str] | None = None) -> str:
+    """The card of a training run, at its present step: the text of a README.md. Arguments as [`facts_of_run`]."""
+    return write_card(*facts_of_run(trainer, name, dataset_name, tags))
+
+
+def facts_of_run(
+    trainer,
+    name: str,
+    dataset_name: str | None = None,
+    tags: list[str] | None = None,
+    example: tuple[str, list[str]] = (QUESTION, ANSWERS),
+) -> tuple[dict, dict]:
+    """
+    What the card of a training run says, at its present step.
+
+    Args:
+        trainer ([`GRMRewardTrainer`]):
+            Its settings, counts, log, and the rewards of its last evaluation are read; its model scores two answers.
+        name (`str`):
+            Hub id, or the name of the output folder.
+        dataset_name (`str`, *optional*):
+            Hub id of the training data. By default what the dataset says of itself; a path is never named.
+        tags (`list[str]`, *optional*):
+            Further tags.
+        example (`tuple[str, list[str]]`, *optional*):
+            Question and answers of the usage example, which the model scores.
+
+    Returns:
+        `tuple[dict, dict]`: metadata and facts, as JSON can store them, for [`write_card`].
+    """
+    args, state = trainer.args, trainer.state
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = hasattr(model, "peft_config")
+    config = (model.get_base_model() if adapter else model).config
+    datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.train_dataset)
+    evaluation = _evaluation(trainer)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    whole = model if is_whole(model) else None
+    facts = facts_of_model(config, trainer.processing_class, name, whole, state.global_step, example)
+    facts.update(
+        datasets=datasets,
+        adapter=adapter,
+        adapter_load=_adapter_load(config, name) if adapter else None,
+        formula=_formula(trainer),
+        training=[
+            ("regularizer", args.regularizer),
+            ("alpha", args.alpha),
+            ("beta", args.beta),
+            ("pair loss", trainer.pair_loss),
+            *([("label smoothing", args.label_smoothing)] if args.label_smoothing else []),
+            *([("trained", "the reward head alone")] if args.freeze_backbone else []),
+            *([("adapter", _adapter_settings(model))] if adapter else []),
+            ("steps", f"{state.global_step} of {state.max_steps}"),
+            ("pairs a step", batch),
+            ("learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}"),
+            ("optimiser", _plain(args.optim)),
+            ("precision", "bfloat16" if args.bf16 else "float16" if args.fp16 else str(config.dtype).split(".")[-1]),
+            ("longer pairs", args.overlength),
+            ("layout", trainer.layout),
+            ("seed", args.seed),
+        ],
+        counts=[str(counts) for counts in trainer.data_counts.values()],
+        log=_log_table(trainer),
+        **evaluation,
+    )
+    metadata = metadata_of(config, name, [*trainer._tag_names, *TAGS, *(tags or [])], datasets, adapter)
+    if evaluation:
+        metadata["model-index"] = _model_index(name, datasets, evaluation["accuracy"])
+    return metadata, facts
+
+
+def eval_results(trainer, dataset_name: str | None = None) -> str | None:
+    """What `.eval_results/grm_hf.yaml` holds: the accuracy of the run on a data set of the Hub; `None` without one."""
+    datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.eval_dataset)
+    accuracy = _evaluation(trainer).get("accuracy", {})
+    if not datasets or len(accuracy) != 1:  # of several evaluation sets it is not known which is the Hub's
+        return None
+    row = {
+        "dataset": {"id": datasets[0], "task_id": "preference_accuracy"},
+        "value": next(iter(accuracy.values())),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "notes": "pairwise accuracy on the evaluation split of the training run",
+    }
+    return yaml.safe_dump([row], sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def _evaluation(trainer) -> dict[str, Any]:
+    """Metrics of the saved weights on each evaluation set: of the best evaluation where that is loaded at the end, of
+    the last one otherwise. `{}` before the first evaluation."""
+    log, several = trainer.state.log_history, isinstance(trainer.eval_dataset, dict)
+    best = _best_row(trainer, log) if trainer.args.load_best_model_at_end else None
+    if trainer.state.global_step < trainer.state.max_steps:
+        best = None
+    metrics: list[tuple[str, str]] = []
+    accuracy, sizes, bias = {}, [], []
+    for name in trainer.eval_dataset if several else [None]:
+        prefix, before = (f"eval_{name}", f"{name}: ") if several else ("eval", "")
+        rows = [row for row in log if f"{prefix}_accuracy" in row]
+        if not rows:
+            continue
+        row = next((row for row in rows if best and row["step"] == best["step"]), rows[-1])
+        lines, sides = _metrics(row, prefix, trainer.eval_pairs.get((prefix, row["step"])))
+        accuracy[name or ""] = round(row[f"{prefix}_accuracy"], 4)
+        metrics += [(before + label, value) for label, value in lines]
+        bias += [before + sides] if sides else []
+        counts = trainer.data_counts.get(name or "eval")
+        sizes += [f"{before}{counts.kept} pairs"] if counts else []
+    if not accuracy:
+        return {}
+    which = f"Evaluation set{'s' if several else ''} of the run"
+    of = ", ".join([which, *sizes, f"at step {row['step']}."])
+    result = {"accuracy": accuracy, "metrics": metrics, "metrics_of": of}
+    return result | ({"length_line": f"Here: accuracy {'; '.join(bias)}."} if bias else {})
+
+
+def _metrics(row, prefix, pairs):
+    """Label and value of each metric of one evaluation, and how accuracy depends on length."""
+    metrics, sides = [("accuracy", f"{row[f'{prefix}_accuracy']:.3f}")], ""
+    if pairs is not None:
+        chosen, rejected, chosen_length, rejected_length = pairs.T
+        margins = chosen - rejected
+        low, high = wilson_interval(float(pair_wins(margins, 0).sum()), len(margins))
+        metrics[0] = ("accuracy", f"{row[f'{prefix}_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})")
+        bias = length_bias(chosen, rejected, chosen_length, rejected_length)
+        sides = ", ".join(
+            f"{bias[f'accuracy_chosen_{kind}']:.3f} where the chosen answer is {kind}"
+            for kind in ("longer", "shorter")
+            if f"accuracy_chosen_{kind}" in bias
+        )
+        if sides:
+            metrics.append(("accuracy by length", sides))
+        temperature, at_bound = fit_temperature(margins)
+        calibration = f"error {expected_calibration_error(margins):.3f}, Brier score {brier(margins):.3f}"
+        metrics.append(("calibration", calibration + ("" if at_bound else f", best temperature {temperature:.2f}")))
+    for key, label in (
+        ("margin", "mean margin"),
+        ("loss", "loss"),
+        ("implicit_accuracy", "accuracy of the language-model head"),
+        ("perplexity", "perplexity of the chosen responses"),
+    ):
+        if f"{prefix}_{key}" in row:
+            metrics.append((label, f"{row[f'{prefix}_{key}']:.3f}"))
+    return metrics, sides
+
+
+def _best_row(trainer, rows):
+    args = trainer.args
+    key = args.metric_for_best_model or "eval_loss"
+    key = key if key.startswith("eval_") else f"eval_{key}"
+    rows = [row for row in rows if key in row]
+    if not rows:
+        return None
+    greater = args.greater_is_better if args.metric_for_best_model else False
+    return (max if greater else min)(rows, key=lambda row: row[key])
+
+
+def _log_table(trainer):
+    """Evaluations if there were any, else training lines: at most `LOG_ROWS`, evenly spread, the best one bold."""
+    history = trainer.state.log_history
+    rows = [row for row in history if "eval_loss" in row]
+    best = _best_row(trainer, rows)
+    names = ["step", "epoch", "eval_loss", "eval_accuracy", "eval_margin", "eval_perplexity"]
+    if not rows:
+        rows = [row for row in history if "loss" in row]
+        names = ["step", "epoch", "loss", "accuracy", "margin", "perplexity"]
+    names = [name for name in names if any(name in row for row in rows)]
+    if not rows:
+        return None
+    every = -(-len(rows) // LOG_ROWS)
+    kept = [row for i, row in enumerate(rows) if i % every == 0 or row is rows[-1] or row is best]
+    lines = ["| " + " | ".join(name.removeprefix("eval_") for name in names) + " |", "|---" * len(names) + "|"]
+    for row in kept:
+        cells = [f"{row[n]:.4g}" if isinstance(row.get(n), float) else str(row.get(n, "")) for n in names]
+        lines.append("| " + " | ".join(f"**{cell}**" if row is best and cell else cell for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _model_index(name, datasets, accuracy):
+    task = {"type": "text-classification", "name": "preference"}
+    results = []
+    for part, value in accuracy.items():
+        of = f" ({part})" if part else ""
+        dataset = {
+            "name": f"evaluation set of the training run{of}",
+            "type": datasets[0] if datasets else "preference-pairs",
+        }
+        metric = {"type": "accuracy", "value": value, "name": "pairwise accuracy"}
+        results.append({"task": task, "dataset": dataset, "metrics": [metric]})
+    return [{"name": name.split("/")[-1], "results": results}]
+
+
+# --------------------------------------------------------------------------------------------------------------- words
+
+
+def _plain(setting):
+    return getattr(setting, "value", setting)
+
+
+def _formula(trainer):
+    args = trainer.args
+    pair = {
+        "bt": "-log sigmoid(r_c - r_r)",
+        "margin": "-log sigmoid(r_c - r_r - margin)",
+        "scaled": "-margin * log sigmoid(r_c - r_r)",
+    }[trainer.pair_loss]
+    if args.center_rewards_coefficient is not None:
+        pair = f"({pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2)"
+    text = FORMULAS[args.text_loss]
+    return f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {text}" if text else pair
+
+
+def _adapter_settings(model):
+    config = next(iter(model.peft_config.values()))
+    rank = f", rank {config.r}" if getattr(config, "r", None) else ""
+    return f"{config.peft_type.value}{rank}; reward head in full"
+
+
+def _adapter_load(config, name):
+    if not config.base_model:
+        return None
+    defaults = {"head_type": "mlp", "head_hidden_size": 1024, "head_num_layers": 1}
+    head = "".join(f", {k}={getattr(config, k)!r}" for k, v in defaults.items() if getattr(config, k) != v)
+    return (
+        "from grm_hf import GRMForSequenceClassification\nfrom peft import PeftModel\n\n"
+        f'base = GRMForSequenceClassification.from_base("{config.base_model}"{head})\n'
+        f'model = PeftModel.from_pretrained(base, "{name}", subfolder="adapter")'
+    )
+
+
+def _is_hub_id(name):
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _hub_ids(dataset) -> list[str]:
+    """Hub ids that a dataset says it was downloaded from."""
+    if isinstance(dataset, dict):
+        return sorted({id for part in dataset.values() for id in _hub_ids(part)})
+    sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = (re.match(r"hf://datasets/([\w.-]+/[\w.-]+?)@", url) for url in sources)
+    return sorted({match[1] for match in found if match})

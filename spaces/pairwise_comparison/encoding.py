@@ -1,0 +1,354 @@
+"""A prompt and a response as token ids. One `Encoder` renders and tokenises for training, evaluation, scoring and
+serving, so that a text has one sequence of ids everywhere.
+
+A sequence is `(BOS) prompt + response + terminator`. The reward is read at the terminator: the end of turn that the
+chat template writes, or EOS where it writes none. `start` is the index of the first response token: the text loss
+covers `ids[start:]`, which is the assistant's final turn and its terminator.
+"""
+
+import json
+import os.path
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+if TYPE_CHECKING:
+    from .configuration_grm import GRMConfig
+
+
+# A private-use character: no response contains it, so two renderings that differ by it part exactly there.
+_PROBE = "\uf8ff"
+
+
+class OverlengthError(ValueError):
+    """A sequence is longer than `max_length` and the policy is not to cut it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """
+    One sequence as token ids.
+
+    Attributes:
+        ids (`list[int]`): The whole sequence.
+        start (`int`): Index of the first response token, between 0 and `len(ids) - 1`. A token that holds the end of
+            the prompt and the beginning of the response counts as response.
+        cut (`int`): Number of tokens that truncation took away.
+        response_cut (`bool`): Whether some of those belonged to the response (then nothing is left of the prompt).
+    """
+
+    ids: list[int]
+    start: int
+    cut: int = 0
+    response_cut: bool = False
+
+    @property
+    def truncated(self) -> bool:
+        return self.cut > 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    Turns a prompt and a response into token ids.
+
+    The ids are those that TRL's `RewardTrainer` gives to a model, with three differences: BOS and EOS are never
+    doubled, a conversation whose template writes no end of turn gets an EOS, and an over-long sequence is cut from the
+    left.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer with an EOS token, and with a chat template if conversations are to be encoded.
+        max_length (`int`, *optional*):
+            Most tokens a sequence may have, at least 2. `None`: no limit.
+        overlength (`str`, *optional*, defaults to `"truncate_left"`):
+            What happens to a longer one: `"truncate_left"` (a leading BOS and the end of the sequence stay), `"drop"`
+            (`prepare_pairs` leaves the pair out and counts it) or `"error"`.
+        bos (`str`, *optional*, defaults to `"single"`):
+            `"single"`: BOS at most once. `"double"`: as in the code of the GRM authors, a conversation is rendered to
+            text and tokenised with special tokens, which gives two BOS where the template already writes one.
+
+    Raises:
+        `ValueError`: for a tokenizer without EOS, or a setting out of range.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None = None
+    overlength: str = "truncate_left"
+    bos: str = "single"
+    _special_ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _ends: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        tokenizer = self.tokenizer
+        if self.overlength not in ("truncate_left", "drop", "error"):
+            raise ValueError(f"`overlength` is {self.overlength!r}; it must be 'truncate_left', 'drop' or 'error'.")
+        if self.bos not in ("single", "double"):
+            raise ValueError(f"`bos` is {self.bos!r}; it must be 'single' or 'double'.")
+        if self.max_length is not None and (not is_int(self.max_length) or self.max_length < 2):
+            raise ValueError(
+                f"`max_length` is {self.max_length!r}; it must be a whole number of at least 2 (a token and its "
+                "terminator), or None for no limit."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no EOS token, and the reward is read at the end of a finished sequence. Set "
+                "`tokenizer.eos_token` to the token that ends a text or a turn in this model's vocabulary."
+            )
+        if "strftime_now" in str(tokenizer.chat_template or ""):
+            warnings.warn(
+                "The tokenizer's chat template writes today's date into the conversation, so the same chat gets "
+                "another score on another day. Put a fixed date into `tokenizer.chat_template` before training.",
+                stacklevel=3,
+            )
+        added = tokenizer.added_tokens_decoder
+        special = {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+            special.discard(tokenizer.unk_token_id)  # stands for a word of the response
+        # Plain tuples: they pickle the same way every time, which is what caches of `datasets.map` are found by.
+        object.__setattr__(self, "_special_ids", tuple(sorted(special)))
+        object.__setattr__(self, "_ends", tuple(sorted(str(token) for token in added.values() if str(token).strip())))
+
+    @classmethod
+    def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: "GRMConfig") -> "Encoder":
+        """The encoder a reward model was trained with: the policies frozen in its configuration."""
+        return cls(tokenizer, config.max_sequence_length, config.overlength, config.bos_policy)
+
+    def encode(
+        self,
+        prompt: str | list[dict],
+        response: str | dict | list[dict],
+        tools: str | list | None = None,
+        **template_kwargs: Any,
+    ) -> Encoded:
+        """
+        Encodes a response to a prompt.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                Text, or the messages of a conversation.
+            response (`str`, `dict` or `list[dict]`):
+                Text, which after a list of messages is the assistant's answer, or the message or messages that follow
+                the prompt. If there are several, all but the last (which must be the assistant's) count as prompt.
+            tools (`list` or `str`, *optional*):
+                Tools for the chat template: a list, or the same as JSON.
+            **template_kwargs:
+                Further arguments of the chat template.
+
+        Raises:
+            `ValueError`: for an empty response, one the template drops, malformed messages or wrong roles;
+                [`OverlengthError`] for too many tokens where these are not to be cut.
+        """
+        if isinstance(prompt, str) and isinstance(response, str):
+            if not response.strip():
+                raise ValueError("the response has no text. Remove the row, or give the response.")
+            text, eos = prompt + response, str(self.tokenizer.eos_token)
+            ids, start = self.tokenize(text if text.endswith(eos) else text + eos, len(prompt), special_tokens=True)
+        else:
+            ids, start = self.encode_messages(_conversation(prompt, response), _tools(tools), template_kwargs)
+        # Templates may write a line break or two behind the terminator: a handful of blank tokens is no response.
+        words = list(islice((index for index in ids[start:] if index not in self._special_ids), 8))
+        if len(words) < 8 and not str(self.tokenizer.decode(words)).strip():
+            raise ValueError(
+                "nothing of the response is left after rendering and tokenising it. Check what the chat template and "
+                "the tokenizer do to it, or remove the row."
+            )
+        return self.fit(ids, start)
+
+    def encode_chat(
+        self, chat: str | list[dict] | dict, tools: str | list | None = None, **template_kwargs: Any
+    ) -> Encoded:
+        """
+        Encodes something to be scored: messages that end with the assistant's, a plain text (all of it counts as
+        response), or a row: `{"prompt", "response"}`, `{"prompt", "completion"}` or `{"messages"}`, with `tools` and
+        `chat_template_kwargs` if it has them. Errors as in [`~Encoder.encode`].
+        """
+        if isinstance(chat, dict):
+            tools = tools or chat.get("tools")
+            template_kwargs = {**template_kwargs_of(chat), **template_kwargs}
+            response = chat.get("response", chat.get("completion"))
+            if chat.get("messages") is not None:
+                chat = chat["messages"]
+            elif chat.get("prompt") is None or response is None:
+                raise ValueError(
+                    f"a row with keys {sorted(chat)} cannot be scored: it needs `prompt` and `response` (or "
+                    "`completion`), or `messages`."
+                )
+            else:
+                return self.encode(chat["prompt"], response, tools, **template_kwargs)
+        if isinstance(chat, str):
+            return self.encode("", chat)
+        return self.encode([], chat, tools, **template_kwargs)
+
+    def fit(self, ids: list[int], start: int) -> Encoded:
+        """Applies `max_length` to a sequence. The end stays, and with it the terminator; so does a leading BOS."""
+        if self.max_length is None or len(ids) <= self.max_length:
+            return Encoded(ids, start)
+        if self.overlength != "truncate_left":
+            raise OverlengthError(
+                f"the sequence has {len(ids)} tokens, more than max_length={self.max_length}. Raise `max_length`, or "
+                "choose overlength='truncate_left' (cuts the beginning) or 'drop' (leaves the pair out of a dataset)."
+            )
+        head, cut = min(self._leading_bos(ids), self.max_length - 1), len(ids) - self.max_length
+        return Encoded(ids[:head] + ids[head + cut :], max(start - cut, head), cut, response_cut=head + cut > start)
+
+    def encode_messages(
+        self, messages: list[dict], tools: list | None, template_kwargs: dict
+    ) -> tuple[list[int], int]:
+        render = partial(self.render, tools=tools, template_kwargs=template_kwargs)
+        *prompt, final = messages
+        text = render(messages)
+        before = render(prompt, add_generation_prompt=True)
+        # Some templates write earlier turns, or the opening of the assistant's, differently once an answer follows,
+        # and some know no generation prompt. Then the response begins where another answer would change the text.
+        if not text.startswith(before) or before == render(prompt):
+            content = [{"type": "text", "text": _PROBE}] if isinstance(final.get("content"), list) else _PROBE
+            before = os.path.commonprefix([text, render([*prompt, {"role": "assistant", "content": content}])])
+
+        end, own = text.rstrip(), _text(final).rstrip()
+        # The end of turn is the template's, not a token that the response itself happens to end with.
+        quoted = own.endswith(self._ends) and end.endswith(own)
+        if quoted or not end.endswith(self._ends):
+            text += str(self.tokenizer.eos_token)
+        return self.tokenize(text, len(before), special_tokens=self.bos == "double")
+
+    def render(
+        self, messages: list[dict], tools: list | None, template_kwargs: dict, add_generation_prompt: bool = False
+    ) -> str:
+        from jinja2 import TemplateError
+
+        tokenizer: Any = self.tokenizer
+        if tokenizer.chat_template is None and "chat_template" not in template_kwargs:
+            raise ValueError(
+                "these are messages, but the tokenizer has no chat template. Set `tokenizer.chat_template`, use the "
+                "tokenizer of an instruction-tuned model, or give plain text."
+            )
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **template_kwargs,
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+    def tokenize(self, text: str, boundary: int, special_tokens: bool) -> tuple[list[int], int]:
+        """Token ids of a text, and the index of the first token that reaches beyond the character `boundary`."""
+        tokenizer: Any = self.tokenizer
+        call = partial(tokenizer, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
+        encoding = call(text, return_offsets_mapping=tokenizer.is_fast)
+        ids = list(encoding["input_ids"])
+        if tokenizer.is_fast:
+            start = next((i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > boundary), len(ids))
+        else:
+            start = len(os.path.commonprefix([ids, list(call(text[:boundary])["input_ids"])]))
+
+        # What the text already says, a tokenizer may add once more.
+        if ids[-2:] == [tokenizer.eos_token_id] * 2:
+            ids.pop()
+        extra = max(0, self._leading_bos(ids) - 1) if special_tokens and self.bos == "single" else 0
+        ids = ids[extra:]
+        return ids, max(start - extra, self._leading_bos(ids))
+
+    def _leading_bos(self, ids: list[int]) -> int:
+        return next((i for i, index in enumerate(ids) if index != self.tokenizer.bos_token_id), len(ids))
+
+
+def _conversation(prompt: Any, response: Any) -> list[dict]:
+    """Prompt and response as one checked list of messages; the last one is the response."""
+    if isinstance(response, (str, dict)):
+        response = [{"role": "assistant", "content": response} if isinstance(response, str) else response]
+    if not isinstance(prompt, list) or not isinstance(response, list):
+        raise ValueError(
+            f"the prompt is {describe(prompt)} and the response is {describe(response)}. Give two strings, or a list"
+            " of messages and then a string, a message or a list of messages."
+        )
+    if not response:
+        raise ValueError("the response holds no message. Remove the row, or give the assistant's message.")
+    messages = [_message(i, message) for i, message in enumerate([*prompt, *response])]
+    final = messages[-1]
+    if final["role"] != "assistant":
+        raise ValueError(
+            f"the last message has role {final['role']!r}. A response is a message of the role 'assistant': rename "
+            "the role, or remove the messages behind the answer."
+        )
+    if prompt and messages[len(prompt)]["role"] != "assistant":
+        raise ValueError(
+            f"its first message has role {messages[len(prompt)]['role']!r}, though there is a prompt. If the messages "
+            "repeat the prompt, remove the prompt (the column `prompt`)."
+        )
+    if not _text(final).strip() and not final.get("tool_calls"):
+        raise ValueError("the response has no text and no tool calls. Remove the row, or give the response.")
+    if len(messages) == 1:
+        raise ValueError("there is no message before the response. Give the prompt that it answers.")
+    if messages[-2]["role"] == "assistant":
+        raise ValueError(
+            "two turns of the assistant follow each other, so the prompt ends in an answer. Join the two messages, or "
+            "end the prompt with the user's turn."
+        )
+    return messages
+
+
+def _message(index: int, message: Any) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        found = keys_found(message) if isinstance(message, dict) else describe(message)
+        raise ValueError(
+            f'message {index} has no role: found {found}. A message is {{"role": ..., "content": ...}}; rename the '
+            'keys of other conventions ("from", "value").'
+        )
+    # Arrow fills in the keys that other rows have, and templates ask whether a key is there, not whether it is null.
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
+    if not texts and not (content is None and message.get("tool_calls")):
+        raise ValueError(
+            f"message {index} ({message['role']}) has content that is not text: found {describe(content)}. Give a "
+            "string or a list of text parts."
+        )
+    return message
+
+
+def _text(message: dict) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _tools(tools: str | list | None) -> list | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`tools` is not JSON ({error}). Give a list of tools, or that list as JSON.") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"`tools` is {describe(tools)}. Give a list of tools, or that list as JSON.")
+    return tools or None  # with an empty list some templates announce tools all the same
+
+
+def template_kwargs_of(row: dict) -> dict:
+    given = row.get("chat_template_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"`chat_template_kwargs` is {describe(given)}; it must be a dictionary.")
+    return {key: value for key, value in given.items() if value is not None}  # Arrow fills in other rows' keys
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def keys_found(row: dict) -> str:
+    return ", ".join(f"`{key}`" if value is not None else f"`{key}` (null)" for key, value in row.items()) or "nothing"
+
+
+def describe(value: Any) -> str:
+    if value is None or value == []:
+        return "empty"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
