@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default="runs/overoptimization", help="folder of the run")
     parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
-    parser.add_argument("--settings", help="JSON file with any of the settings in grm_hf/lab/setting.py")
+    parser.add_argument("--settings", help="JSON file with any of the settings in grm_hf/lab/settings.py")
     args = parser.parse_args(argv)
     return run(args.output, make_settings(args.quick, args.settings, gold="overoptimization:gold"))
 

@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     lab.add_argument("--model", help="folder or Hub id of a causal language model: policy, and base of the proxies")
     lab.add_argument("--prompts", help="JSONL file with a `prompt` in each row")
     lab.add_argument("--eval-prompts", help="the same, to measure on (default: the last quarter of --prompts)")
-    lab.add_argument("--settings", help="JSON file with any of the settings in grm_hf/lab/setting.py")
+    lab.add_argument("--settings", help="JSON file with any of the settings in grm_hf/lab/settings.py")
     lab.set_defaults(run=_lab)
     return parser
 

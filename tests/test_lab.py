@@ -25,8 +25,11 @@ pytest.importorskip("trl", reason="needs the extra `train`")
 from transformers import LlamaConfig, LlamaForSequenceClassification  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification, GRMScorer, cli  # noqa: E402
-from grm_hf.lab import findings, policies, proxies, report, run, setting  # noqa: E402
-from grm_hf.lab.setting import Settings  # noqa: E402
+from grm_hf.lab import answers as lab_answers  # noqa: E402
+from grm_hf.lab import findings, policies, proxies, report, run  # noqa: E402
+from grm_hf.lab import gold as lab_gold  # noqa: E402
+from grm_hf.lab import settings as lab_settings  # noqa: E402
+from grm_hf.lab.settings import Settings  # noqa: E402
 from grm_hf.metrics import best_of_n  # noqa: E402
 
 
@@ -127,7 +130,7 @@ def test_policies_are_compared_by_every_pair_of_answers(tmp_path):
     (tmp_path / "units").mkdir()
 
     def put(name, **found):
-        setting.unit_file(tmp_path, name).write_text(json.dumps(found | {"versions": {"trl": "1.16.0"}}))
+        lab_settings.unit_file(tmp_path, name).write_text(json.dumps(found | {"versions": {"trl": "1.16.0"}}))
 
     put("candidates-test", gold=[[0.0, 0.0, 9.0], [1.0, 1.0, 9.0]])  # the first two are the initial policy's
     for seed in range(2):
@@ -159,46 +162,46 @@ def world(tmp_path_factory):
 
 def test_answers_and_their_gold(world):
     folder, settings = world
-    model, tokenizer = setting.load_base(folder, settings)
-    found = setting.read_unit(folder, "candidates-ood")
+    model, tokenizer = lab_answers.load_base(folder, settings)
+    found = lab_settings.read_unit(folder, "candidates-ood")
     assert np.shape(found["gold"]) == (2, 12)
     text = tokenizer.decode(found["answers"][1][3], skip_special_tokens=True)
-    assert found["gold"][1][3] == setting.WORLD.gold(found["prompts"][1], text)
+    assert found["gold"][1][3] == lab_settings.WORLD.gold(found["prompts"][1], text)
     for answers in found["answers"]:
         for ids in answers:
             assert len(ids) <= 12 and tokenizer.eos_token_id not in ids[:-1]
     assert found["prompt_ids"][0] == tokenizer.apply_chat_template(
         [{"role": "user", "content": found["prompts"][0]}], add_generation_prompt=True, return_dict=False
     )
-    assert setting.sample(model, tokenizer, ["hello"], 3, 12, seed=1) == setting.sample(
+    assert lab_answers.sample(model, tokenizer, ["hello"], 3, 12, seed=1) == lab_answers.sample(
         model, tokenizer, ["hello"], 3, 12, seed=1
     )
-    train, sets = setting.prompts_of(settings)
+    train, sets = lab_settings.prompts_of(settings)
     assert not set(train) & {prompt for prompts in sets.values() for prompt in prompts}
 
 
 def test_pairs_are_ordered_by_gold_and_of_a_seed(world):
     folder, settings = world
-    one, other = (setting.read_unit(folder, f"pairs-{seed}")["rows"] for seed in range(2))
+    one, other = (lab_settings.read_unit(folder, f"pairs-{seed}")["rows"] for seed in range(2))
     assert len(one) == 8 and one != other
     for row in one:
-        better, worse = (setting.WORLD.gold(row["prompt"], row[side]) for side in ("better", "worse"))
+        better, worse = (lab_settings.WORLD.gold(row["prompt"], row[side]) for side in ("better", "worse"))
         assert better - worse == pytest.approx(row["gap"]) and row["gap"] > 0
 
 
 def test_sampling_follows_the_policy(world):
-    model, tokenizer = setting.load_base(*world)
-    ids = torch.tensor([setting.prompt_ids(tokenizer, "hello")])
+    model, tokenizer = lab_answers.load_base(*world)
+    ids = torch.tensor([lab_answers.prompt_ids(tokenizer, "hello")])
     expected = model(input_ids=ids).logits[0, -1].softmax(-1)
-    first = torch.tensor([answer[0] for answer in setting.sample(model, tokenizer, ["hello"], 4000, 1, seed=0)[0]])
+    first = torch.tensor([answer[0] for answer in lab_answers.sample(model, tokenizer, ["hello"], 4000, 1, seed=0)[0]])
     found = torch.bincount(first, minlength=len(expected)) / 4000
     assert (found - expected).abs().sum() < 3 * math.sqrt(len(expected) / 4000)  # neither top-k nor a temperature
     assert (found > 0).sum() > 50  # generate's own default would keep 50 tokens
 
 
 def test_divergence_is_that_of_the_distributions_of_answers(world):
-    initial, tokenizer = setting.load_base(*world)
-    prompt = setting.prompt_ids(tokenizer, "hello")
+    initial, tokenizer = lab_answers.load_base(*world)
+    prompt = lab_answers.prompt_ids(tokenizer, "hello")
     policy = type(initial)(initial.config).eval()
     answers = [[7, 8, tokenizer.eos_token_id], [9], [7, 10, 11, 12]]
     expected = []
@@ -209,8 +212,8 @@ def test_divergence_is_that_of_the_distributions_of_answers(world):
         )
         expected.append((ours * (ours / theirs).log()).sum().item())
     policy.float(), initial.float()
-    assert setting.divergences(policy, initial, prompt, answers) == pytest.approx(expected, rel=1e-4)
-    assert setting.divergences(initial, initial, prompt, answers) == [0.0] * 3
+    assert lab_answers.divergences(policy, initial, prompt, answers) == pytest.approx(expected, rel=1e-4)
+    assert lab_answers.divergences(initial, initial, prompt, answers) == [0.0] * 3
 
 
 # ------------------------------------------------------------------------------------------------------------- proxies
@@ -218,7 +221,7 @@ def test_divergence_is_that_of_the_distributions_of_answers(world):
 
 def test_a_quarter_of_the_labels_is_turned_around(world):
     folder, settings = world
-    pairs = setting.read_unit(folder, "pairs-0")["rows"]
+    pairs = lab_settings.read_unit(folder, "pairs-0")["rows"]
     clean, flipped = (proxies.training_rows(settings, pairs, labels, 8, 0) for labels in proxies.LABELS)
     content = [[row[side][0]["content"] for side in ("chosen", "rejected")] for row in clean]
     assert content == [[row["better"], row["worse"]] for row in pairs]
@@ -231,7 +234,7 @@ def test_a_quarter_of_the_labels_is_turned_around(world):
 
 def test_curves_of_a_proxy_that_knows_gold_and_of_one_that_hates_it(world):
     folder, settings = world
-    gold = {key: np.array(setting.read_unit(folder, f"candidates-{key}")["gold"]) for key in settings.sets}
+    gold = {key: np.array(lab_settings.read_unit(folder, f"candidates-{key}")["gold"]) for key in settings.sets}
     found = proxies.measure(gold, folder, settings)["sets"]["id"]
     assert found["proxy"] == found["gold"] and found["accuracy"] == 1.0
     assert found["gold"][0] == pytest.approx(gold["id"].mean()) and (np.diff(found["gold"]) >= 0).all()
@@ -263,7 +266,7 @@ def broken(prompt, response):
 )
 def test_a_gold_reward_that_cannot_be_used(source, message):
     with pytest.raises(ValueError, match=message):
-        setting.load_gold(source)([("why", "so")])
+        lab_gold.load_gold(source)([("why", "so")])
 
 
 def test_a_reward_model_as_gold(tmp_path):
@@ -278,7 +281,7 @@ def test_a_reward_model_as_gold(tmp_path):
         saved.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     rows = [("why", "so"), ("why", "because"), ("why", "")]
-    found = setting.load_gold(str(tmp_path / "grm"))(rows)
+    found = lab_gold.load_gold(str(tmp_path / "grm"))(rows)
     assert found[:2] == GRMScorer(str(tmp_path / "grm")).score([{"prompt": p, "response": r} for p, r in rows[:2]])
     assert math.isfinite(found[2])
     ids = tokenizer.apply_chat_template(
@@ -286,16 +289,16 @@ def test_a_reward_model_as_gold(tmp_path):
     )
     with torch.no_grad():
         expected = plain.eval()(input_ids=torch.tensor([ids])).logits.item()
-    assert setting.load_gold(str(tmp_path / "plain"))(rows)[0] == pytest.approx(expected, rel=1e-5)
+    assert lab_gold.load_gold(str(tmp_path / "plain"))(rows)[0] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="3 outputs; a reward model has one"):
-        setting.load_gold(str(tmp_path / "several"))
+        lab_gold.load_gold(str(tmp_path / "several"))
 
 
 def test_a_gold_reward_that_tells_nothing_apart(world, monkeypatch):
     folder, settings = world
-    monkeypatch.setattr(setting, "load_gold", lambda source: lambda rows: [0.0] * len(rows))
+    monkeypatch.setattr(lab_gold, "load_gold", lambda source: lambda rows: [0.0] * len(rows))
     with pytest.raises(ValueError, match="8 pairs are required, .* pairs .* equal gold rewards, were identical"):
-        setting.draw_pairs(folder, settings, 0)
+        lab_answers.draw_pairs(folder, settings, 0)
 
 
 @pytest.mark.parametrize(
@@ -326,15 +329,15 @@ def test_prompts_of_ones_own(tmp_path):
 
     train = write("train.jsonl", *({"prompt": f"question {i % 8}"} for i in range(9)))
     settings = run.make_settings(prompts=train, gold=GOLD)
-    found, sets = setting.prompts_of(settings)
+    found, sets = lab_settings.prompts_of(settings)
     assert found == [f"question {i}" for i in range(6)] and sets == {"test": ["question 6", "question 7"]}
     assert settings.sets == ["test"]
     own = write("test.jsonl", {"prompt": "other"}, {"prompt": "question 1"})
     with pytest.raises(ValueError, match="1 prompts of .* are in .* 'question 1'"):
-        setting.prompts_of(replace(settings, eval_prompts=own))
+        lab_settings.prompts_of(replace(settings, eval_prompts=own))
     bad = write("bad.jsonl", {"prompt": "a"}, {"question": "b"})
     with pytest.raises(ValueError, match="bad.jsonl, line 2"):
-        setting.prompts_of(replace(settings, prompts=bad))
+        lab_settings.prompts_of(replace(settings, prompts=bad))
 
 
 @pytest.mark.trainer
@@ -354,9 +357,9 @@ def test_a_policy_and_prompts_of_ones_own(tmp_path, monkeypatch):
     work = {unit.name: unit for stage in run.plan(settings, ["grpo"]) for unit in stage}
     for name in ["base", "candidates-test", "pairs-0", proxies.proxy_name("flipped", 8, "bt", 0), "grpo-bt-0"]:
         run.finish(work[name], output, settings)
-    candidates = setting.read_unit(output, "candidates-test")
+    candidates = lab_settings.read_unit(output, "candidates-test")
     assert candidates["prompts"] == ["question 6?", "question 7?"]
-    points = setting.read_unit(output, "grpo-bt-0")["sets"]["test"]["points"]
+    points = lab_settings.read_unit(output, "grpo-bt-0")["sets"]["test"]["points"]
     assert [point[0] for point in points] == [0, 2] and points[0][1] == 0.0 < points[1][1]
 
 
@@ -364,10 +367,10 @@ def test_a_tokenizer_that_ppo_would_misread(tmp_path):
     tokenizer = chatml_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     with pytest.raises(ValueError, match="no padding token besides EOS"):
-        setting._check_tokenizer(tokenizer, "m")
+        lab_answers._check_tokenizer(tokenizer, "m")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        setting._check_tokenizer(tokenizer, "m")
+        lab_answers._check_tokenizer(tokenizer, "m")
 
 
 def test_command_line_says_what_is_wrong(tmp_path, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 from ..metrics import best_of_n_kl, seed_interval, t_central_probability
 from .policies import ALGORITHMS, PPO_NEEDS, policy_name
 from .proxies import BASELINE, LABELS, METHODS, NAMES, proxy_name
-from .setting import SET_NAMES, Settings, read_unit, unit_file, within
+from .settings import SET_NAMES, Settings, read_unit, unit_file, within
 
 
 LEVEL = 0.95

@@ -8,19 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .answers import device, divergences, load_base, prompt_ids, sample, text_of
+from .gold import gold_of
 from .proxies import BASELINE, ENSEMBLES, machine, proxy_name
-from .setting import (
-    Settings,
-    device,
-    divergences,
-    gold_of,
-    load_base,
-    prompt_ids,
-    prompts_of,
-    read_unit,
-    sample,
-    text_of,
-)
+from .settings import Settings, prompts_of, read_unit
 
 
 ALGORITHMS = {"grpo": "GRPO", "ppo": "PPO"}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..metrics import best_of_n
-from .setting import Settings, device, read_unit, within
+from .answers import device
+from .settings import Settings, read_unit, within
 
 
 LABELS = {"clean": "clean labels", "flipped": "flipped labels"}

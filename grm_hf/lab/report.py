@@ -15,7 +15,7 @@ from ..metrics import seed_interval
 from .findings import GRM, INITIAL, QUANTITIES, SAME, collect, span, summary
 from .policies import ALGORITHMS
 from .proxies import BASELINE, ENSEMBLES, LABELS, NAMES
-from .setting import SET_NAMES, Settings
+from .settings import SET_NAMES, Settings
 
 
 INK = "#0a0b0c"  # what the figures draw text and axes in; the page's own colour takes its place

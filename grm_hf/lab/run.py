@@ -19,8 +19,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..devices import quiet
-from . import policies, proxies, setting
-from .setting import OWN_MODEL_NEEDS, Settings
+from . import answers, gold, policies, proxies
+from .settings import OWN_MODEL_NEEDS, Settings, prompts_of, unit_file
 
 
 QUICK = {
@@ -58,10 +58,10 @@ def plan(settings: Settings, algorithms: list[str]) -> list[list[Unit]]:
     members = [(proxies.BASELINE, m) for m in range(1, settings.members)]
     trainings = [(method, 0) for method in proxies.METHODS] + members
     return [
-        [Unit("base", setting.prepare_base)],
+        [Unit("base", answers.prepare_base)],
         [
-            *(Unit(f"candidates-{key}", setting.draw_candidates, (key,)) for key in settings.sets),
-            *(Unit(f"pairs-{seed}", setting.draw_pairs, (seed,)) for seed in seeds),
+            *(Unit(f"candidates-{key}", answers.draw_candidates, (key,)) for key in settings.sets),
+            *(Unit(f"pairs-{seed}", answers.draw_pairs, (seed,)) for seed in seeds),
         ],
         [
             Unit(proxies.proxy_name(*cell, method, seed, member), proxies.train_proxy, (*cell, method, seed, member))
@@ -151,14 +151,14 @@ def run(output_dir: str | Path = "runs/lab", settings: Settings | None = None) -
     settings = settings or Settings()
     output = Path(output_dir)
     _check_folder(output, settings)
-    setting.prompts_of(settings)
-    setting.load_gold(settings.gold)([("hello", "hello")])  # before anything is computed
+    prompts_of(settings)
+    gold.load_gold(settings.gold)([("hello", "hello")])  # before anything is computed
     algorithms = policies.available()
     stages = plan(settings, algorithms)
-    todo = [[unit for unit in stage if not setting.unit_file(output, unit.name).is_file()] for stage in stages]
+    todo = [[unit for unit in stage if not unit_file(output, unit.name).is_file()] for stage in stages]
     count = sum(map(len, todo))
     # A model of one's own on an accelerator gets it to itself.
-    workers = min(4, os.cpu_count() or 1) if setting.device(settings).type == "cpu" else 1
+    workers = min(4, os.cpu_count() or 1) if answers.device(settings).type == "cpu" else 1
     if count:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used threads may hang
         with (
@@ -190,7 +190,7 @@ def finish(unit: Unit, output: Path, settings: Settings) -> None:
         raise ValueError(f"{unit.name}: {error}") from error
     spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     result |= {name: round(value, 2) for name, value in spent.items()} | {"versions": versions()}
-    file = setting.unit_file(output, unit.name)
+    file = unit_file(output, unit.name)
     partial = file.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(result), encoding="utf-8")
     os.replace(partial, file)
