@@ -79,6 +79,13 @@ def test_the_check_sees_each_kind_of_fault():
     assert not faults("from .card import _join\nfrom ..scoring import GRMScorer\nfrom .. import losses", ("hub", "x"))
 
 
+def test_the_map_names_every_room_in_order():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    rooms = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES}
+    assert rooms <= set(rows) and rows == [room for room in FLOORS if room in rows]
+
+
 def attributes_of_modules(source: str, parts: tuple[str, ...]):
     """Private attributes that a file takes from modules of other rooms (`card._join`)."""
     rooms = {
