@@ -447,7 +447,12 @@ def compare_models(
 
 
 def t_central_probability(angle: float, df: int) -> float:
-    """`P(|T| <= sqrt(df) * tan(angle))` for Student's t: for whole `df` a finite series in the angle."""
+    """
+    `P(|T| <= sqrt(df) * tan(angle))` for Student's t: for whole `df` a finite series in the angle.
+
+    >>> round(t_central_probability(math.atan(12.7062), df=1), 4)
+    0.95
+    """
     odd, cosine = df % 2, math.cos(angle)
     term, total = cosine**odd, 0.0
     for j in range(df // 2):
