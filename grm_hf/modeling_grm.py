@@ -311,7 +311,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As [`~transformers.PreTrainedModel.save_pretrained`]. A subclass that has not registered itself with an Auto
-        class is saved as what it is to everybody else: with the code of this class."""
+        class is saved as what it is to everybody else: with the code of this class. An adapter that
+        [`~GRMForSequenceClassification.from_pretrained`] loaded is saved as peft saves it."""
+        if (adapted := self.__dict__.get("_adapted")) is not None and not kwargs.get("push_to_hub"):
+            adapted.save_pretrained(os.fspath(save_directory), is_main_process=is_main_process)
+            return
         ours = self._auto_class is None and type(self) is not GRMForSequenceClassification
         if ours and kwargs.get("push_to_hub"):
             raise ValueError(f"{type(self).__name__} is a subclass. Save it to a folder, and push that folder.")
@@ -703,6 +707,7 @@ def _load_adapter(model, adapter, name, hub):
     missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
     model._hf_peft_config_loaded = True
+    model.__dict__["_adapted"] = wrapped  # no part of `model`: it is the other way round
 
 
 def _check_loaded(path, info, allow_missing_head=False):
