@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf.modeling_grm import CACHE
 
 
 DATA = ROOT.parent / "shared" / "data"
@@ -174,7 +175,7 @@ def sorted_batches(model, tokenizer, texts: list[str]) -> list[float]:
 @torch.no_grad()
 def cache_reuse(model, tokenizer, case: Case) -> list[float]:
     prompt = tokenizer(case.prompt, return_tensors="pt").input_ids
-    cached = model.model(input_ids=prompt, use_cache=True).past_key_values
+    cached = model.model(input_ids=prompt, use_cache=True)[CACHE]
     scores = []
     for start in range(0, len(case.answers), 8):
         inputs = tokenizer(case.answers[start : start + 8], padding=True, return_tensors="pt")
@@ -183,7 +184,7 @@ def cache_reuse(model, tokenizer, case: Case) -> list[float]:
         for number, layer in enumerate(cached.layers):
             cache.update(*(x.expand(count, -1, -1, -1) for x in (layer.keys, layer.values)), number)
         mask = torch.cat([prompt.new_ones(count, prompt.shape[1]), inputs.attention_mask], 1)
-        out = model(input_ids=inputs.input_ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        out = model(input_ids=inputs.input_ids, attention_mask=mask, cache=cache, use_cache=True)
         scores += out.logits.squeeze(-1).tolist()
     return scores
 

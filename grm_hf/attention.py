@@ -79,6 +79,8 @@ def _plan_of(attention_mask: torch.Tensor | None) -> _Plan:
 
 # What decoders hand down that does not change the attention. Anything else might (sinks, biases, chosen blocks).
 HARMLESS = {
+    "cache",
+    "cache_params",
     "cache_position",
     "num_items_in_batch",
     "output_rows",

@@ -120,7 +120,10 @@ class GRMConfig(PretrainedConfig):
 
     model_type = "grm"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "lm_logits", "lm_output", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = [
+        *("cache", "past_key_values", "cache_params", "hidden_states", "attentions"),
+        *("lm_logits", "lm_output", "aux_loss", "router_logits"),
+    ]
 
     # What rewardbench, TRL, PEFT and DeepSpeed read (and write) on a model's top-level configuration. Explicit
     # properties: a `__getattr__` would make the base class act on the child's attributes while it initialises.
@@ -133,6 +136,13 @@ class GRMConfig(PretrainedConfig):
     bos_token_id = _text_property("bos_token_id")
     eos_token_id = _text_property("eos_token_id")
     use_cache = _text_property("use_cache")
+    tie_word_embeddings = _text_property("tie_word_embeddings")
+    output_hidden_states = _text_property("output_hidden_states")
+    output_attentions = _text_property("output_attentions")
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # see `GRMForSequenceClassification.__init_subclass__`
 
     def __init__(
         self,
@@ -177,6 +187,8 @@ class GRMConfig(PretrainedConfig):
             # The base class pushes its own attention setting into sub-configurations: hand the child's on, and work
             # on a copy, or a live language model would lose its causal mask (transformers 5.23).
             kwargs.setdefault("attn_implementation", text_config._attn_implementation)
+            if hasattr(text_config, "_experts_implementation"):
+                kwargs.setdefault("experts_implementation", text_config._experts_implementation)
             text_config = copy.deepcopy(text_config)
         labels = kwargs.pop("num_labels", None) or len(kwargs.get("id2label") or [0])
         if labels != 1:
@@ -202,9 +214,13 @@ class GRMConfig(PretrainedConfig):
         self.reward_std = reward_std
         self.reward_temperature = reward_temperature
         self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 4 makes what it does not get None
-            kwargs.setdefault(name, getattr(text_config, name, None))
+        # The base class gives what it does not get its own default, transformers 4 also the ids and the tying.
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "output_hidden_states"):
+            if hasattr(text_config, name):
+                kwargs.setdefault(name, getattr(text_config, name))
+        output_attentions = kwargs.pop("output_attentions", text_config.output_attentions)
         super().__init__(**kwargs)
+        self.output_attentions = output_attentions
         # One class can be registered for one Auto class only: the map names all three. The files it names are saved
         # beside it; a repository that the model was loaded from is not asked for them again.
         self.auto_map = {**auto_map, **AUTO_MAP}
@@ -228,9 +244,21 @@ class GRMConfig(PretrainedConfig):
             )
         return config, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """The configuration of a dictionary, changed by keywords; those of `text_config` are written there."""
+        wanted = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        for name in list(unused):
+            if not hasattr(config, name) and hasattr(config.text_config, name):
+                setattr(config.text_config, name, unused.pop(name))
+        return (config, unused) if wanted else config
+
     def to_dict(self):
         """The configuration as a dictionary, without the path the base was loaded from."""
         output = super().to_dict()
+        for name in ("output_attentions", "output_hidden_states"):  # `text_config` has them
+            output.pop(name, None)
         if isinstance(output.get("text_config"), dict):
             output["text_config"].pop("_name_or_path", None)
         return output

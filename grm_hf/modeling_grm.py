@@ -1,5 +1,5 @@
 """A Generalizable Reward Model: one decoder whose last hidden state feeds two heads, the reward head `score` and the
-language-model head that came with the base (Yang et al., arXiv 2406.10216).
+LM head that came with the base (Yang et al., arXiv 2406.10216).
 
 The model owns the base's *complete* causal language model as `lm`, so that every family's own head (tied or not, soft
 capped, scaled, with bias) stays exact. The reward is read at the last real token of each row, found in the attention
@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -32,36 +33,83 @@ from .configuration_grm import TRANSFORMERS_4, GRMConfig
 from .heads_grm import build_head
 
 
-# transformers 5.24 calls the cache `cache`; before, it was `past_key_values`. Asked of the class, not of a version.
-CACHE = "cache" if "cache" in SequenceClassifierOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Names that releases of transformers and families have for the cache, the newest first; and the one of outputs here.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+CACHE = next(name for name in CACHE_NAMES if name in SequenceClassifierOutputWithPast.__dataclass_fields__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+SHIPPED = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
 
 
 @dataclass
 class GRMOutput(SequenceClassifierOutputWithPast):
     """
-    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under
-    the name this transformers has for it, `hidden_states`, `attentions`), and two fields of the LM head.
+    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under the
+    name this transformers has for it, `hidden_states`, `attentions`), and what the language model adds.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-            Mean squared error between rewards and `labels`.
+            Mean squared error between rewards and `labels`; with `aux_loss`, plus `router_aux_loss_coef` times that.
         logits (`torch.FloatTensor` of shape `(batch_size, 1)`):
             Rewards, raw (no sigmoid).
         lm_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
-            Next-token scores of the language-model head, with `return_lm_logits=True`.
+            Next-token scores of the LM head, with `return_lm_logits=True`.
         lm_output (`Any`, *optional*):
             What `lm_fn` returned.
+        aux_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+            Load balancing loss of a mixture of experts as the family computes it, unweighted, with
+            `output_router_logits=True`.
+        router_logits (`tuple(torch.FloatTensor)`, *optional*):
+            Of each layer, with `output_router_logits=True`.
     """
 
     lm_logits: torch.FloatTensor | None = None
     lm_output: object | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple | None = None
 
 
 def last_token_positions(attention_mask):
     """Column of the last real token of each row, for left, right and no padding: `(B, T)` to `(B,)`."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (columns * (attention_mask != 0)).argmax(-1)
+
+
+class _States:
+    """What a decoder returns, as far as a LM head reads it: the last hidden state, and nothing else."""
+
+    def __init__(self, last_hidden_state):
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index):
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name):
+        return None
+
+
+class _Computed:
+    """A decoder that has run already: called, it gives what it gave."""
+
+    def __init__(self, decoder, output):
+        self._decoder, self._output = decoder, output
+
+    def __call__(self, *args, **kwargs):
+        return self._output
+
+    def __getattr__(self, name):
+        value = getattr(self._decoder, name)
+        return self if isinstance(value, PreTrainedModel) else value  # OPT calls `model.decoder`
+
+
+class _AfterDecoder:
+    """A causal language model as its own `forward` sees it once the decoder has run."""
+
+    def __init__(self, lm, decoder_name, output):
+        self._lm, self._name, self._output = lm, decoder_name, output
+
+    def __getattr__(self, name):
+        value = getattr(self._lm, name)
+        return _Computed(value, self._output) if name == self._name else value
 
 
 class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
@@ -93,6 +141,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules = ["score"]
     _keep_in_fp32_modules_strict = ["score"]
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # transformers would copy the file of the subclass, with whatever that imports; `save_pretrained` copies ours.
+        cls._auto_class = None
+
     def __init__(self, config, lm=None):
         if config.num_labels != 1:
             raise ValueError(
@@ -110,14 +163,31 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         self.lm = lm
         self.generation_config = lm.generation_config
         self._no_split_modules = list(lm._no_split_modules or [])  # transformers 5.0 does not collect them
+        self._decoder_name = _decoder_name(lm)
+        self._decoder_takes = frozenset(inspect.signature(type(self.model).forward).parameters)
+        self._lm_takes = frozenset(inspect.signature(type(lm).forward).parameters)
         # Not `hidden_size`: OPT's decoder may project to another width before its head.
         self.score = build_head(config, self._read_width()).float()
         self.post_init()
 
     @property
     def model(self):
-        body = self.lm.base_model
-        return body if body is not self.lm else self.lm.get_decoder()  # Gemma 3 in transformers 4
+        return getattr(self.lm, self._decoder_name)
+
+    @property
+    def router_aux_loss_coef(self):
+        """Weight of `aux_loss` in the family's own loss; `ValueError` for a family that has none."""
+        for owner in (self.lm, self.config.text_config):
+            if (weight := getattr(owner, "router_aux_loss_coef", None)) is not None:
+                return weight
+        raise ValueError(
+            f"{type(self.lm).__name__} has no `router_aux_loss_coef` to weight its auxiliary loss with. Leave "
+            "`output_router_logits` off."
+        )
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return True  # transformers looks into this file for experts; whether `lm` can, `lm` says when it is made
 
     # ------------------------------------------------------------------------------------------------- making, loading
 
@@ -132,7 +202,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         **load_kwargs,
     ):
         r"""
-        Make a reward model from a causal language model: its weights and language-model head are kept as they are, the
+        Make a reward model from a causal language model: its weights and LM head are kept as they are, the
         reward head is new (random: train it).
 
         Args:
@@ -169,7 +239,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         _refuse_base(lm.config, type(lm).__name__)
         if lm.get_output_embeddings() is None:
             raise ValueError(
-                f"{type(lm).__name__} has no language-model head, which GRM keeps and trains. Load the base with "
+                f"{type(lm).__name__} has no LM head, which GRM keeps and trains. Load the base with "
                 "AutoModelForCausalLM, not with AutoModel or a classification class."
             )
         config = GRMConfig(
@@ -182,7 +252,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             base_model=base_model,
         )
         model = cls(config, lm=lm)
-        model.score.to(lm.device)
+        model.score.to(_a_device(lm))
         for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
             if hasattr(lm, name):
                 setattr(model, name, getattr(lm, name))
@@ -239,6 +309,21 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             _load_adapter(model, os.fspath(adapter), adapter_name, adapter_kwargs)
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As [`~transformers.PreTrainedModel.save_pretrained`]. A subclass that has not registered itself with an Auto
+        class is saved as what it is to everybody else: with the code of this class. An adapter that
+        [`~GRMForSequenceClassification.from_pretrained`] loaded is saved as peft saves it."""
+        if (adapted := self.__dict__.get("_adapted")) is not None and not kwargs.get("push_to_hub"):
+            adapted.save_pretrained(os.fspath(save_directory), is_main_process=is_main_process)
+            return
+        ours = self._auto_class is None and type(self) is not GRMForSequenceClassification
+        if ours and kwargs.get("push_to_hub"):
+            raise ValueError(f"{type(self).__name__} is a subclass. Save it to a folder, and push that folder.")
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if ours and is_main_process:
+            for name in SHIPPED:
+                shutil.copy(os.path.join(os.path.dirname(__file__), name), save_directory)
+
     def _init_weights(self, module):
         # torch's own defaults, as the original head has; through `torch.nn.init`, which loaded weights are shielded
         # from. Only the reward head gets here: the language model initialises itself.
@@ -266,43 +351,61 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return self.model
 
     def lm_logits(self, hidden_states):
-        """Next-token scores of hidden states, as the base itself computes them: `(..., hidden_size)` to
-        `(..., vocab_size)`. [`~GRMForSequenceClassification.lm_head_is_exact`] tells whether that holds."""
-        logits = self.get_output_embeddings()(hidden_states)
-        config = self.config.text_config
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        """Next-token scores of hidden states, as the base's own forward makes them of its decoder's last ones:
+        `(..., hidden_size)` to `(..., vocab_size)`. [`~GRMForSequenceClassification.lm_head_is_exact`] tells whether
+        the base makes them of that alone."""
+        shape = hidden_states.shape
+        out = self._after_decoder(_States(hidden_states.reshape(1, math.prod(shape[:-1]), shape[-1])))
+        return out.logits.reshape(*shape[:-1], out.logits.shape[-1])
+
+    def _after_decoder(self, output, **arguments):
+        """What the base's own forward returns, given what its decoder returned."""
+        arguments = {"output_router_logits": False, "return_dict": True, **arguments}
+        arguments = {name: value for name, value in arguments.items() if name in self._lm_takes}
+        view = _AfterDecoder(self.lm, self._decoder_name, output)
+        return type(self.lm).forward(view, inputs_embeds=output.last_hidden_state, **arguments)
 
     @torch.no_grad()
     def lm_head_is_exact(self):
         """Whether [`~GRMForSequenceClassification.lm_logits`] gives what the base's own forward gives (one run)."""
-        device = self.get_input_embeddings().weight.device
-        input_ids = torch.arange(4, device=device)[None] % self.config.vocab_size
+        input_ids = torch.arange(4, device=_a_device(self.lm))[None] % self.config.vocab_size
+        inputs = dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
         training = self.lm.training
         self.lm.eval()
-        out = self.lm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), output_hidden_states=True)
-        theirs = out.logits.float()
-        ours = self.lm_logits(out.hidden_states[-1].to(theirs.device)).float()
-        self.lm.train(training)
-        tolerance = 1e-4 if out.logits.dtype == torch.float32 else 2e-2
+        try:
+            theirs = self.lm(**inputs).logits
+            ours = self.lm_logits(self.model(**inputs).last_hidden_state).to(theirs)
+        finally:
+            self.lm.train(training)
+        tolerance = 1e-4 if theirs.dtype == torch.float32 else 2e-2
         return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
     def freeze_lm_head(self):
-        """Stop gradients of the language-model head, for losses that do not use it: under DDP a parameter without
+        """Stop gradients of the LM head, for losses that do not use it: under DDP a parameter without
         gradient is an error. A tied head is left alone, since it is the input embedding."""
         head = self.get_output_embeddings()
         if head.weight is not self.get_input_embeddings().weight:
             head.requires_grad_(False)
 
     def generate(self, *args, **kwargs):
-        """Generate text with the kept language-model head, exactly as the base would."""
+        """Generate text with the kept LM head, exactly as the base would."""
         self.lm.generation_config = self.generation_config
         return self.lm.generate(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """As [`~GRMForSequenceClassification.generate`], by continuous batching."""
+        self.lm.generation_config = self.generation_config
+        return self.lm.generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """The manager of `generate_batch`, on the base."""
+        self.lm.generation_config = self.generation_config
+        return self.lm.init_continuous_batching(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """The manager of `generate_batch`, on the base, for a `with` statement."""
+        self.lm.generation_config = self.generation_config
+        return self.lm.continuous_batching_context_manager(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         return self.lm.prepare_inputs_for_generation(*args, **kwargs)
@@ -315,7 +418,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -326,6 +429,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return_lm_logits=False,
         logits_to_keep=0,
         lm_fn=None,
+        past_key_values=None,
         **kwargs,
     ):
         r"""
@@ -336,18 +440,22 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
                 Non-zero at real tokens; with a cache, of the cached ones too. Without it, leading and trailing padding
                 ids are taken as padding; if the padding id is missing or also begins or ends texts, a single row is
                 taken as unpadded and a batch is refused.
+            cache ([`~transformers.Cache`], *optional*):
+                Keys and values of what comes before, for a decoder that keeps them. `past_key_values`, its name before
+                transformers 5.24, is taken too.
             labels (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 Target rewards, for regression.
             read_index (`torch.LongTensor` of shape `(num_sequences,)`, *optional*):
                 Where rewards are read, as positions in the flattened `(batch_size * sequence_length)` hidden states;
-                for layouts that put several sequences in a row. `logits` is then `(num_sequences, 1)`.
+                for layouts that put several sequences in a row. `logits` is then `(num_sequences, 1)`. (A list is
+                that of transformers' continuous batching, and goes on to the decoder.)
             return_lm_logits (`bool`, *optional*, defaults to `False`):
                 Also compute the language-model logits, of the positions that `logits_to_keep` selects.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`):
                 As in transformers: the last so many positions, or an index; 0 is all.
             lm_fn (`Callable`, *optional*):
                 Called as `lm_fn(hidden_states, model)` with the last hidden states `(batch_size, sequence_length,
-                hidden_size)`; its result is `lm_output`. Losses on the language-model head are computed here, inside
+                hidden_size)`; its result is `lm_output`. Losses on the LM head are computed here, inside
                 the forward that DDP and FSDP wrap.
 
         Returns:
@@ -358,31 +466,31 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             raise ValueError("Pass `input_ids` or `inputs_embeds`.")
         if given.shape[0] == 0:
             return GRMOutput(logits=self.score.forward(given.new_zeros(0, self._read_width(), dtype=torch.float32)))
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names of one argument. Pass one of them.")
+        cache = cache if cache is not None else past_key_values
+        if isinstance(read_index, list):
+            kwargs["read_index"], read_index = read_index, None
         if read_index is None:
-            attention_mask = self._readable_mask(input_ids, given, attention_mask, past_key_values)
-        if past_key_values is None:
-            use_cache = bool(use_cache)
+            attention_mask = self._readable_mask(input_ids, given, attention_mask, cache, position_ids)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            if "position_ids" in inspect.signature(self.model.forward).parameters:
+            if "position_ids" in self._decoder_takes:
                 # Left padding would shift absolute positions (GPT-2, OPT).
                 position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
-        arguments = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            **kwargs,
+        arguments = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        arguments["use_cache"] = bool(use_cache) if cache is None else use_cache
+        # What is left out, the decoder decides by its configuration; it takes `None` for a no.
+        optional = dict(
+            position_ids=position_ids, output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
-        if position_ids is not None:
-            arguments["position_ids"] = position_ids
-        if return_lm_logits:
-            out = self.lm(**arguments, output_hidden_states=True, logits_to_keep=logits_to_keep, return_dict=True)
-            hidden, lm_logits = out.hidden_states[-1], out.logits
-        else:
-            out = self.model(**arguments, output_hidden_states=output_hidden_states, return_dict=True)
-            hidden, lm_logits = out.last_hidden_state, None
+        arguments |= {name: value for name, value in optional.items() if value is not None}
+        if cache is not None:
+            name = next((name for name in CACHE_NAMES if name in self._decoder_takes), None)
+            if name is None:
+                raise ValueError(f"{type(self.model).__name__} takes no cache. Pass the whole text.")
+            arguments[name] = cache
+        out = self.model(**arguments, return_dict=True)
+        hidden, router_logits = out.last_hidden_state, getattr(out, "router_logits", None)
 
         if read_index is not None:
             read = hidden.flatten(0, 1)[read_index]
@@ -391,23 +499,37 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             at = length - 1 if attention_mask is None else last_token_positions(attention_mask[:, -length:])
             read = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
         rewards = self.score(read)
+        lm_logits = aux_loss = None
+        if return_lm_logits or router_logits is not None:
+            mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            after = self._after_decoder(
+                out,
+                attention_mask=mask,
+                output_router_logits=router_logits is not None,
+                logits_to_keep=logits_to_keep if return_lm_logits else 1,
+            )
+            lm_logits, aux_loss = after.logits if return_lm_logits else None, getattr(after, "aux_loss", None)
         loss = None
         if labels is not None:
             loss = nn.functional.mse_loss(rewards.squeeze(-1), labels.to(rewards.dtype).view(-1))
+            if aux_loss is not None:
+                loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device)
         return GRMOutput(
             loss=loss,
             logits=rewards,
             lm_logits=lm_logits,
             lm_output=None if lm_fn is None else lm_fn(hidden, self),
-            **{CACHE: out.get(CACHE)},
-            hidden_states=out.hidden_states if output_hidden_states else None,
+            **{CACHE: next((value for name, value in out.items() if name in CACHE_NAMES), None)},
+            hidden_states=getattr(out, "hidden_states", None),
             attentions=getattr(out, "attentions", None),
+            aux_loss=aux_loss,
+            router_logits=router_logits,
         )
 
     def _read_width(self):
         return self.get_output_embeddings().weight.shape[-1]
 
-    def _readable_mask(self, input_ids, given, mask, cache):
+    def _readable_mask(self, input_ids, given, mask, cache, position_ids):
         """The mask `(B, cached + T)`, 0 or 1, that says where each row ends; `None` for a single unpadded row."""
         rows, length = given.shape[:2]
         if mask is None:
@@ -415,14 +537,16 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             if input_ids is not None and cache is None and pad is not None and not _among(pad, ends):
                 real = input_ids != pad
                 mask = real.cumsum(-1).bool() & real.flip(-1).cumsum(-1).flip(-1).bool()
-            elif rows == 1:
-                return None
-            else:
+            elif rows > 1:
                 raise ValueError(
                     f"A batch of {rows} rows without `attention_mask`: rows may be padded, and nothing tells padding "
                     f"from text (pad_token_id={pad}, bos and eos {ends}). Pass the `attention_mask` that the "
                     "tokenizer returns."
                 )
+            if position_ids is not None and cache is None:
+                _refuse_packed(position_ids, mask)
+            if mask is None:
+                return None
         if mask.dim() != 2:
             raise ValueError(
                 f"`attention_mask` has {mask.dim()} dimensions; to find each row's last token it must be (batch_size, "
@@ -440,6 +564,34 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             row = int(real.long().argmin())
             raise ValueError(f"Row {row} of the batch has no token: `attention_mask` is zero everywhere in it.")
         return mask
+
+
+def _decoder_name(lm):
+    """Name of the part of a causal language model that turns token ids into hidden states."""
+    embeddings = lm.get_input_embeddings()
+    return next(name for name, part in lm.named_children() if any(module is embeddings for module in part.modules()))
+
+
+def _a_device(module):
+    """A device on which `module` takes inputs, also where its first weights are offloaded to disk."""
+    devices = [parameter.device for parameter in module.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
+
+
+def _refuse_packed(position_ids, mask):
+    """Refuse rows that hold several texts and nothing that says where each ends."""
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        breaks = position_ids[..., 1:] - position_ids[..., :-1] != 1
+        if mask is not None:
+            breaks = breaks & mask[:, 1:] & mask[:, :-1]
+    if tracing or breaks.any():
+        raise ValueError(
+            "`position_ids` without `attention_mask`"
+            + (", compiled: whether they restart cannot be told. " if tracing else " that are not consecutive: ")
+            + "A row that holds several texts needs `read_index`, the position of each text's last token, and gives a "
+            "reward for each; a row that holds one text needs its `attention_mask`."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ loading checks
@@ -555,6 +707,7 @@ def _load_adapter(model, adapter, name, hub):
     missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
     model._hf_peft_config_loaded = True
+    model.__dict__["_adapted"] = wrapped  # no part of `model`: it is the other way round
 
 
 def _check_loaded(path, info, allow_missing_head=False):

@@ -24,6 +24,7 @@ from transformers import (
 
 from grm_hf import GRMConfig, GRMForSequenceClassification
 from grm_hf.heads_grm import GRMLinearHead, GRMMLPHead
+from grm_hf.modeling_grm import CACHE, CACHE_NAMES, GRMOutput
 
 
 HEADS = ("mlp", "linear")
@@ -275,15 +276,18 @@ def test_reward_of_a_continuation_of_cached_prompts(family, left):
     prompt_ids, prompt_mask = pad(prompts, left=True)
     ids, mask = pad(responses, left)
     with torch.no_grad():
-        cache = model(prompt_ids, attention_mask=prompt_mask, use_cache=True).past_key_values
-        found = score(model, ids, torch.cat([prompt_mask, mask], 1), past_key_values=copy.deepcopy(cache))
-        assert_same(found, expected(tiny_lm(family), model, whole))
-        with pytest.raises(ValueError, match="cached tokens included"):
-            model(ids, attention_mask=mask, past_key_values=copy.deepcopy(cache))
-        with pytest.raises(ValueError, match="without `attention_mask`"):
-            model(ids, past_key_values=copy.deepcopy(cache))
-        one = model(prompts[0][None], past_key_values=DynamicCache(config=model.config.text_config)).past_key_values
-        assert_same(score(model, responses[0][None], past_key_values=one), found[:1])
+        cache = model(prompt_ids, attention_mask=prompt_mask, use_cache=True)[CACHE]
+        for name in ("cache", "past_key_values"):  # its names since, and before, transformers 5.24
+            found = score(model, ids, torch.cat([prompt_mask, mask], 1), **{name: copy.deepcopy(cache)})
+            assert_same(found, expected(tiny_lm(family), model, whole))
+            with pytest.raises(ValueError, match="cached tokens included"):
+                model(ids, attention_mask=mask, **{name: copy.deepcopy(cache)})
+            with pytest.raises(ValueError, match="without `attention_mask`"):
+                model(ids, **{name: copy.deepcopy(cache)})
+            one = model(prompts[0][None], **{name: DynamicCache(config=model.config.text_config)})[CACHE]
+            assert_same(score(model, responses[0][None], **{name: one}), found[:1])
+        with pytest.raises(ValueError, match="two names of one argument"):
+            model(ids, cache=cache, past_key_values=cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -682,7 +686,8 @@ def test_trainer_evaluation_gathers_rewards_and_no_logits(tmp_path):
     model.forward = _with_lm_logits(model.forward)
     found = trainer.predict(data)
     assert found.predictions.shape == (4, 1) and not trainer.model_accepts_loss_kwargs
-    assert set(GRMConfig.keys_to_ignore_at_inference) >= {"lm_logits", "lm_output", "past_key_values"}
+    fields = set(GRMOutput.__dataclass_fields__) - {"loss", "logits"}
+    assert set(GRMConfig.keys_to_ignore_at_inference) >= fields | set(CACHE_NAMES)
 
 
 def _with_lm_logits(forward):
