@@ -778,8 +778,8 @@ def test_live_bases_without_a_language_model_head_are_refused():
     classifier = AutoModelForSequenceClassification.from_config(LlamaConfig(**small))
     body = AutoModel.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9))
     for base, words in (
-        (classifier, "LlamaForSequenceClassification has no language-model head.*AutoModelForCausalLM"),
-        (body, "GPT2Model has no language-model head.*AutoModelForCausalLM"),
+        (classifier, "LlamaForSequenceClassification has no LM head.*AutoModelForCausalLM"),
+        (body, "GPT2Model has no LM head.*AutoModelForCausalLM"),
         (BertLMHeadModel(BertConfig(**small)), r"\(bert\) is no decoder.*causal language model"),
         (T5ForConditionalGeneration(seq2seq), r"\(t5\) is no decoder.*causal language model"),
         (tiny_grm(), "is a reward model already.*`.lm`"),
