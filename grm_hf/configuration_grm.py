@@ -141,6 +141,8 @@ class GRMConfig(PretrainedConfig):
     output_attentions = _text_property("output_attentions")
 
     def __init_subclass__(cls, **kwargs):
+        if "__init__" not in cls.__dict__:
+            cls.__init__ = cls.__init__  # or the base class writes one that knows nothing of ours
         super().__init_subclass__(**kwargs)
         cls._auto_class = None  # see `GRMForSequenceClassification.__init_subclass__`
 

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
 )
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, find_adapter_config_file
@@ -37,14 +39,15 @@ from .heads_grm import build_head
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE = next(name for name in CACHE_NAMES if name in SequenceClassifierOutputWithPast.__dataclass_fields__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+QUANTIZED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method")
 SHIPPED = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
 
 
 @dataclass
 class GRMOutput(SequenceClassifierOutputWithPast):
     """
-    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under the
-    name this transformers has for it, `hidden_states`, `attentions`), and what the language model adds.
+    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under
+    the name this transformers has for it, `hidden_states`, `attentions`), and what the language model adds.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
@@ -75,7 +78,7 @@ def last_token_positions(attention_mask):
 
 
 class _States:
-    """What a decoder returns, as far as a LM head reads it: the last hidden state, and nothing else."""
+    """What a decoder returns, as far as an LM head reads it: the last hidden state, and nothing else."""
 
     def __init__(self, last_hidden_state):
         self.last_hidden_state = last_hidden_state
@@ -186,6 +189,12 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         )
 
     @classmethod
+    def is_custom_code(cls):
+        # Of custom code transformers fears that its initialisation overwrites what was loaded, and leaves out every
+        # module without weights of its own, for the whole tree: Falcon-H1's decoder, which fills its layers' buffers.
+        return False
+
+    @classmethod
     def _can_set_experts_implementation(cls):
         return True  # transformers looks into this file for experts; whether `lm` can, `lm` says when it is made
 
@@ -236,6 +245,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "`base` carries an adapter. Merge it (`merge_and_unload()`) and pass the language model you get."
             )
+        if type(lm).__module__.startswith("transformers_modules."):
+            raise ValueError(
+                f"{type(lm).__name__} is code that its repository brought. A reward model is saved with a language "
+                "model that transformers itself has: pass a base of a type that it knows."
+            )
         _refuse_base(lm.config, type(lm).__name__)
         if lm.get_output_embeddings() is None:
             raise ValueError(
@@ -253,7 +267,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         )
         model = cls(config, lm=lm)
         model.score.to(_a_device(lm))
-        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        for name in QUANTIZED:
             if hasattr(lm, name):
                 setattr(model, name, getattr(lm, name))
         if getattr(lm.config, "quantization_config", None) is not None:
@@ -580,16 +594,13 @@ def _a_device(module):
 
 def _refuse_packed(position_ids, mask):
     """Refuse rows that hold several texts and nothing that says where each ends."""
-    tracing = torch.compiler.is_compiling()
-    if not tracing:
-        breaks = position_ids[..., 1:] - position_ids[..., :-1] != 1
-        if mask is not None:
-            breaks = breaks & mask[:, 1:] & mask[:, :-1]
-    if tracing or breaks.any():
+    breaks = position_ids[..., 1:] - position_ids[..., :-1] != 1
+    if mask is not None:
+        breaks = breaks & mask[:, 1:] & mask[:, :-1]
+    if breaks.any():
         raise ValueError(
-            "`position_ids` without `attention_mask`"
-            + (", compiled: whether they restart cannot be told. " if tracing else " that are not consecutive: ")
-            + "A row that holds several texts needs `read_index`, the position of each text's last token, and gives a "
+            "`position_ids` are not consecutive, and there is no `attention_mask`. "
+            "A row that holds several texts needs `read_index`, the position of each text's last token, and gives a "
             "reward for each; a row that holds one text needs its `attention_mask`."
         )
 
@@ -609,8 +620,13 @@ def _load_base(base, load_kwargs):
             f"'{base}' is an adapter. Load it with peft on its language model, merge it (`merge_and_unload()`), and "
             "pass the language model you get."
         )
-    config = AutoConfig.from_pretrained(base, trust_remote_code=load_kwargs.get("trust_remote_code"), **hub)
-    _refuse_base(config, f"'{base}'")
+    gguf_file = load_kwargs.get("gguf_file")
+    if gguf_file is None:
+        _refuse_own_code(base, load_kwargs.get("trust_remote_code"), hub)
+        config = AutoConfig.from_pretrained(base, **hub)
+    else:
+        config = AutoConfig.from_pretrained(base, gguf_file=gguf_file, **hub)
+    _refuse_base(_judged(config), f"'{base}'")
     if any("Classification" in name for name in config.architectures or ()):
         raise ValueError(
             f"'{base}' holds a classifier ({config.architectures[0]}), whose head would be dropped. Pass the causal "
@@ -624,7 +640,55 @@ def _load_base(base, load_kwargs):
             "random. A base must be a complete causal language model; check that the folder holds one and that its "
             "config.json belongs to its weights."
         )
-    return lm
+    if gguf_file is not None and load_kwargs.get("quantization_config") is None:
+        # transformers has dequantised the weights, and still calls the model quantised, which it then cannot save.
+        for owner in (lm, lm.config):
+            for name in (*QUANTIZED, "quantization_config", "_is_quantized"):
+                owner.__dict__.pop(name, None)
+    return lm if _judged(lm.config) is lm.config else _text_of(lm, base)
+
+
+def _refuse_own_code(base, trust_remote_code, hub):
+    """Refuse a base whose code is not transformers' own: a saved reward model could not carry it."""
+    fields, _ = PretrainedConfig.get_config_dict(base, **hub)
+    kind, brings = fields.get("model_type"), fields.get("auto_map") or {}
+    known = kind in CONFIG_MAPPING
+    if kind == GRMConfig.model_type or not {"AutoConfig", "AutoModelForCausalLM"} & set(brings):
+        return
+    if trust_remote_code or not known:
+        raise ValueError(
+            f"'{base}' brings modelling code of its own (`auto_map` in its config.json). A reward model is saved with "
+            "the code of GRM and with a language model that transformers itself has, so that it loads anywhere. "
+            + (
+                f"transformers knows the type {kind!r}: leave `trust_remote_code` out."
+                if known
+                else f"transformers does not know the type {kind!r}: pass a base of a type that it knows."
+            )
+        )
+
+
+def _judged(config):
+    """The configuration that the language model of a folder will have. For a multimodal folder that is the one of its
+    text model, if AutoModelForCausalLM knows both."""
+    text = config.get_text_config()
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return text if known and not getattr(config, "is_encoder_decoder", False) else config
+
+
+def _text_of(full, base):
+    """The text model of a multimodal one, with the same weights."""
+    decoder = full.get_decoder()
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(decoder.config, dtype=full.dtype)
+    name = _decoder_name(lm)
+    if type(getattr(lm, name)) is not type(decoder):
+        _refuse_base(full.config, f"'{base}'")
+    setattr(lm, name, decoder)
+    lm.set_output_embeddings(full.get_output_embeddings())
+    if left := [name for name, part in lm.named_parameters() if part.is_meta]:
+        raise ValueError(f"The text model of '{base}' has weights of its own, {_some(left)}: it cannot be taken out.")
+    lm.config, lm.generation_config = decoder.config, full.generation_config
+    return lm.train(full.training)
 
 
 def _refuse_base(config, name):

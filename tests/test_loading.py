@@ -440,7 +440,6 @@ SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_atte
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: multimodal("gemma3"), r"\(gemma3\) is multimodal.*text-only.*copy its text model out.*from_base"),
         (lambda: multimodal("llava"), r"\(llava\) is multimodal.*text-only.*copy its text model out.*from_base"),
         (lambda: BertForMaskedLM(BertConfig(**SMALL)), r"\(bert\) is no decoder.*causal language model"),
         (
@@ -460,7 +459,7 @@ SMALL = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_atte
             "holds a classifier .LlamaForSequenceClassification.*AutoModelForCausalLM",
         ),
     ],
-    ids=["gemma3", "llava", "bert", "t5", "bart", "classifier"],
+    ids=["llava", "bert", "t5", "bart", "classifier"],
 )
 def test_folders_that_are_no_base_are_refused_before_anything_is_built(make, words, tmp_path, monkeypatch):
     make().save_pretrained(tmp_path)
@@ -470,6 +469,133 @@ def test_folders_that_are_no_base_are_refused_before_anything_is_built(make, wor
         GRMForSequenceClassification.from_base(tmp_path)
     with pytest.raises(ValueError, match="not a reward model of type 'grm'"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_multimodal_folder_gives_its_text_model_where_the_auto_class_knows_it(kind, tmp_path):
+    """AutoModelForCausalLM gives a text-only class for Qwen 3.5, and for Gemma 3 the complete model."""
+    full = multimodal(kind)
+    full.save_pretrained(tmp_path / "base")
+    model = GRMForSequenceClassification.from_base(tmp_path / "base", head_hidden_size=16).eval()
+    assert model.config.text_config is model.lm.config is model.model.config
+    assert model.config.text_config.model_type == full.config.get_text_config().model_type
+    with torch.no_grad():
+        wanted = full(IDS, attention_mask=MASK).logits
+        out = model(IDS, attention_mask=MASK, return_lm_logits=True)
+        torch.testing.assert_close(out.lm_logits[MASK.bool()], wanted[MASK.bool()], rtol=0, atol=1e-5)
+    assert model.lm_head_is_exact() and not any("vision" in name for name, _ in model.named_modules())
+    model.save_pretrained(tmp_path / "grm")
+    assert_same(score(load(tmp_path / "grm"), IDS, MASK), out.logits.squeeze(-1))
+
+
+def test_base_with_code_of_its_own_is_refused_in_one_true_sentence(tmp_path):
+    code = "from transformers import LlamaConfig, LlamaForCausalLM\n"
+    (tmp_path / "code.py").write_text(
+        code + "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM): ...\n"
+    )
+    tiny_lm().save_pretrained(tmp_path)
+    reconfigure(tmp_path, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    assert GRMForSequenceClassification.from_base(tmp_path).lm_head_is_exact()  # a llama, by transformers' own code
+    with pytest.raises(ValueError, match="code of its own.*knows the type 'llama': leave `trust_remote_code` out"):
+        GRMForSequenceClassification.from_base(tmp_path, trust_remote_code=True)
+    reconfigure(tmp_path, model_type="own")
+    for trust in (None, True):
+        with pytest.raises(ValueError, match="modelling code of its own.*does not know the type 'own': pass a base"):
+            GRMForSequenceClassification.from_base(tmp_path, trust_remote_code=trust)
+
+
+def test_every_hub_argument_reaches_configuration_and_weights(tmp_path, monkeypatch):
+    """`subfolder` shows it on disk; what goes to the Hub is asked of the two calls that go there."""
+    tiny_lm().save_pretrained(tmp_path / "part")
+    tiny_lm("gpt2").save_pretrained(tmp_path)
+    assert GRMForSequenceClassification.from_base(tmp_path, subfolder="part").lm.config.model_type == "llama"
+    asked = {}
+    hub = dict(revision="abc", subfolder="part", cache_dir=str(tmp_path / "c"), token="t", local_files_only=True)
+    monkeypatch.setattr("grm_hf.modeling_grm.find_adapter_config_file", lambda path, **kw: asked.update(adapter=kw))
+    monkeypatch.setattr(
+        "grm_hf.modeling_grm.PretrainedConfig.get_config_dict", lambda path, **kw: (asked.update(fields=kw) or {}, {})
+    )
+    config = lambda path, **kw: asked.update(config=kw) or LlamaConfig(**SMALL)  # noqa: E731
+    weights = lambda path, **kw: asked.update(weights=kw) or (tiny_lm(), {"missing_keys": []})  # noqa: E731
+    monkeypatch.setattr("grm_hf.modeling_grm.AutoConfig.from_pretrained", config)
+    monkeypatch.setattr("grm_hf.modeling_grm.AutoModelForCausalLM.from_pretrained", weights)
+    for gguf in ({}, {"gguf_file": "weights.gguf"}):
+        asked.clear()
+        GRMForSequenceClassification.from_base("someone/some-model", **hub, **gguf)
+        assert asked["config"] == hub | gguf
+        assert asked["weights"] == hub | gguf | {"output_loading_info": True} and asked["adapter"] == hub
+        assert ("fields" in asked) is not bool(gguf)
+
+
+def test_gguf_file_makes_an_ordinary_folder(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    lm = tiny_lm("llama_tied", hidden_size=32, num_key_value_heads=4)
+    write_gguf(gguf, lm, tmp_path / "weights.gguf")
+    model = GRMForSequenceClassification.from_base(tmp_path, gguf_file="weights.gguf", head_hidden_size=16).eval()
+    with torch.no_grad():
+        wanted = lm(IDS, attention_mask=MASK).logits
+        out = model(IDS, attention_mask=MASK, return_lm_logits=True)
+    torch.testing.assert_close(out.lm_logits[MASK.bool()], wanted[MASK.bool()], rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path / "grm")
+    assert "quantization_config" not in (tmp_path / "grm" / "config.json").read_text()
+    assert_same(score(load(tmp_path / "grm"), IDS, MASK), out.logits.squeeze(-1))
+    model.lm.save_pretrained(tmp_path / "base")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base") is not None
+
+
+def write_gguf(gguf, lm, path):
+    """A llama in float32 as llama.cpp would store it: its names, rotary halves interleaved."""
+    config = lm.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in lm.state_dict().items():
+        if key == "lm_head.weight":
+            continue  # tied
+        if "q_proj" in key or "k_proj" in key:
+            heads = config.num_attention_heads
+            value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        writer.add_tensor(names.get_name(key.removesuffix(".weight")) + ".weight", value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_subclass_is_saved_with_the_code_of_this_class(tmp_path, monkeypatch):
+    """transformers would copy the subclass's file and what it imports, and stops at `from ..`."""
+    package = tmp_path / "theirs" / "models"
+    package.mkdir(parents=True)
+    (tmp_path / "theirs" / "__init__.py").touch()
+    (tmp_path / "theirs" / "names.py").write_text("NAME = 'theirs'\n")
+    (package / "__init__.py").touch()
+    (package / "reward.py").write_text(
+        "from grm_hf import GRMConfig, GRMForSequenceClassification\nfrom ..names import NAME\n"
+        "class Config(GRMConfig): ...\n"
+        "class Reward(GRMForSequenceClassification):\n    config_class = Config\n    name = NAME\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from theirs.models.reward import Config, Reward
+
+    model = Reward(Config(tiny_lm().config, head_hidden_size=16), lm=tiny_lm()).eval()
+    model.save_pretrained(tmp_path / "grm")
+    assert {f"{name}.py" for name in SHIPPED} <= set(os.listdir(tmp_path / "grm"))
+    assert "reward.py" not in os.listdir(tmp_path / "grm")
+    wanted = score(model, IDS, MASK)
+    assert torch.equal(score(Reward.from_pretrained(tmp_path / "grm"), IDS, MASK), wanted)
+    assert torch.equal(score(load(tmp_path / "grm"), IDS, MASK), wanted)
+    out = stranger(tmp_path, [("grm", "AutoModel", tmp_path / "grm", None)], tmp_path / "grm")
+    assert torch.equal(torch.tensor(out["grm"]), wanted)
+    with pytest.raises(ValueError, match="is a subclass. Save it to a folder, and push that folder"):
+        model.save_pretrained(tmp_path / "grm", push_to_hub=True)
 
 
 def test_base_that_lacks_weights_is_refused(tmp_path):

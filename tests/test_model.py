@@ -11,9 +11,10 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, byte_tokenizer, tiny_lm
+from tiny import FAMILIES, ODD_FAMILIES, byte_tokenizer, tiny_lm
 from torch.nn.functional import linear
 from transformers import (
     AutoModelForSequenceClassification,
@@ -147,10 +148,41 @@ def test_saved_and_loaded_is_the_same_model(family, head_type, tmp_path):
     assert tied == model.config.text_config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("family", ODD_FAMILIES)
+def test_odd_families_keep_their_language_model(family, tmp_path):
+    """Where the body lies and what the head does is asked of the model: `base_model_prefix` that names nothing (Llama
+    4), multipliers and caps of other names, `hidden_states[-1]` that is no last hidden state (Gemma 3n)."""
+    theirs, ours, ids = tiny_lm(family), tiny_grm(family), texts()[0][None]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        base = theirs(ids, attention_mask=mask).logits
+        if not torch.equal(theirs(ids, attention_mask=mask).logits, base):
+            pytest.skip(f"in this transformers, {type(theirs).__name__} gives one text two outputs")
+        out = ours(ids, attention_mask=mask, return_lm_logits=True)
+        torch.testing.assert_close(out.lm_logits, base, rtol=0, atol=1e-6)
+        last = theirs.model(ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(ours.lm_logits(last), base, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.lm_logits(last[0, 2:4]), base[0, 2:4], rtol=0, atol=1e-6)
+        assert_same(out.logits.squeeze(-1), head_by_hand(ours, last[:, -1]))
+        own = (theirs.get_output_embeddings()(last) - base).abs().max() > 0.01  # beyond the matrix product
+        assert own == (family in ("falcon_h1", "gemma3n_text", "recurrent_gemma"))
+    assert ours.lm_head_is_exact() and base.abs().max() > 0.3
+    padded, right = pad([ids[0], ids[0, :4]], left=False)
+    assert_same(score(ours, padded, right)[:1], out.logits.squeeze(-1), 2 * FLOAT32)
+    options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    ours.save_pretrained(tmp_path)
+    loaded, info = GRMForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        again = loaded(ids, attention_mask=mask, return_lm_logits=True)
+    assert_same(again.lm_logits, out.lm_logits)
+    assert_same(again.logits, out.logits)
+
+
 def test_lm_head_that_a_plain_matrix_product_misses_is_noticed():
     model = tiny_grm("granite")
     assert model.lm_head_is_exact()
-    model.config.text_config.logits_scaling = 1.0  # the live layers keep their own
     inner = model.lm.forward
     model.lm.forward = lambda *a, **k: _scaled(inner(*a, **k), 1.02)
     assert not model.lm_head_is_exact()
@@ -321,6 +353,131 @@ def test_lm_fn_gets_the_hidden_states_and_the_model():
     assert model(ids, attention_mask=mask).lm_output is None
 
 
+def test_hidden_states_and_attentions_are_those_that_were_asked_for():
+    model, theirs = tiny_grm(attn_implementation="eager"), tiny_lm(attn_implementation="eager")
+    ids, mask = pad(texts(), left=False)
+    inputs, real = dict(input_ids=ids, attention_mask=mask), mask.bool()
+    for options in ({}, dict(return_lm_logits=True), dict(return_lm_logits=True, logits_to_keep=1)):
+        out = model(**inputs, **options)
+        assert out.hidden_states is None and out.attentions is None and out.get(CACHE) is None
+        out = model(**inputs, **options, output_hidden_states=True, output_attentions=True)
+        wanted = theirs(**inputs, output_hidden_states=True, output_attentions=True)
+        assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+        torch.testing.assert_close(out.hidden_states[1][real], wanted.hidden_states[1][real], rtol=0, atol=1e-6)
+        torch.testing.assert_close(out.attentions[1][3], wanted.attentions[1][3], rtol=0, atol=1e-6)
+    assert tuple(model(**inputs, use_cache=True)[CACHE].layers[0].keys.shape) == (4, 2, 9, 8)
+
+
+def test_a_list_of_layers_is_obeyed():
+    model, theirs, ids = tiny_grm(), tiny_lm(), texts()[0][None]
+    wanted = theirs(ids, output_hidden_states=[0, -1]).hidden_states
+    if all(state is not None for state in wanted):
+        pytest.skip("this transformers takes no list of layers")
+    for options in ({}, dict(return_lm_logits=True)):
+        found = model(ids, output_hidden_states=[0, -1], **options).hidden_states
+        assert [state is None for state in found] == [state is None for state in wanted] == [False, True, False]
+        torch.testing.assert_close(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_outputs_that_the_configuration_asks_for(where, tmp_path):
+    model, ids = tiny_grm(attn_implementation="eager"), texts()[0][None]
+    config = model.config if where == "top" else model.config.text_config
+    config.output_hidden_states = config.output_attentions = True
+    for ours in (model, saved_and_loaded(model, tmp_path, attn_implementation="eager")):
+        for options in ({}, dict(return_lm_logits=True)):
+            out = ours(ids, **options)
+            assert len(out.hidden_states) == 3 and len(out.attentions) == 2
+            out = ours(ids, output_hidden_states=False, output_attentions=False, **options)
+            assert out.hidden_states is None and out.attentions is None
+    loaded = GRMForSequenceClassification.from_pretrained(
+        tmp_path, output_hidden_states=False, output_attentions=False
+    )
+    assert loaded(ids).hidden_states is None and loaded(ids).attentions is None
+    kept = GRMForSequenceClassification.from_base(tiny_lm(), head_hidden_size=4)
+    kept.save_pretrained(tmp_path / "plain")
+    asked = dict(output_hidden_states=True, output_attentions=True, attn_implementation="eager")
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path / "plain", **asked)
+    assert len(loaded(ids).hidden_states) == 3 and len(loaded(ids).attentions) == 2
+
+
+def saved_and_loaded(model, folder, **kwargs):
+    model.save_pretrained(folder)
+    return GRMForSequenceClassification.from_pretrained(folder, **kwargs)
+
+
+def test_one_packed_row_without_mask_is_refused_or_read_where_read_index_says():
+    model, rows = tiny_grm(), texts()
+    ids, position_ids = torch.cat(rows)[None], torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    for padding in (0, None):
+        model.config.pad_token_id = padding
+        for options in ({}, dict(return_lm_logits=True)):
+            with pytest.raises(ValueError, match="not consecutive.*several texts needs `read_index`"):
+                model(ids, position_ids=position_ids, **options)
+        ends = torch.tensor(LENGTHS).cumsum(0) - 1
+        with torch.no_grad():
+            out = model(ids, position_ids=position_ids, read_index=ends, return_lm_logits=True)
+            assert_same(out.logits.squeeze(-1), expected(tiny_lm(), model, rows))
+            wanted = torch.cat([tiny_lm()(row[None]).logits[0] for row in rows])
+        torch.testing.assert_close(out.lm_logits[0], wanted, rtol=0, atol=1e-6)
+        plain = score(model, ids[:, :7], position_ids=position_ids[:, :7])
+        assert_same(plain, expected(tiny_lm(), model, rows[:1]))
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="not consecutive"):
+        compiled(ids, position_ids=position_ids)
+    torch.compiler.reset()
+
+
+def test_continuous_batching_generates_as_generate_does():
+    if not hasattr(GRMForSequenceClassification, "generate_batch") or not hasattr(
+        transformers, "ContinuousBatchingConfig"
+    ):
+        pytest.skip("this transformers has no continuous batching")
+    model, prompts = tiny_grm(), [[5, 6, 7], [8, 9]]
+    settings_ = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=0)
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)  # or it takes all memory
+    found = model.generate_batch(prompts, generation_config=settings_, continuous_batching_config=small)
+    for prompt, out in zip(prompts, found.values(), strict=True):
+        wanted = model.generate(torch.tensor([prompt]), generation_config=settings_)[0, len(prompt) :].tolist()
+        assert out.generated_tokens == wanted and len(wanted) == 5
+    with model.continuous_batching_context_manager(
+        generation_config=settings_, continuous_batching_config=small
+    ) as manager:
+        assert manager.model is model.lm
+
+
+def test_read_index_of_continuous_batching_goes_on_to_the_decoder(monkeypatch):
+    model, ids = tiny_grm(), texts()[0][None]
+    seen = {}
+    inner = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **kw: inner(**kw | {"read_index": seen.update(kw)}))
+    given = [torch.tensor([1, 2])]
+    assert model(ids, read_index=given).logits.shape == (1, 1) and seen["read_index"] is given
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_auxiliary_loss_is_the_familys_own(family, tmp_path):
+    model, theirs = tiny_grm(family), tiny_lm(family)
+    ids, mask = pad(texts(), left=False)
+    inputs = dict(input_ids=ids, attention_mask=mask, labels=torch.zeros(4))
+    wanted = theirs(ids, attention_mask=mask, output_router_logits=True)
+    plain = model(**inputs)
+    assert plain.aux_loss is None and plain.router_logits is None
+    for options in (dict(output_router_logits=True), dict(output_router_logits=True, return_lm_logits=True)):
+        out = model(**inputs, **options)
+        torch.testing.assert_close(out.aux_loss, wanted.aux_loss)
+        assert len(out.router_logits) == 2 and out.aux_loss.requires_grad
+        weight = theirs.config.router_aux_loss_coef
+        assert model.router_aux_loss_coef == weight > 0
+        torch.testing.assert_close(out.loss, plain.loss + weight * wanted.aux_loss)
+    model.config.text_config.output_router_logits = True
+    torch.testing.assert_close(model(**inputs).aux_loss, wanted.aux_loss)
+    loaded = saved_and_loaded(tiny_grm(family), tmp_path, output_router_logits=True)
+    torch.testing.assert_close(loaded(**inputs).aux_loss, wanted.aux_loss)
+    with pytest.raises(ValueError, match="no `router_aux_loss_coef`"):
+        tiny_grm().router_aux_loss_coef  # noqa: B018
+
+
 def test_labels_give_the_mean_squared_error():
     model = tiny_grm()
     ids, mask = pad(texts(), left=False)
@@ -457,6 +614,52 @@ def test_one_configuration_reaches_every_layer(made, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------- the configuration
+
+
+def test_text_settings_are_read_and_written_through(tmp_path):
+    tiny_grm("llama_tied").save_pretrained(tmp_path)
+    rope = {"rope_type": "default", "rope_theta": 77.0}
+    load = GRMForSequenceClassification.from_pretrained
+    for auto in (GRMForSequenceClassification, AutoModelForSequenceClassification):
+        model = auto.from_pretrained(tmp_path, attention_dropout=0.25, rope_parameters=rope)
+        assert model.lm.config.attention_dropout == model.model.layers[0].self_attn.attention_dropout == 0.25
+        assert model.model.rotary_emb.inv_freq[1] == pytest.approx(77.0**-0.25)
+    assert load(tmp_path).config.tie_word_embeddings is True is load(tmp_path).lm.config.tie_word_embeddings
+    assert tiny_grm("llama").config.tie_word_embeddings is False
+    config = GRMConfig.from_pretrained(tmp_path)
+    config.tie_word_embeddings = False
+    assert config.text_config.tie_word_embeddings is False
+    assert GRMConfig(tiny_lm("llama_tied").config, tie_word_embeddings=False).text_config.tie_word_embeddings is False
+    assert "tie_word_embeddings" not in {k for k in config.to_dict() if k != "text_config"}
+    with pytest.raises(TypeError, match="nonsense"):
+        load(tmp_path, nonsense=1)
+    config, unused = GRMConfig.from_pretrained(tmp_path, nonsense=1, sliding_window=3, return_unused_kwargs=True)
+    assert unused == {"nonsense": 1, "sliding_window": 3}  # a llama has no window
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_experts_implementation_is_passed_on(implementation, tmp_path):
+    model = tiny_grm("qwen3_moe")
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip("this transformers has no choice of experts")
+    model.save_pretrained(tmp_path)
+    model.lm.save_pretrained(tmp_path / "base")
+    ids, mask = pad(texts(), left=False)
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path, experts_implementation=implementation)
+    torch.manual_seed(1)
+    made = GRMForSequenceClassification.from_base(
+        tmp_path / "base", head_hidden_size=16, experts_implementation=implementation
+    )
+    default = tiny_lm("qwen3_moe").config._experts_implementation
+    assert model.config._experts_implementation == model.lm.config._experts_implementation == default
+    for ours in (loaded, made):
+        assert ours.config._experts_implementation == ours.lm.config._experts_implementation == implementation
+        assert_same(score(ours, ids, mask), score(model, ids, mask))
+    model.set_experts_implementation(implementation)
+    assert model.lm.config._experts_implementation == implementation
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not support"):
+        tiny_grm().save_pretrained(tmp_path / "dense")
+        GRMForSequenceClassification.from_pretrained(tmp_path / "dense", experts_implementation="grouped_mm")
 
 
 def test_configuration_makes_a_round_trip(tmp_path):
@@ -609,11 +812,17 @@ def test_only_an_untied_language_model_head_is_frozen(family, tied):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # what DDP asks for
 
 
-def test_compiled_model_gives_the_same_rewards():
-    model, rows = tiny_grm(), texts()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_compiled_model_gives_the_same_rewards_in_one_graph(family):
+    model, rows = tiny_grm(family), texts()
     ids, mask = pad(rows, left=True)
-    compiled = torch.compile(model, backend="aot_eager")
-    assert_same(score(compiled, ids, mask), score(model, ids, mask), tolerance=1e-5)
+    compiled = torch.compile(model, backend="aot_eager" if family == "llama" else "eager", fullgraph=True)
+    with torch.no_grad():
+        for options in ({}, dict(return_lm_logits=True, logits_to_keep=2), dict(output_hidden_states=True)):
+            wanted, found = [m(ids, attention_mask=mask, **options) for m in (model, compiled)]
+            assert_same(found.logits, wanted.logits, tolerance=1e-5)
+            if "return_lm_logits" in options:
+                assert_same(found.lm_logits, wanted.lm_logits, tolerance=1e-5)
     torch.compiler.reset()
 
 
@@ -809,6 +1018,16 @@ def multimodal(kind="gemma3"):
         LlavaForConditionalGeneration,
         SiglipVisionConfig,
     )
+
+    if kind == "qwen3_5":
+        transformers = pytest.importorskip("transformers")
+        if not hasattr(transformers, "Qwen3_5Config"):
+            pytest.skip("this transformers has no Qwen 3.5")
+        text = tiny_lm("qwen3_5_text").config.to_dict()
+        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+        ids = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+        config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, **ids)
+        return transformers.Qwen3_5ForConditionalGeneration(config).eval()
 
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28)
