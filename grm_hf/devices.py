@@ -26,8 +26,9 @@ def is_whole(model: nn.Module) -> bool:
     """Whether this process can run `model` alone: no part of it is with other processes (FSDP, ZeRO-3, tensor
     parallelism), where a forward waits until all of them run one."""
     split = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    offloaded = getattr(model, "hf_device_map", None) is not None  # its meta weights are brought in by hooks
     return not split and not any(
-        parameter.numel() == 0 or parameter.is_meta or hasattr(parameter, "device_mesh")
+        parameter.numel() == 0 or (parameter.is_meta and not offloaded) or hasattr(parameter, "device_mesh")
         for parameter in model.parameters()
     )
 

@@ -291,7 +291,7 @@ def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float
     model.eval()
     try:
         for name in ("padded", layout):
-            batch = {k: v.to(embeddings.device) for k, v in PairCollator(0, name, text="both")(pairs).items()}
+            batch = {k: v.to(model.device) for k, v in PairCollator(0, name, text="both")(pairs).items()}
             with layout_attention(model, name, f"{ATTENTION}_trial"):
                 model(
                     **model_kwargs(batch),

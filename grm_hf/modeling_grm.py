@@ -178,6 +178,10 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return getattr(self.lm, self._decoder_name)
 
     @property
+    def device(self):
+        return _a_device(self)
+
+    @property
     def router_aux_loss_coef(self):
         """Weight of `aux_loss` in the family's own loss; `ValueError` for a family that has none."""
         for owner in (self.lm, self.config.text_config):
@@ -382,7 +386,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def lm_head_is_exact(self):
         """Whether [`~GRMForSequenceClassification.lm_logits`] gives what the base's own forward gives (one run)."""
-        input_ids = torch.arange(4, device=_a_device(self.lm))[None] % self.config.vocab_size
+        input_ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         inputs = dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
         training = self.lm.training
         self.lm.eval()

@@ -814,11 +814,11 @@ def test_only_an_untied_language_model_head_is_frozen(family, tied):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
 def test_compiled_model_gives_the_same_rewards_in_one_graph(family):
-    model, rows = tiny_grm(family), texts()
+    model, rows = tiny_grm(family, num_hidden_layers=1), texts()
     ids, mask = pad(rows, left=True)
     compiled = torch.compile(model, backend="aot_eager" if family == "llama" else "eager", fullgraph=True)
     with torch.no_grad():
-        for options in ({}, dict(return_lm_logits=True, logits_to_keep=2), dict(output_hidden_states=True)):
+        for options in ({}, dict(return_lm_logits=True, logits_to_keep=2)):
             wanted, found = [m(ids, attention_mask=mask, **options) for m in (model, compiled)]
             assert_same(found.logits, wanted.logits, tolerance=1e-5)
             if "return_lm_logits" in options:
@@ -849,17 +849,35 @@ def test_device_map(device_map, tmp_path):
     assert_same(score(made, ids), score(model, ids))
 
 
-def test_device_map_with_layers_on_disk(tmp_path):
+@pytest.mark.parametrize("part", ["h.1", "wte"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt2_untied"])
+def test_device_map_with_parts_on_disk(part, family, tmp_path):
     pytest.importorskip("accelerate")
-    model, rows = tiny_grm("gpt2"), texts()
+    from grm_hf.devices import is_whole
+
+    model, rows = tiny_grm("gpt2", tie_word_embeddings=family == "gpt2"), texts()
     model.save_pretrained(tmp_path / "model")
-    parts = ("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.ln_f", "lm_head")
-    device_map = {"lm.transformer.h.1": "disk", "score": "cpu", **{f"lm.{part}": "cpu" for part in parts}}
-    loaded = GRMForSequenceClassification.from_pretrained(
-        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
-    )
+    model.lm.save_pretrained(tmp_path / "base")
+    parts = [*(f"transformer.{name}" for name in ("wte", "wpe", "h.0", "h.1", "ln_f")), "lm_head"]
+    on_disk = {f"transformer.{part}", *(["lm_head"] if part == "wte" and family == "gpt2" else [])}
+    places = {name: "disk" if name in on_disk else "cpu" for name in parts}
     ids, mask = pad(rows, left=True)  # the hooks must not hide that the decoder takes position ids
-    assert_same(score(loaded, ids, mask), score(model, ids, mask))
+    loaded = GRMForSequenceClassification.from_pretrained(
+        tmp_path / "model",
+        device_map={"score": "cpu", **{f"lm.{name}": place for name, place in places.items()}},
+        offload_folder=tmp_path / "offload",
+    )
+    torch.manual_seed(1)
+    made = GRMForSequenceClassification.from_base(
+        tmp_path / "base", head_hidden_size=16, device_map=places, offload_folder=tmp_path / "offload2"
+    )
+    for ours in (loaded, made):
+        assert any(p.is_meta for p in ours.parameters()) and not any(p.is_meta for p in ours.score.parameters())
+        assert ours.device.type == "cpu" and is_whole(ours) and ours.lm_head_is_exact()
+        with torch.no_grad():
+            found, wanted = (m(ids, attention_mask=mask, return_lm_logits=True) for m in (ours, model))
+        assert_same(found.logits, wanted.logits)
+        assert_same(found.lm_logits, wanted.lm_logits)
 
 
 def test_quantisers_leave_both_heads_alone():

@@ -197,7 +197,7 @@ def _environment(model) -> dict[str, str]:
         "grm_hf": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": model.get_input_embeddings().weight.device.type,
+        "device": model.device.type,
         "dtype": _dtype(model),
         "attn_implementation": model.get_decoder().config._attn_implementation,
     }

@@ -237,7 +237,7 @@ class GRMScorer:
         ranks = 1 if self.accelerator is None else self.accelerator.num_processes
         rank = 0 if self.accelerator is None else self.accelerator.process_index
         rewards = [0.0] * len(distinct)
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         with torch.no_grad(), evaluating(self.model), layout_attention(self.model, self.layout):
             batches = self._batches(distinct, ranks)
             for number, members in enumerate(batches):
