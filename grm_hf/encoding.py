@@ -366,8 +366,8 @@ def _rendered(messages: list[dict], render: Callable, **kwargs) -> str | None:
 def _dropped(index: int, message: dict) -> ValueError:
     return ValueError(
         f"message {index} ({message['role']}) has the text {describe(_text(message))}, and the chat template leaves "
-        "it out or changes it, so the model would not see what was written. Use a template that writes the messages of "
-        "this role as they are, change the message, or remove the row."
+        "it out or changes it, so the model would not see what was written. Use a template that writes the messages "
+        "of this role as they are, change the message, or remove the row."
     )
 
 

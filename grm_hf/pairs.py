@@ -417,7 +417,7 @@ def _prepare_or_say(row: dict, index: int, *, prepare, columns: tuple[str, ...])
     try:
         return {**prepare(row, index), "error": ""}
     except ValueError as error:
-        empty = {column: [] if column.endswith("_ids") else 0 for column in columns}
+        empty: dict[str, Any] = {column: [] if column.endswith("_ids") else 0 for column in columns}
         outcome = _TOO_LONG if isinstance(error, OverlengthError) else _BAD
         return {**empty, "outcome": outcome, "error": str(error)}
 
