@@ -85,11 +85,19 @@ PAIR_LOSSES = {
 }
 TEXT_LOSSES = {
     "sft": TextLoss(
-        "-log sigmoid(beta * s_c)", "chosen", False, lambda s, beta: -logsigmoid(beta * s.chosen), "the paper's default"
+        "-log sigmoid(beta * s_c)",
+        "chosen",
+        False,
+        lambda s, beta: -logsigmoid(beta * s.chosen),
+        "the paper's default",
     ),
     "sft_nll": TextLoss("-s_c", "chosen", False, lambda s, beta: -s.chosen),
     "sft_token_mean": TextLoss(
-        "-s_c / tokens", "chosen", False, lambda s, beta: -s.chosen / s.chosen_tokens.clamp(min=1)
+        "-s_c / tokens",
+        "chosen",
+        False,
+        lambda s, beta: -s.chosen / s.chosen_tokens.clamp(min=1),
+        "not in the paper: long responses do not weigh more",
     ),
     "dpo_noref": TextLoss(
         "-log sigmoid(beta * (s_c - s_r))",

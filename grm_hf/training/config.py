@@ -38,14 +38,16 @@ class GRMRewardConfig(RewardConfig):
         beta (`float`, *optional*, defaults to `0.1`):
             Inverse temperature of the text losses whose formula has it.
         pair_loss (`str`, *optional*):
-            Loss on the rewards, one of [`~grm_hf.losses.PAIR_LOSSES`]: `"bt"`, `"margin"` or `"scaled"`. If `None`, `"margin"` where the training data has a
-            `margin` column (as TRL does), else `"bt"`.
+            Loss on the rewards, one of [`~grm_hf.losses.PAIR_LOSSES`]: `"bt"`, `"margin"` or `"scaled"`. If `None`,
+            `"margin"` where the training data has a `margin` column (as TRL does), else `"bt"`. An evaluation set
+            without margins is measured by `"bt"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Assumed share of wrong labels, in `[0, 0.5)`.
         reference (`str`, *optional*):
             Where `"dpo"` takes its reference log-probabilities from: `"adapter_off"` (the same model with its adapter
             switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
-            second copy). If `None`, `"adapter_off"` with an adapter, else `"precompute"`.
+            second copy). If `None`, `"adapter_off"` with an adapter that changes nothing at the start, else
+            `"precompute"`. The reference is always the model at the start of training.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Train the reward head alone. Requires `regularizer="none"`.
 
