@@ -9,29 +9,122 @@ Notation of Yang et al. (arXiv 2406.10216), here and nowhere else:
 Every function returns one value a pair, `(B,)`; the trainer takes the mean.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn.functional import logsigmoid
 
 
-PAIR_LOSSES = ("bt", "margin", "scaled")
-TEXT_LOSSES = ("sft", "sft_nll", "sft_token_mean", "dpo_noref", "dpo")
+class PairLoss(NamedTuple):
+    """A loss on the rewards of a pair.
+
+    Attributes:
+        formula (`str`): For people (README, card, `--help`); `r_c` and `r_r` are the rewards.
+        reads_margin (`bool`): Whether it needs the strength of each preference, `margin`.
+        function (`Callable`): `(d, margin, label_smoothing)` to `(B,)`, `d` being the difference of the rewards.
+        source (`str`): Where it is from.
+    """
+
+    formula: str
+    reads_margin: bool
+    function: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+    source: str = ""
+
+
+class Responses(NamedTuple):
+    """What text losses are made of, `(B,)` each: summed log-probabilities, and the number of tokens in a sum."""
+
+    chosen: torch.Tensor
+    chosen_tokens: torch.Tensor | None = None
+    rejected: torch.Tensor | None = None
+    ref_chosen: torch.Tensor | None = None
+    ref_rejected: torch.Tensor | None = None
+
+
+class TextLoss(NamedTuple):
+    """A loss on the log-probabilities of a pair's responses.
+
+    Attributes:
+        formula (`str`): For people (README, card, `--help`); `s_c` and `s_r` are the sums, `ref_c` and `ref_r` those
+            of the reference.
+        sides (`str`): The responses whose log-probability it reads, `"chosen"` or `"both"`.
+        reference (`bool`): Whether it needs the log-probabilities under a reference model.
+        function (`Callable`): `(responses, beta)` to `(B,)`.
+        source (`str`): What is said of it.
+    """
+
+    formula: str
+    sides: str
+    reference: bool
+    function: Callable[[Responses, float], torch.Tensor]
+    source: str = ""
+
+
+def _bradley_terry(logits: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    loss = -logsigmoid(logits)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-logits)
+    return loss
+
+
+# To add a loss: one entry here and its test. README, cards, `--help` and the trainer read these tables.
+PAIR_LOSSES = {
+    "bt": PairLoss(
+        "-log sigmoid(r_c - r_r)", False, lambda d, margin, e: _bradley_terry(d, e), "Bradley and Terry (2406.10216)"
+    ),
+    "margin": PairLoss(
+        "-log sigmoid(r_c - r_r - margin)", True, lambda d, margin, e: _bradley_terry(d - margin, e), "as TRL"
+    ),
+    "scaled": PairLoss(
+        "-margin * log sigmoid(r_c - r_r)",
+        True,
+        lambda d, margin, e: margin * _bradley_terry(d, e),
+        "HelpSteer2-Preference (2410.01257)",
+    ),
+}
+TEXT_LOSSES = {
+    "sft": TextLoss(
+        "-log sigmoid(beta * s_c)",
+        "chosen",
+        False,
+        lambda s, beta: -logsigmoid(beta * s.chosen),
+        "the paper's default",
+    ),
+    "sft_nll": TextLoss("-s_c", "chosen", False, lambda s, beta: -s.chosen),
+    "sft_token_mean": TextLoss(
+        "-s_c / tokens",
+        "chosen",
+        False,
+        lambda s, beta: -s.chosen / s.chosen_tokens.clamp(min=1),
+        "not in the paper: long responses do not weigh more",
+    ),
+    "dpo_noref": TextLoss(
+        "-log sigmoid(beta * (s_c - s_r))",
+        "both",
+        False,
+        lambda s, beta: -logsigmoid(beta * (s.chosen - s.rejected)),
+    ),
+    "dpo": TextLoss(
+        "-log sigmoid(beta * ((s_c - s_r) - (ref_c - ref_r)))",
+        "both",
+        True,
+        lambda s, beta: -logsigmoid(beta * ((s.chosen - s.rejected) - (s.ref_chosen - s.ref_rejected))),
+        "reference: adapter off, precomputed, or a copy",
+    ),
+}
 
 
 def pair_loss(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     margin: torch.Tensor | None = None,
-    kind: str = "bt",
+    name: str = "bt",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     r"""
-    Loss on the rewards of preference pairs.
-
-    - `"bt"`: `-log s(d)`, Bradley and Terry (2406.10216, Eq. 1);
-    - `"margin"`: `-log s(d - m)`;
-    - `"scaled"`: `-m log s(d)` (HelpSteer2-Preference, 2410.01257);
-
-    with label smoothing `e`: `-(1 - e) log s(z) - e log s(-z)`, `z` being what stands in the sigmoid.
+    Loss on the rewards of preference pairs: one of `PAIR_LOSSES`. With label smoothing `e`, `-log s(z)` becomes
+    `-(1 - e) log s(z) - e log s(-z)`.
 
     Args:
         chosen (`torch.Tensor` of shape `(B,)`):
@@ -39,8 +132,8 @@ def pair_loss(
         rejected (`torch.Tensor` of shape `(B,)`):
             Rewards of the rejected responses.
         margin (`torch.Tensor` of shape `(B,)`, *optional*):
-            Strength of each preference, `m`. Required by `"margin"` and `"scaled"`.
-        kind (`str`, *optional*, defaults to `"bt"`):
+            Strength of each preference. Required by `"margin"` and `"scaled"`.
+        name (`str`, *optional*, defaults to `"bt"`):
             One of `PAIR_LOSSES`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Probability that a label is wrong, in `[0, 0.5)`.
@@ -59,27 +152,17 @@ def pair_loss(
 
     ```
     """
-    assert kind in PAIR_LOSSES, kind
-    if kind != "bt" and margin is None:
+    loss = PAIR_LOSSES[name]
+    if loss.reads_margin and margin is None:
         raise ValueError(
-            f"pair_loss={kind!r} needs the strength of each preference, and the data has no `margin` column. Add one "
+            f"pair_loss={name!r} needs the strength of each preference, and the data has no `margin` column. Add one "
             "(a number a row), or use pair_loss='bt'."
         )
-    logits = chosen - rejected
-    if kind == "margin":
-        assert margin is not None
-        logits = logits - margin
-    loss = -logsigmoid(logits)
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-logits)
-    if kind == "scaled":
-        assert margin is not None
-        loss = margin * loss
-    return loss
+    return loss.function(chosen - rejected, margin, label_smoothing)
 
 
 def text_loss(
-    kind: str,
+    name: str,
     beta: float,
     chosen_logps: torch.Tensor,
     chosen_tokens: torch.Tensor | None = None,
@@ -88,44 +171,28 @@ def text_loss(
     ref_rejected_logps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Text-generation loss on the responses of preference pairs (2406.10216, Sec. 3.2):
+    Text-generation loss on the responses of preference pairs (2406.10216, Sec. 3.2): one of `TEXT_LOSSES`.
 
-    - `"sft"`: `-log s(beta * s_c)`, the paper's default. For a long response it is close to `-beta * s_c`: it grows
-      with the response's length;
-    - `"sft_nll"`: `-s_c`, the plain negative log-likelihood;
-    - `"sft_token_mean"`: `-s_c / n_c`, that per token: not in the paper, does not weigh long responses more;
-    - `"dpo_noref"`: `-log s(beta * (s_c - s_r))`;
-    - `"dpo"`: `-log s(beta * ((s_c - s_r) - (s_c_ref - s_r_ref)))`.
+    `"sft"` is, for a long response, close to `-beta * s_c`: it grows with the response's length. `"sft_token_mean"` is
+    not in the paper; it does not weigh long responses more.
 
     Args:
-        kind (`str`):
+        name (`str`):
             One of `TEXT_LOSSES`.
         beta (`float`):
             Inverse temperature. Not used by `"sft_nll"` and `"sft_token_mean"`.
         chosen_logps, rejected_logps (`torch.Tensor` of shape `(B,)`):
-            Summed log-probabilities of the responses.
+            Summed log-probabilities of the responses. `TEXT_LOSSES[name].sides` tells which are needed.
         chosen_tokens (`torch.Tensor` of shape `(B,)`):
             Number of response tokens in each sum; for `"sft_token_mean"`. Where it is 0, the loss is 0.
         ref_chosen_logps, ref_rejected_logps (`torch.Tensor` of shape `(B,)`):
-            The same sums under the reference model; for `"dpo"`.
+            The same sums under the reference model, where `TEXT_LOSSES[name].reference`.
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
     """
-    assert kind in TEXT_LOSSES, kind
-    if kind == "sft":
-        return -logsigmoid(beta * chosen_logps)
-    if kind == "sft_nll":
-        return -chosen_logps
-    if kind == "sft_token_mean":
-        assert chosen_tokens is not None
-        return -chosen_logps / chosen_tokens.clamp(min=1)
-    assert rejected_logps is not None
-    logits = chosen_logps - rejected_logps
-    if kind == "dpo":
-        assert ref_chosen_logps is not None and ref_rejected_logps is not None
-        logits = logits - (ref_chosen_logps - ref_rejected_logps)
-    return -logsigmoid(beta * logits)
+    responses = Responses(chosen_logps, chosen_tokens, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return TEXT_LOSSES[name].function(responses, beta)
 
 
 def centering(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

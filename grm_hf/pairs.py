@@ -2,16 +2,19 @@
 index, and counts what was cut or dropped.
 """
 
+import json
 import math
 import os.path
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from .encoding import Encoded, Encoder, OverlengthError, describe, is_int, keys_found, template_kwargs_of
@@ -25,13 +28,17 @@ __all__ = ["Counts", "Encoded", "Encoder", "OverlengthError", "prepare_pairs"]
 
 # The unfinished word at the end of a text. In scripts written without spaces a character counts as a word.
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+$")
-_KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED = range(4)
+# What became of a row; and, added to it, what the chat template left out of the row.
+_KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED, _BAD, _TOO_LONG = range(6)
+_OUTCOME, _UNREAD = 7, {"thinking": 8, "tools": 16}
+NAMED = 20  # bad rows that an error names
+_SLOTS = 257  # of counts: this process, and as many workers of a data loader
 
 
-@dataclass
 class Counts:
     """
-    What happened to the rows of a dataset. `str()` gives it as a sentence.
+    What happened to the rows of a dataset. `str()` gives it as a sentence. The counts of a streaming dataset grow
+    while it is read, also by workers of a data loader, and are those of its fullest reading.
 
     Attributes:
         name (`str`): Name of the dataset.
@@ -39,27 +46,69 @@ class Counts:
         dropped (`int`): Rows left out: too long, or the same on both sides once they were cut.
         truncated (`int`): Rows kept of which at least one sequence was cut.
         response_cut (`int`): Rows among those where the cut reached into a response.
+        thinking, tools (`int`): Rows seen whose thinking, or whose tools, the chat template leaves out.
     """
 
-    name: str
-    rows: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    response_cut: int = 0
+    FIELDS = ("rows", "dropped", "truncated", "response_cut", "thinking", "tools")
+
+    def __init__(self, name: str, **numbers: int):
+        self.name = name
+        # For each process that reads: its present reading, and its fullest one before.
+        self._table = torch.zeros(_SLOTS, 2, len(self.FIELDS), dtype=torch.int64).share_memory_()
+        self._table[0, 0] = torch.tensor([numbers.pop(field, 0) for field in self.FIELDS])
+        assert not numbers, numbers
+
+    def __getattr__(self, field: str) -> int:
+        if field.startswith("_") or field not in self.FIELDS:
+            raise AttributeError(field)
+        return self.numbers()[self.FIELDS.index(field)]
+
+    def numbers(self) -> list[int]:
+        """The counts, in the order of `FIELDS`."""
+        fullest = self._table[:, :, 0].argmax(1)
+        return self._table[torch.arange(_SLOTS), fullest].sum(0).tolist()
 
     @property
     def kept(self) -> int:
         return self.rows - self.dropped
 
     def add(self, outcome: int, rows: int = 1) -> None:
-        self.rows += rows
-        self.dropped += rows * (outcome == _DROPPED)
-        self.truncated += rows * (outcome in (_TRUNCATED, _RESPONSE_CUT))
-        self.response_cut += rows * (outcome == _RESPONSE_CUT)
+        what = outcome & _OUTCOME
+        flags = [True, what == _DROPPED, what in (_TRUNCATED, _RESPONSE_CUT), what == _RESPONSE_CUT]
+        flags += [bool(outcome & bit) for bit in _UNREAD.values()]
+        self._table[_slot(), 0] += rows * torch.tensor(flags, dtype=torch.int64)
+
+    def begin(self) -> None:
+        """Another reading begins in this process."""
+        now, before = self._table[_slot()]
+        if now[0] > before[0]:
+            before.copy_(now)
+        now.zero_()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Counts) and (self.name, self.numbers()) == (other.name, other.numbers())
+
+    def __repr__(self) -> str:
+        numbers = [f"{field}={n}" for field, n in zip(self.FIELDS, self.numbers(), strict=True)]
+        return f"Counts({', '.join([repr(self.name), *numbers])})"
 
     def __str__(self) -> str:
         inside = f" ({self.response_cut} of them inside the response)" if self.truncated else ""
-        return f"{self.name}: {self.rows} rows, {self.dropped} dropped, {self.truncated} truncated{inside}"
+        text = f"{self.name}: {self.rows} rows, {self.dropped} dropped, {self.truncated} truncated{inside}"
+        for what in _UNREAD:
+            if count := getattr(self, what):
+                text += f", {count} whose {what} the chat template leaves out"
+        return text
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything of any row is not as it was given."""
+        return any(self.numbers()[1:])
+
+
+def _slot() -> int:
+    worker = get_worker_info()
+    return 0 if worker is None else 1 + worker.id % (_SLOTS - 1)
 
 
 def prepare_pairs(
@@ -68,6 +117,9 @@ def prepare_pairs(
     name: str = "train",
     num_proc: int | None = None,
     starts_required: bool = True,
+    embeddings: int | None = None,
+    positions: int | None = None,
+    whole: bool = False,
 ) -> "tuple[Dataset | IterableDataset, Counts]":
     """
     Tokenises a dataset of preference pairs.
@@ -92,15 +144,20 @@ def prepare_pairs(
         starts_required (`bool`, *optional*, defaults to `True`):
             Whether rows that are already tokenised must say where their responses start. Pass `False` if there is no
             text loss; then the whole sequence counts as response.
+        embeddings, positions (`int`, *optional*):
+            Tokens that the model's embedding has, and positions where these are embedded too: rows with others are
+            refused.
+        whole (`bool`, *optional*, defaults to `False`):
+            Read a streaming dataset to its end now, which gives a [`~datasets.Dataset`] (in memory).
 
     Returns:
         The dataset with columns `chosen_ids`, `rejected_ids` (lists of ints), `chosen_start`, `rejected_start` (see
         [`Encoded`]) and, where given, `margin`, and [`Counts`]. A streaming dataset is prepared while it is read: its
-        counts are those of the latest reading in this process, and a bad row raises when it is reached.
+        counts grow with it, and a bad row raises when it is reached.
 
     Raises:
-        `ValueError`: for a bad row, with its index, what was found and what to do; for a dataset without rows, or of
-            which every row was dropped.
+        `ValueError`: for bad rows, with the index of each, what was found and what to do; for a dataset without rows,
+            or of which every row was dropped.
     """
     import datasets
 
@@ -111,15 +168,25 @@ def prepare_pairs(
         raise ValueError(f"The {name} dataset has no rows.")
     with _naming(name, 0):
         kind = _kind(first)
-    prepare = partial(_prepare_row, encoder=encoder, name=name, kind=kind, starts_required=starts_required)
+    _warn_of_texts(first, kind, name)
+    prepare = partial(
+        _prepare_row,
+        encoder=encoder,
+        name=name,
+        kind=kind,
+        starts_required=starts_required,
+        embeddings=embeddings,
+        positions=positions,
+    )
 
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {"chosen_ids": ids, "rejected_ids": ids, "chosen_start": number, "rejected_start": number}
     columns |= {column: datasets.Value("float64") for column in kind.numbers}
     features = datasets.Features({**columns, "outcome": datasets.Value("int8")})
     counts = Counts(name)
+    streaming = isinstance(dataset, datasets.IterableDataset)
 
-    if isinstance(dataset, datasets.IterableDataset):
+    if streaming and not whole:
         prepare(first, 0)  # a mistake in the settings or the columns shows now, not in the first step
         stream = dataset.map(
             partial(_prepare_and_count, prepare=prepare, counts=counts),
@@ -129,15 +196,25 @@ def prepare_pairs(
         )
         return stream.filter(_is_kept, input_columns="outcome").select_columns(list(columns)), counts
 
-    prepared = dataset.map(
-        prepare,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        features=features,
-        num_proc=num_proc,
-        desc=f"Tokenizing {name} dataset",
-    ).with_format(None)
+    features["error"] = datasets.Value("string")
+    arguments = {
+        "with_indices": True,
+        "remove_columns": dataset.column_names or list(first),
+        "features": features,
+    }
+    prepare_or_say = partial(_prepare_or_say, prepare=prepare, columns=tuple(columns))
+    if streaming:
+        prepared = _read(dataset.map(prepare_or_say, **arguments), features)
+    else:
+        prepared = dataset.map(prepare_or_say, num_proc=num_proc, desc=f"Tokenizing {name} dataset", **arguments)
+    prepared = prepared.with_format(None)
     outcomes = prepared["outcome"][:]
+    if bad := [i for i, outcome in enumerate(outcomes) if outcome in (_BAD, _TOO_LONG)]:
+        errors = prepared.select(bad[:NAMED])["error"][:]
+        if len(bad) > 1:
+            which = f"the first {NAMED} of them" if len(bad) > NAMED else "namely"
+            errors = [f"{len(bad)} rows of the {name} dataset cannot be used, {which}:", *errors]
+        raise (OverlengthError if all(outcomes[i] == _TOO_LONG for i in bad) else ValueError)("\n".join(errors))
     for outcome, rows in Counter(outcomes).items():
         counts.add(outcome, rows)
     if not counts.kept:
@@ -146,8 +223,47 @@ def prepare_pairs(
             f"{encoder.max_length}. Raise `max_length`, or choose overlength='truncate_left'."
         )
     if counts.dropped:
-        prepared = prepared.select([i for i, outcome in enumerate(outcomes) if outcome != _DROPPED])
-    return prepared.remove_columns("outcome"), counts
+        prepared = prepared.select([i for i, outcome in enumerate(outcomes) if _is_kept(outcome)])
+    return prepared.select_columns(list(columns)), counts
+
+
+def _read(stream: "IterableDataset", features) -> "Dataset":
+    import datasets
+
+    parts = [datasets.Dataset.from_dict(rows, features=features) for rows in stream.iter(batch_size=1000)]
+    return datasets.concatenate_datasets(parts)
+
+
+def _warn_of_texts(first: dict, kind: "_Kind", name: str) -> None:
+    """Says what is probably a mistake in a dataset of texts, judged by its first row."""
+    if kind.form != "text":
+        return
+    sides = [first["chosen"], first["rejected"]]
+    prompt = first["prompt"] if kind.prompt else ""
+    if any(map(_is_json_messages, [prompt, *sides])):
+        warnings.warn(
+            f"The {name} dataset has messages written as JSON text, and trains on that text, without the chat "
+            "template. If messages are meant, read them first: "
+            "`dataset.map(lambda row: {name: json.loads(row[name]) for name in ('chosen', 'rejected')})`.",
+            stacklevel=3,
+        )
+    if prompt.strip() and all(side.startswith(prompt) for side in sides):
+        warnings.warn(
+            f"In the {name} dataset, `chosen` and `rejected` begin with the text of `prompt`, which is put before "
+            "them once more. If they are whole texts, remove the column `prompt`.",
+            stacklevel=3,
+        )
+
+
+def _is_json_messages(text: str) -> bool:
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    message = value[0] if isinstance(value, list) and value else value
+    return isinstance(message, dict) and "role" in message
 
 
 class _Kind(NamedTuple):
@@ -205,7 +321,17 @@ def _form(field: str, value: Any) -> str:
     raise ValueError(f"`{field}` is {describe(value)}; it must be a string or a list of messages.")
 
 
-def _prepare_row(row: dict, index: int, *, encoder: Encoder, name: str, kind: _Kind, starts_required: bool) -> dict:
+def _prepare_row(
+    row: dict,
+    index: int,
+    *,
+    encoder: Encoder,
+    name: str,
+    kind: _Kind,
+    starts_required: bool,
+    embeddings: int | None,
+    positions: int | None,
+) -> dict:
     with _naming(name, index):
         own = _kind(row)
         if own != kind:
@@ -236,6 +362,8 @@ def _prepare_row(row: dict, index: int, *, encoder: Encoder, name: str, kind: _K
             except OverlengthError:
                 if encoder.overlength != "drop":
                     raise
+                continue
+            _require_embedded(encoded[side].ids, embeddings, positions, encoder.tokenizer)
     if len(encoded) < 2:
         empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
         return {**empty, **output, "outcome": _DROPPED}
@@ -243,7 +371,13 @@ def _prepare_row(row: dict, index: int, *, encoder: Encoder, name: str, kind: _K
     chosen, rejected = encoded["chosen"], encoded["rejected"]
     cut = chosen.truncated or rejected.truncated
     equal = chosen.ids == rejected.ids
+    unread = {*chosen.unread, *rejected.unread}
     with _naming(name, index):
+        if equal and not cut and "thinking" in unread:
+            raise ValueError(
+                "the two responses differ in their thinking only (`<think>`), which the chat template leaves out, so "
+                "nothing is preferred. Use a template that writes it, or remove the row."
+            )
         if equal and not cut:
             raise ValueError("the two responses are the same tokens, so nothing is preferred. Remove the row.")
         if cut and "ref_chosen_logps" in output:
@@ -260,20 +394,44 @@ def _prepare_row(row: dict, index: int, *, encoder: Encoder, name: str, kind: _K
         "chosen_start": chosen.start,
         "rejected_start": rejected.start,
         **output,
-        "outcome": outcome,
+        "outcome": outcome + sum(_UNREAD[what] for what in unread),
     }
 
 
+def _require_embedded(ids: list[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
+    if embeddings is not None and (largest := max(ids)) >= embeddings:
+        raise ValueError(
+            f"it has the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
+            f"has {embeddings} rows. Use the model's own tokenizer, or give the model a row for each token: "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
+    if positions is not None and len(ids) > positions:
+        raise ValueError(
+            f"it has {len(ids)} tokens, and the model has an embedding for {positions} positions. Set `max_length` to "
+            f"{positions} or less."
+        )
+
+
+def _prepare_or_say(row: dict, index: int, *, prepare, columns: tuple[str, ...]) -> dict:
+    """The prepared row, or an empty one with the reason why there is none."""
+    try:
+        return {**prepare(row, index), "error": ""}
+    except ValueError as error:
+        empty: dict[str, Any] = {column: [] if column.endswith("_ids") else 0 for column in columns}
+        outcome = _TOO_LONG if isinstance(error, OverlengthError) else _BAD
+        return {**empty, "outcome": outcome, "error": str(error)}
+
+
 def _prepare_and_count(row: dict, index: int, *, prepare, counts: Counts) -> dict:
-    if index == 0:  # another reading begins
-        counts.rows = counts.dropped = counts.truncated = counts.response_cut = 0
+    if index == 0:
+        counts.begin()
     prepared = prepare(row, index)
     counts.add(prepared["outcome"])
     return prepared
 
 
 def _is_kept(outcome: int) -> bool:
-    return outcome != _DROPPED
+    return outcome & _OUTCOME != _DROPPED
 
 
 def _tokens(row: dict, side: str, tokenizer: PreTrainedTokenizerBase, starts_required: bool) -> tuple[list[int], int]:

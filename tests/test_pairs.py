@@ -676,3 +676,259 @@ def test_real_pairs(file, chat):
         response_too_long += response_cut
     assert counts == Counts(file, len(dataset), 0, too_long, response_too_long)
     assert 0 < response_too_long < too_long < len(dataset)
+
+
+# ------------------------------------------------------------------------- what the template does to what was written
+
+
+def with_template(template, **options):
+    tokenizer = chatml_tokenizer(**options)
+    tokenizer.chat_template = template
+    return Encoder(tokenizer)
+
+
+def parts(text, *more):
+    return [{"type": "text", "text": part} for part in (text, *more)]
+
+
+STRINGS_ONLY = {
+    "nothing": CHATML.replace("message.content or ''", "message.content if message.content is string else ''"),
+    "a Python list": CHATML.replace("message.content or ''", "message.content | trim"),
+    "JSON": CHATML.replace(
+        "message.content or ''", "message.content if message.content is string else message.content | tojson"
+    ),
+    "an error": CHATML.replace("message.content or ''", "'' + message.content"),
+}
+READS_PARTS = CHATML.replace(
+    "{{ message.content or '' }}",
+    "{%- if message.content is string %}{{ message.content }}{%- else %}"
+    "{%- for part in message.content or [] %}{{ '[' + part.text + ']' }}{%- endfor %}{%- endif %}",
+)
+
+
+@pytest.mark.parametrize("template", STRINGS_ONLY.values(), ids=STRINGS_ONLY)
+def test_text_parts_are_joined_where_the_template_reads_strings(template):
+    encoder = with_template(template)
+    strings = encoder.encode_chat([say("user", "two and two?"), say("assistant", "four")])
+    listed = [say("user", parts("two ", "and two?")), say("assistant", parts("four"))]
+    assert encoder.encode_chat(listed) == strings
+    assert encoder.encode(listed[:1], "four") == strings
+    row = {"prompt": listed[:1], "chosen": listed[1:], "rejected": [say("assistant", parts("five"))]}
+    assert prepare([row], encoder)[0][0]["chosen_ids"] == strings.ids
+
+
+def test_a_template_that_reads_parts_is_given_parts():
+    encoder = with_template(READS_PARTS)
+    listed = [say("user", parts("two ", "and two?")), say("assistant", parts("four"))]
+    assert shown(encoder, encoder.encode_chat(listed))[0].startswith("<|im_start|>user[two ][and two?]<|im_end|>")
+
+
+NO_SYSTEM = CHATML.replace("in messages %}<|im", "in messages if message.role != 'system' %}<|im")
+LAST_TURNS = CHATML.replace("in messages %}<|im", "in messages[-2:] %}<|im")
+SHORTENS = CHATML.replace("message.content or ''", "(message.content or '')[:5]")
+NO_CALLS = CHATML.replace("message.tool_calls or []", "[]")
+
+
+def test_text_that_the_template_drops_is_refused():
+    long = [say("system", "be brief"), say("user", "a"), say("assistant", "b"), USER, GOOD]
+    call = say("assistant", "", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    for template, messages, words in [
+        (NO_SYSTEM, long, r"message 0 \(system\) has the text str 'be brief', and the chat template leaves it out"),
+        (LAST_TURNS, long, r"message 0 \(system\)"),
+        # "a" stands in the text all the same, as a part of "assistant".
+        (LAST_TURNS, [say("user", "a"), GOOD, USER, GOOD], r"message 0 \(user\) has the text str 'a'"),
+        (SHORTENS, [say("user", "a long question"), GOOD], r"message 0 \(user\)"),
+        (SHORTENS, [USER, say("assistant", "a long answer")], r"message 1 \(assistant\)"),
+        (NO_CALLS, [USER, call, say("tool", "4"), GOOD], "message 1 .* has tool calls, and the chat template"),
+    ]:
+        encoder = with_template(template)
+        with pytest.raises(ValueError, match=words):
+            encoder.encode_chat(messages)
+        rows = [PAIR, {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": [say("assistant", "no")]}]
+        with pytest.raises(ValueError, match=f"train dataset, row 1, `(chosen|rejected)`: {words}"):
+            list(prepare_pairs(stream(rows), encoder)[0])
+    # White space that the template takes away, and text that it writes as JSON, are there.
+    stripped = with_template(CHATML.replace("message.content or ''", "(message.content or '') | trim"))
+    spaced = [say("user", " \n2+2? "), say("assistant", " 4\n")]
+    assert stripped.encode_chat(spaced) == stripped.encode_chat([USER, GOOD])
+    as_json = with_template(CHATML.replace("message.content or ''", "message.content | tojson"))
+    assert '"a \\"b\\"\\n"' in shown(as_json, as_json.encode_chat([say("user", 'a "b"\n'), GOOD]))[0]
+
+
+def test_thinking_that_the_template_cuts_is_said():
+    encoder = with_template(HIDES)
+    thinks = [say("assistant", "<think>hm</think>4")]
+    assert encoder.encode([USER], thinks).unread == ("thinking",)
+    assert encoder.encode([USER], [GOOD]).unread == ()
+    assert encoder.encode([USER], thinks).ids == encoder.encode([USER], [GOOD]).ids
+    assert Encoder(chatml_tokenizer()).encode([USER], thinks).unread == ()
+    beside = [say("assistant", "4", reasoning_content="two and two")]
+    assert encoder.encode([USER], beside).unread == ("thinking",)
+    for rows in ([PAIR, {**PAIR, "chosen": thinks}], [{**PAIR, "chosen": beside}, PAIR]):
+        prepared, counts = prepare(rows, encoder)
+        assert (len(prepared), counts.thinking) == (2, 1) and counts.changed
+        assert str(counts) == "train: 2 rows, 0 dropped, 0 truncated, 1 whose thinking the chat template leaves out"
+    with pytest.raises(ValueError, match="row 0: the two responses differ in their thinking only"):
+        prepare([{**PAIR, "chosen": thinks, "rejected": [GOOD]}], encoder)
+    # Text that is not thinking, but gone with it, is refused.
+    with pytest.raises(ValueError, match="leaves it out or changes it"):
+        encoder.encode([USER], "so: <think>hm</think>4")
+    # Tools that no template shows.
+    llama = Encoder(llama_tokenizer())
+    assert llama.encode([USER], [GOOD], tools=[{"name": "f"}]).unread == ("tools",)
+    assert prepare([{**PAIR, "tools": '[{"name": "f"}]'}], llama)[1].tools == 1
+
+
+CHARACTERS = st.text("ab <>\"'\n{}[]4é🙂", min_size=1, max_size=12)
+MESSAGES = st.lists(
+    st.tuples(
+        st.sampled_from(["system", "user", "assistant", "tool"]),
+        st.lists(CHARACTERS, min_size=1, max_size=3),
+        st.booleans(),  # in parts
+        st.booleans(),  # thinks
+    ),
+    min_size=1,
+    max_size=5,
+)
+TEMPLATES = {
+    **STRINGS_ONLY,
+    **{"chatml": CHATML, "bare": BARE, "hides": HIDES, "thinking": THINKING, "parts": READS_PARTS},
+    **{"no system": NO_SYSTEM, "last turns": LAST_TURNS, "shortens": SHORTENS},
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(MESSAGES, CHARACTERS, st.sampled_from(sorted(TEMPLATES)))
+def test_whatever_is_written_is_read_or_refused(turns, answer, template):
+    """Random conversations: every text stands in the ids, in its order of messages, or the conversation is refused."""
+    assume(answer.strip())
+    messages = []
+    for role, texts, in_parts, thinks in turns:
+        texts = (["<think>why</think>"] if thinks and role == "assistant" else []) + texts
+        messages.append(say(role, parts(*texts) if in_parts else "".join(texts)))
+    if messages[-1]["role"] == "assistant":
+        messages.append(USER)
+    encoder = TEMPLATE_ENCODERS[template]
+    try:
+        encoded = encoder.encode(messages, answer)
+    except ValueError as error:
+        assert template in ("no system", "last turns", "shortens", "hides", "thinking"), error
+        return
+    written = "".join(encoder.tokenizer.decode(encoded.ids).split())
+    for message in [*messages, say("assistant", answer)]:
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        for text in ["".join(text.split()) for text in texts]:
+            cut = text.split("</think>")[-1]
+            as_json = "".join(json.dumps(text, ensure_ascii=False)[1:-1].split())
+            assert text in written or as_json in written or ("thinking" in encoded.unread and cut in written)
+
+
+TEMPLATE_ENCODERS = {name: with_template(template) for name, template in TEMPLATES.items()}
+
+
+# --------------------------------------------------------------------------------------------- Arrow, bad rows, limits
+
+
+def call(name, arguments):
+    function = {"name": name, "arguments": arguments}
+    return [say("assistant", "", tool_calls=[{"type": "function", "function": function}])]
+
+
+def test_what_arrow_adds_is_taken_away_in_training_and_in_scoring(chatml):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+    other = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "int", "minimum": 0}}}}]
+    rows = [
+        {"prompt": [USER], "chosen": call("weather", {"city": "Rome"}), "rejected": call("weather", {"city": "Oslo"}),
+         "tools": tools, "chat_template_kwargs": {"x": {"y": 1}}},
+        {"prompt": [USER], "chosen": call("add", {"a": 1}), "rejected": call("add", {"a": 2}),
+         "tools": other, "chat_template_kwargs": {"x": {"z": 1}}},
+    ]  # fmt: skip
+    dataset = datasets.Dataset.from_list(rows)
+    assert "null" in json.dumps(dataset[0])  # Arrow's
+    encoder = with_template("{{ x | tojson if x is defined else '' }}" + CHATML)
+    prepared, _ = prepare_pairs(dataset, encoder)
+    for i, row in enumerate(rows):
+        for side in ("chosen", "rejected"):
+            right = encoder.encode(row["prompt"], row[side], row["tools"], **row["chat_template_kwargs"]).ids
+            text = encoder.tokenizer.decode(right)
+            arguments = json.dumps(row[side][0]["tool_calls"][0]["function"]["arguments"])
+            assert "null" not in text and f'"arguments": {arguments}' in text
+            assert prepared[i][f"{side}_ids"] == right
+            stored = dataset[i]  # what a data set gives to a scorer
+            scored = {"prompt": stored["prompt"], "response": stored[side], "tools": stored["tools"],
+                      "chat_template_kwargs": stored["chat_template_kwargs"]}  # fmt: skip
+            assert encoder.encode_chat(scored).ids == right
+
+
+def test_all_bad_rows_are_named(chatml):
+    rows = [{**TEXT, "chosen": " " if i % 2 else f" {i}"} for i in range(60)]
+    with pytest.raises(ValueError) as caught:
+        prepare(rows, chatml, name="eval")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "30 rows of the eval dataset cannot be used, the first 20 of them:"
+    expected = "eval dataset, row {}, `chosen`: the response has no text. Remove the row, or give the response."
+    assert lines[1:] == [expected.format(i) for i in range(1, 41, 2)]
+    with pytest.raises(ValueError, match="2 rows of the train dataset cannot be used, namely:\n.*row 1.*\n.*row 3"):
+        prepare(rows[:4], chatml)
+    with pytest.raises(ValueError, match="30 rows.*row 1.*row 39"):  # a stream that is read to its end
+        try:
+            prepare_pairs(stream(rows), chatml, whole=True)
+        except ValueError as error:
+            raise ValueError(str(error).replace("\n", " ")) from None
+    with pytest.raises(OverlengthError, match="2 rows"):
+        prepare([{**TEXT, "chosen": "c" * 20}] * 2, replace(chatml, max_length=10, overlength="error"))
+
+
+def test_a_stream_read_to_its_end_is_a_dataset(chatml):
+    rows = [{**TEXT, "chosen": " c" * n, "margin": float(n)} for n in range(1, 9)]
+    encoder = replace(chatml, max_length=15, overlength="drop")
+    whole, counts = prepare_pairs(stream(rows), encoder, whole=True)
+    expected, expected_counts = prepare(rows, encoder)
+    assert isinstance(whole, datasets.Dataset) and whole.to_list() == expected.to_list()
+    assert whole.features == expected.features and counts == expected_counts
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_counts_are_true_whoever_reads(workers, chatml):
+    from torch.utils.data import DataLoader
+
+    rows = [{**TEXT, "chosen": " c" * (n % 9 + 1), "id": n} for n in range(40)]
+    encoder = replace(chatml, max_length=15, overlength="drop")
+    _, expected = prepare(rows, encoder)
+    source = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+    prepared, counts = prepare_pairs(source, encoder)
+    loader = DataLoader(prepared, batch_size=4, num_workers=workers, collate_fn=list)
+    for _ in range(2):
+        assert sum(map(len, loader)) == counts.kept == expected.kept
+        assert counts == expected
+    next(iter(loader))  # a reading that was given up says less
+    assert counts == expected
+
+
+def test_ids_and_positions_outside_of_the_model_are_refused(chatml):
+    size = len(chatml.tokenizer)
+    assert prepare([PAIR], chatml, embeddings=size)
+    end = chatml.tokenizer.eos_token_id
+    with pytest.raises(ValueError, match=rf"row 0, `chosen`: it has the token {size - 1} .* has {size - 1} rows"):
+        prepare([PAIR], chatml, embeddings=size - 1)
+    with pytest.raises(ValueError, match=rf"row 1, `rejected_ids`: it has the token {end} .'<.im_end.>'."):
+        prepare([TOKENS, {**TOKENS, "rejected_ids": [1, end]}], chatml, embeddings=end)
+    length = len(chatml.encode([USER], [GOOD]).ids)
+    assert prepare([PAIR], chatml, positions=length)
+    with pytest.raises(ValueError, match=f"has {length} tokens, and the model has an embedding for {length - 1} pos"):
+        prepare([PAIR], chatml, positions=length - 1)
+
+
+def test_texts_that_are_probably_a_mistake_are_said(chatml):
+    as_json = {name: json.dumps(value) for name, value in PAIR.items()}
+    with pytest.warns(UserWarning, match="messages written as JSON text"):
+        prepare([as_json], chatml)
+    with pytest.warns(UserWarning, match="begin with the text of `prompt`"):
+        prepare([{"prompt": "2+2?", "chosen": "2+2? 4", "rejected": "2+2? 5"}], chatml)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare([TEXT, {**TEXT, "prompt": "[1, 2]"}], chatml)
+        prepare([PAIR], chatml)

@@ -609,7 +609,7 @@ def test_adapter_off_equals_a_second_frozen_model(tmp_path):
     run = trainer(tmp_path, peft_config=lora(), regularizer="dpo", alpha=0.5)
     run.train()
     inputs = batch_of(run)
-    ours = run._reference_logps(run.model, inputs, None)
+    ours = run._reference_logps(run.model, inputs)
     frozen = grm()  # never trained
     assert torch.allclose(ours, run.response_logps(frozen, inputs), atol=1e-4)
     assert not torch.allclose(ours, run.response_logps(run.model, inputs), atol=1e-2)
@@ -621,8 +621,7 @@ def test_precomputed_equals_live(tmp_path, kind):
     run.train()
     assert ("ref_chosen_logps" in run.train_dataset.column_names) == (kind == "precompute")
     inputs = batch_of(run)
-    given = inputs.pop("ref_logps", None)
-    ours = run._reference_logps(run.model, inputs, given)
+    ours = run._reference_logps(run.model, inputs)
     assert torch.allclose(ours, run.response_logps(grm(), inputs), atol=1e-4)
 
 

@@ -1,39 +1,49 @@
 """An adapter and the reward model it was trained on, merged into one standalone folder."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ..devices import evaluating
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring.golden import FILE as GOLDEN
+from ..scoring.golden import tolerance
+from .folders import new_folder
 
 
 logger = logging.get_logger(__name__)
 
 
-def merge_adapter(adapter: str, output_dir: str, dtype="auto") -> GRMForSequenceClassification:
+def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> GRMForSequenceClassification:
     r"""
     Merge an adapter folder (a checkpoint of a LoRA run) into the reward model it was trained on and save the result,
-    which loads like any other: no adapter, no PEFT.
+    which loads like any other: no adapter, no PEFT. What was written is loaded again, and its rewards and LM logits
+    are compared with those of the adapter.
 
     Args:
-        adapter (`str`):
+        adapter (`str` or `Path`):
             Folder with `adapter_config.json`.
-        output_dir (`str`):
-            Where the merged model, its code and its tokenizer go.
+        output_dir (`str` or `Path`):
+            New or empty folder for the merged model, its code and its tokenizer.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
             Dtype to load the reward model in.
 
     Returns:
-        [`GRMForSequenceClassification`], merged.
+        [`GRMForSequenceClassification`], merged, as it was loaded from `output_dir`.
 
     Raises:
-        `ValueError`: the folder holds no adapter, or one without the reward head.
+        `ValueError`: the folder holds no adapter, one without the reward head, or one that cannot be merged exactly;
+            `output_dir` is no new or empty folder. Nothing is written then.
     """
+    adapter = os.fspath(adapter)
     config = Path(adapter) / "adapter_config.json"
     if not config.is_file():
         raise ValueError(f"'{adapter}' has no adapter_config.json: it is not an adapter folder, nothing is merged.")
@@ -44,13 +54,67 @@ def merge_adapter(adapter: str, output_dir: str, dtype="auto") -> GRMForSequence
             f"{settings.get('modules_to_save')}): the merged model would score with an untrained one. Train with "
             "modules_to_save=['score'], which GRMRewardTrainer does by itself."
         )
-    model = GRMForSequenceClassification.from_pretrained(settings["base_model_name_or_path"], dtype=dtype)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.save_pretrained(output_dir)
-    if (golden := Path(adapter) / GOLDEN).is_file():  # `grm verify` then holds the merged model to the adapter's
-        shutil.copy(golden, output_dir)
-    try:
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(output_dir)
-    except (OSError, ValueError) as error:
-        logger.warning(f"No tokenizer was found in '{adapter}', so none was saved in '{output_dir}' ({error}).")
-    return merged
+    with new_folder(output_dir) as folder:
+        model = GRMForSequenceClassification.from_pretrained(settings["base_model_name_or_path"], dtype=dtype)
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        wrapped = PeftModel.from_pretrained(model, adapter)
+        expected = _outputs(wrapped)
+        if ends != (model.get_input_embeddings(), model.get_output_embeddings()):
+            _untie(model)
+        _unwrap_saved_modules(model)
+        try:
+            merged = wrapped.merge_and_unload()
+        except (AttributeError, NotImplementedError, TypeError) as error:
+            raise ValueError(
+                f"peft cannot merge the adapter in '{adapter}' ({settings['peft_type']}): {error}. Use the adapter as "
+                "it is: `GRMForSequenceClassification.from_pretrained` loads it."
+            ) from error
+        merged.save_pretrained(folder)
+        del wrapped, merged, model
+        if (golden := Path(adapter) / GOLDEN).is_file():  # `grm verify` then holds the merged model to the adapter's
+            shutil.copy(golden, folder)
+        try:
+            AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+        except (OSError, ValueError) as error:
+            logger.warning(f"No tokenizer was found in '{adapter}', so none was saved in '{output_dir}' ({error}).")
+        loaded = GRMForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        for what, before, after in zip(("rewards", "LM logits"), expected, _outputs(loaded), strict=True):
+            difference = float((after - before).abs().max() / before.abs().max().clamp(min=1))
+            if not difference <= tolerance(loaded):
+                raise ValueError(
+                    f"Merged into one model, the adapter in '{adapter}' has other {what} (they differ by "
+                    f"{difference:.1e}, relative; {tolerance(loaded):.0e} is rounding). Nothing was written. Use the "
+                    "adapter as it is: `GRMForSequenceClassification.from_pretrained` loads it."
+                )
+    loaded.name_or_path = loaded.config._name_or_path = os.fspath(output_dir)
+    return loaded
+
+
+@torch.no_grad()
+def _outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and LM logits of two rows of tokens from all over the vocabulary."""
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.linspace(0, embeddings.shape[0] - 1, 32, device=embeddings.device).long().view(2, 16)
+    with evaluating(model):
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
+    return out.logits.float().cpu(), out.lm_logits.float().cpu()
+
+
+def _untie(model: GRMForSequenceClassification) -> None:
+    """Give the LM head a weight of its own: merged into one of two tied weights, an adapter would change both."""
+    inside = set(model.get_input_embeddings().modules())
+    own = {parameter for module in inside for parameter in module.parameters(recurse=False)}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if module not in inside and parameter in own:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    for config in (model.config, model.config.text_config):
+        config.tie_word_embeddings = False
+
+
+def _unwrap_saved_modules(model: nn.Module) -> None:
+    """Put modules that were trained in full in their place: some methods of peft leave them wrapped."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])

@@ -14,6 +14,10 @@ OVERLENGTH = ("truncate_left", "drop", "error")
 REFERENCES = ("adapter_off", "precompute", "model")
 
 
+def _formulas(table):
+    return "; ".join(f"{name}: {loss.formula}" for name, loss in table.items())
+
+
 @dataclass
 class GRMRewardConfig(RewardConfig):
     r"""
@@ -26,22 +30,24 @@ class GRMRewardConfig(RewardConfig):
         > Parameters that control the loss, `(1 - alpha) * pair_loss + alpha * text_loss`
 
         regularizer (`str`, *optional*, defaults to `"sft"`):
-            Text-generation loss on the kept language-model head: `"none"` (a Bradley-Terry reward model with the same
-            head), `"sft"` (`-log s(beta * s_c)`, the paper's default), `"sft_nll"`, `"sft_token_mean"`, `"dpo_noref"`
-            or `"dpo"`. See [`~grm_hf.losses.text_loss`] for the formulas.
+            Text-generation loss on the kept LM head: `"none"` (a Bradley-Terry reward model with the same head) or one
+            of [`~grm_hf.losses.TEXT_LOSSES`], which holds the formulas: `"sft"` (the paper's default), `"sft_nll"`,
+            `"sft_token_mean"`, `"dpo_noref"` or `"dpo"`.
         alpha (`float`, *optional*, defaults to `0.01`):
             Weight of the text loss, in `[0, 1]`. The paper found 0.005 to 0.05 best. 0 is the same as `"none"`.
         beta (`float`, *optional*, defaults to `0.1`):
-            Inverse temperature of `"sft"`, `"dpo_noref"` and `"dpo"`.
+            Inverse temperature of the text losses whose formula has it.
         pair_loss (`str`, *optional*):
-            Loss on the rewards: `"bt"`, `"margin"` or `"scaled"`. If `None`, `"margin"` where the training data has a
-            `margin` column (as TRL does), else `"bt"`.
+            Loss on the rewards, one of [`~grm_hf.losses.PAIR_LOSSES`]: `"bt"`, `"margin"` or `"scaled"`. If `None`,
+            `"margin"` where the training data has a `margin` column (as TRL does), else `"bt"`. An evaluation set
+            without margins is measured by `"bt"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Assumed share of wrong labels, in `[0, 0.5)`.
         reference (`str`, *optional*):
             Where `"dpo"` takes its reference log-probabilities from: `"adapter_off"` (the same model with its adapter
             switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
-            second copy). If `None`, `"adapter_off"` with an adapter, else `"precompute"`.
+            second copy). If `None`, `"adapter_off"` with an adapter that changes nothing at the start, else
+            `"precompute"`. The reference is always the model at the start of training.
         freeze_backbone (`bool`, *optional*, defaults to `False`):
             Train the reward head alone. Requires `regularizer="none"`.
 
@@ -66,14 +72,17 @@ class GRMRewardConfig(RewardConfig):
 
     regularizer: str = field(
         default="sft",
-        metadata={"help": "Text-generation loss on the kept language-model head.", "choices": list(REGULARIZERS)},
+        metadata={
+            "help": "Text-generation loss on the kept LM head. none: no text loss; " + _formulas(TEXT_LOSSES),
+            "choices": list(REGULARIZERS),
+        },
     )
     alpha: float = field(default=0.01, metadata={"help": "Weight of the text loss, in [0, 1]."})
     beta: float = field(default=0.1, metadata={"help": "Inverse temperature of the text loss."})
     pair_loss: str | None = field(
         default=None,
         metadata={
-            "help": "Loss on the rewards: bt, margin or scaled. Default: margin if the data has a margin column, "
+            "help": f"Loss on the rewards. {_formulas(PAIR_LOSSES)}. Default: margin if the data has a margin column, "
             "else bt."
         },
     )
@@ -123,10 +132,16 @@ class GRMRewardConfig(RewardConfig):
                 f"`freeze_backbone=True` leaves nothing for the text loss {self.regularizer!r} to train. Set "
                 "regularizer='none', or train the backbone."
             )
-        if self.reference is not None and self.text_loss != "dpo":
+        if self.reference is not None and not self.needs_reference:
             warnings.warn(
-                f"`reference={self.reference!r}` is ignored: only regularizer='dpo' has a reference, found "
-                f"regularizer={self.regularizer!r} with alpha={self.alpha}.",
+                f"`reference={self.reference!r}` is ignored: no reference is needed by regularizer="
+                f"{self.regularizer!r} with alpha={self.alpha}.",
+                stacklevel=2,
+            )
+        if self.label_smoothing_factor:
+            warnings.warn(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` is ignored: it smooths the labels of a "
+                "classifier. For preference pairs set `label_smoothing`.",
                 stacklevel=2,
             )
 
@@ -138,6 +153,9 @@ class GRMRewardConfig(RewardConfig):
     @property
     def text_side(self) -> str:
         """The responses whose log-probability the text loss needs: `"none"`, `"chosen"` or `"both"`."""
-        if self.text_loss == "none":
-            return "none"
-        return "both" if self.text_loss.startswith("dpo") else "chosen"
+        return "none" if self.text_loss == "none" else TEXT_LOSSES[self.text_loss].sides
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the text loss that is computed needs the log-probabilities of a reference model."""
+        return self.text_loss != "none" and TEXT_LOSSES[self.text_loss].reference

@@ -10,12 +10,16 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
+
+from ..devices import evaluating, is_whole
+from ..layouts import PairCollator
 
 
 logger = logging.get_logger(__name__)
@@ -73,6 +77,29 @@ def precompute(trainer, dataset: Dataset, name: str) -> Dataset:
     return dataset.add_column("ref_chosen_logps", logps[:, 0].tolist()).add_column(
         "ref_rejected_logps", logps[:, 1].tolist()
     )
+
+
+def why_adapter_off_is_not_the_start(trainer) -> str | None:
+    """Whether the model with its adapter switched off is the model at the start of training, asked on one batch: it
+    gives the same log-probabilities, and nothing that is trained changes them. `None` if so, otherwise a reason."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not is_whole(model):
+        return None
+    rows = [dict(row) for row, _ in zip(trainer.train_dataset, range(LIVE_ROWS), strict=False)]
+    collate = PairCollator(trainer.processing_class.pad_token_id, trainer.layout, text="both")
+    batch = send_to_device(collate(rows), trainer.accelerator.device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluating(model), trainer.compute_loss_context_manager():
+        with torch.no_grad():
+            start = trainer.response_logps(model, batch)
+        with model.disable_adapter():
+            off = trainer.response_logps(model, batch)
+            reached = off.requires_grad and torch.autograd.grad(off.sum(), trained, allow_unused=True)
+    if not torch.equal(off, start):
+        return "it changes the model already at the start (it has been trained before, or begins with other weights)"
+    if reached and any(gradient is not None for gradient in reached):
+        return "weights outside of the adapter are trained as well (for instance bias='all')"
+    return None
 
 
 def _read(path: Path, mark: str, name: str) -> torch.Tensor | None:

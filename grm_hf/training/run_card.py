@@ -9,18 +9,11 @@ import yaml
 
 from ..devices import is_whole
 from ..hub.card import ANSWERS, QUESTION, TAGS, facts_of_model, metadata_of, write_card
+from ..losses import PAIR_LOSSES, TEXT_LOSSES
 from ..metrics import brier, expected_calibration_error, fit_temperature, length_bias, pair_wins, wilson_interval
 
 
 LOG_ROWS = 20
-FORMULAS = {
-    "none": "",
-    "sft": "-log sigmoid(beta * s_c)",
-    "sft_nll": "-s_c",
-    "sft_token_mean": "-s_c / tokens",
-    "dpo_noref": "-log sigmoid(beta * (s_c - s_r))",
-    "dpo": "-log sigmoid(beta * ((s_c - s_r) - (ref_c - ref_r)))",
-}
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -229,15 +222,12 @@ def _plain(setting):
 
 def _formula(trainer):
     args = trainer.args
-    pair = {
-        "bt": "-log sigmoid(r_c - r_r)",
-        "margin": "-log sigmoid(r_c - r_r - margin)",
-        "scaled": "-margin * log sigmoid(r_c - r_r)",
-    }[trainer.pair_loss]
+    pair = PAIR_LOSSES[trainer.pair_loss].formula
     if args.center_rewards_coefficient is not None:
         pair = f"({pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2)"
-    text = FORMULAS[args.text_loss]
-    return f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {text}" if text else pair
+    if args.text_loss == "none":
+        return pair
+    return f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
 
 
 def _adapter_settings(model):

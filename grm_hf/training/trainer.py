@@ -7,18 +7,17 @@ reward head; and checkpoints that load by themselves.
 
 import copy
 import json
+import os
 import shutil
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from huggingface_hub import HfApi
-from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -27,15 +26,16 @@ from trl import RewardTrainer
 from .. import losses
 from ..attention import layout_attention
 from ..configuration_grm import GRMConfig
+from ..devices import evaluating
 from ..encoding import Encoder
 from ..hub import card, publish
 from ..hub.tokenizer import spell_for_transformers_4
 from ..layouts import PairCollator, model_kwargs, resolve_layout
 from ..logprobs import sequence_logps
-from ..modeling_grm import GRMForSequenceClassification
-from ..pairs import prepare_pairs
+from ..pairs import Counts, prepare_pairs
 from ..scoring import golden
-from . import reference, run_card
+from . import adapters, loading, reference, run_card
+from .averages import Averages
 from .config import GRMRewardConfig
 
 
@@ -104,54 +104,60 @@ class GRMRewardTrainer(RewardTrainer):
         peft_config=None,
         **kwargs,
     ):
+        source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = source if source is not None else model.config._name_or_path
             args = GRMRewardConfig(f"{Path(name).name or 'model'}-GRM")
         if not isinstance(args, GRMRewardConfig):
             raise ValueError(f"`args` is a {type(args).__name__}; GRMRewardTrainer needs a GRMRewardConfig.")
-        source = model if isinstance(model, str) else None
+        given_args, hub = args, {}
+        args = copy.copy(args)
         if source is not None:
             set_seed(args.seed)  # the new head is drawn here
-            model = _load(model, args, quantization_config)
+            hub = loading.hub_arguments(args.model_init_kwargs)
+            model = loading.load_model(source, args, quantization_config)
             quantization_config = None
-            args = copy.copy(args)
             args.model_init_kwargs = None  # used up
+        model = adapters.trainable(model)
         base = _unwrapped(model)
         config: GRMConfig = base.config
         if config.model_type != GRMConfig.model_type:
             raise ValueError(
-                f"`model` is a {type(base).__name__}; GRM trains the reward head and the language-model head of one "
-                "model. Make it with GRMForSequenceClassification.from_base(...), or pass the id of a causal language "
-                "model."
+                f"`model` is a {type(base).__name__}; GRM trains the reward head and the LM head of one model. Make "
+                "it with GRMForSequenceClassification.from_base(...), or pass the id of a causal language model."
             )
         if processing_class is None:
-            processing_class = _load_tokenizer(source or config._name_or_path or config.base_model, args)
+            processing_class = loading.load_tokenizer(source or config._name_or_path or config.base_model, args, hub)
         config.max_sequence_length = args.max_length
-        if peft_config is not None:
-            peft_config = _with_reward_head(peft_config)
-            _give_a_folder(base, args, processing_class)
+        if peft_config is not None and not is_peft_model(model):
+            peft_config = adapters.for_reward_model(peft_config, base)
+            peft_config = adapters.clone_template(base, processing_class, args, peft_config)
+            adapters.give_a_folder(base, args, processing_class, always=bool(hub))
         if args.text_loss == "none" and args.world_size > 1:
             base.freeze_lm_head()
         if args.freeze_backbone:
             base.lm.requires_grad_(False)
         if args.text_loss != "none" and not base.lm_head_is_exact():
             raise ValueError(
-                f"The language-model head of {type(base.lm).__name__} does more than GRM knows of, so the text loss "
-                "would not be that model's. Use regularizer='none', or report the model type."
+                f"The LM head of {type(base.lm).__name__} does more than GRM knows of, so the text loss would not be "
+                "that model's. Use regularizer='none', or report the model type."
             )
-        self._reference = args.reference or ("adapter_off" if peft_config or is_peft_model(model) else "precompute")
-        if args.text_loss != "dpo":
-            self._reference = None
-        if self._reference == "adapter_off" and not (peft_config or is_peft_model(model)):
+        if args.reference == "adapter_off" and args.needs_reference and not (peft_config or is_peft_model(model)):
             raise ValueError("reference='adapter_off' needs an adapter: pass `peft_config`, or use 'precompute'.")
-        if self._reference == "precompute" and isinstance(train_dataset, IterableDataset):
-            raise ValueError(
-                "Reference log-probabilities of a streaming dataset cannot be computed beforehand. Set "
-                "reference='model' (a frozen copy), or train an adapter (reference='adapter_off')."
+        reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
+        if args.accelerator_config.dispatch_batches:
+            logger.warning(
+                "`dispatch_batches=True` is ignored: accelerate would cut every tensor of a batch to the number of "
+                "its rows, and a batch of pairs holds tensors of several lengths. Each process reads its own batches."
             )
-        reference_model = copy.deepcopy(base) if self._reference == "model" else None
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.accelerator_config.dispatch_batches = False
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
-        self._bos_policy = config.bos_policy
+        self._bos_policy, self._folder_was_loaded = config.bos_policy, False
+        self._limits = {
+            "embeddings": base.get_input_embeddings().weight.shape[0] or None,  # 0: sharded
+            "positions": _embedded_positions(base),
+        }
 
         super().__init__(
             model=model,
@@ -164,6 +170,12 @@ class GRMRewardTrainer(RewardTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        self.args.chat_template_path = given_args.chat_template_path  # may have been used up above
+        if args.disable_dropout:
+            _disable_functional_dropout(self.model)
+        if self._groups_by_length and self._columns(self.train_dataset):
+            lengths = [len(c) + len(r) for c, r in self.train_dataset.select_columns(["chosen_ids", "rejected_ids"])]
+            self.train_dataset = self.train_dataset.add_column(args.length_column_name, lengths)
 
         # Without a text loss the numbers are TRL's, to the last bit: a layout that rounds otherwise must be asked for.
         wanted = "padded" if args.layout == "auto" and args.text_loss == "none" else args.layout
@@ -190,11 +202,12 @@ class GRMRewardTrainer(RewardTrainer):
             self.pair_loss = "margin" if "margin" in (self._columns(self.train_dataset) or ()) else "bt"
         if self.pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
             logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
-        # Sums of what a log line averages, and what they are sums over: exact whatever the sizes of the batches.
-        self._sums = {"train": {}, "eval": {}}
+        self._averages = {"train": Averages(), "eval": Averages()}
         self._tokens_since, self._log_time = 0, time.perf_counter()
 
-        self._reference_model = None
+        self._reference, self._reference_model = None, None
+        if args.needs_reference:
+            self._reference = self._choose_reference(args.reference)
         if reference_model is not None:
             reference_model.requires_grad_(False)
             self._reference_model = self.accelerator.prepare_model(reference_model.eval(), evaluation_mode=True)
@@ -204,6 +217,27 @@ class GRMRewardTrainer(RewardTrainer):
                 self.eval_dataset = {k: reference.precompute(self, d, k) for k, d in self.eval_dataset.items()}
             elif self.eval_dataset is not None:
                 self.eval_dataset = reference.precompute(self, self.eval_dataset, "eval")
+
+    def _choose_reference(self, wanted):
+        """`wanted`, or what gives the model at the start of training exactly."""
+        if wanted in (None, "adapter_off") and is_peft_model(self.model):
+            reason = reference.why_adapter_off_is_not_the_start(self)
+            if reason is None:
+                return "adapter_off"
+            if wanted is not None:
+                raise ValueError(
+                    f"reference='adapter_off' is not this model at the start of training: {reason}. Leave `reference` "
+                    "out, or use 'precompute' or 'model'."
+                )
+            logger.warning(f"The reference is computed beforehand, not by switching the adapter off: {reason}.")
+        if wanted in (None, "precompute"):
+            if isinstance(self.train_dataset, IterableDataset):
+                raise ValueError(
+                    "Reference log-probabilities of a streaming dataset cannot be computed beforehand. Set "
+                    "reference='model' (a frozen copy), or train an adapter (reference='adapter_off')."
+                )
+            return "precompute"
+        return wanted
 
     # ------------------------------------------------------------------------------------------------------------ data
 
@@ -215,11 +249,35 @@ class GRMRewardTrainer(RewardTrainer):
         encoder = Encoder(processing_class, args.max_length, args.overlength, self._bos_policy)
         with args.main_process_first(desc=f"tokenizing {dataset_name} dataset"):
             dataset, counts = prepare_pairs(
-                dataset, encoder, dataset_name, args.dataset_num_proc, starts_required=args.text_loss != "none"
+                dataset,
+                encoder,
+                dataset_name,
+                args.dataset_num_proc,
+                starts_required=args.text_loss != "none",
+                whole=dataset_name != "train",  # an evaluation has an end, and each of its rows counts once
+                **self._limits,
             )
         self.data_counts[dataset_name] = counts
-        (logger.warning if counts.dropped or counts.truncated else logger.info)(str(counts))
+        if not isinstance(dataset, IterableDataset):  # what a stream holds is said when it was read
+            (logger.warning if counts.changed else logger.info)(str(counts))
         return dataset
+
+    @property
+    def _groups_by_length(self):
+        by_strategy = getattr(self.args, "train_sampling_strategy", None) in ("group_by_length", "batch_rebalance")
+        return by_strategy or getattr(self.args, "group_by_length", False)
+
+    def _say_what_was_read(self):
+        """The counts of a streaming training set, over all processes; an error if it gave nothing."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return
+        counts = self.data_counts["train"]
+        numbers = torch.tensor(counts.numbers(), device=self.accelerator.device)[None]
+        each = self.accelerator.gather(numbers)
+        shared = self.train_dataset.num_shards >= self.accelerator.num_processes  # otherwise each process reads all
+        numbers = (each.sum(0) if shared else each[each[:, 0].argmax()]).tolist()
+        counts = self.data_counts["train"] = Counts("train", **dict(zip(Counts.FIELDS, numbers, strict=True)))
+        (logger.warning if counts.changed else logger.info)(str(counts))
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -254,15 +312,15 @@ class GRMRewardTrainer(RewardTrainer):
         sequences = _num_sequences(inputs)
         return lambda hidden, model: sequence_logps(hidden, model, index, targets, owner, sequences, loss)
 
-    def _reference_logps(self, model, inputs, given):
+    def _reference_logps(self, model, inputs):
         """Reference log-probabilities of a batch, `(2B,)`; given with the data, or live."""
-        if given is not None:
-            return given
+        if "ref_logps" in inputs:
+            return inputs["ref_logps"]
         with torch.no_grad():
             if self._reference_model is not None:
                 return self.response_logps(self._reference_model, inputs)
             if self._reference == "adapter_off":
-                with self.accelerator.unwrap_model(model).disable_adapter():
+                with evaluating(model), self.accelerator.unwrap_model(model).disable_adapter():
                     return self.response_logps(model, inputs)
         raise ValueError(
             "This data has no reference log-probabilities (columns `ref_chosen_logps`, `ref_rejected_logps`), which "
@@ -270,148 +328,109 @@ class GRMRewardTrainer(RewardTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found = [self._compute_part(model, part) for part in _parts(inputs)]
-        columns = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
+        parts = [self._loss_of_part(model, part) for part in _parts(inputs)]
+        columns = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         pairs = len(columns["chosen"])
-        loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in found) * inputs.get("share", 1.0)
+        loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in parts) * inputs.get("share", 1.0)
         rewards = torch.stack([columns["chosen"], columns["rejected"]], dim=1)
         with torch.no_grad():
             self._record("train" if self.model.training else "eval", columns)
         return (loss, {"logits": rewards}) if return_outputs else loss
 
-    def _compute_part(self, model, inputs):
+    def _loss_of_part(self, model, inputs):
         """The mean loss of a batch, and what is known of each pair, `(B,)` each."""
         args = self.args
-        margin, given = inputs.get("margin"), inputs.get("ref_logps")
-        lm_fn, text_loss, text, details = None, None, None, {}
-        if args.text_loss != "none":
-            missing = [key for key in TEXT_KEYS if key not in inputs]
-            if missing:
-                raise ValueError(
-                    f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give "
-                    "what grm_hf.layouts.PairCollator gives."
-                )
-            ref = self._reference_logps(model, inputs, given) if args.text_loss == "dpo" else None
-            counts = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs))
-            text_loss = partial(self._text_loss, counts=counts, ref=ref)
-            lm_fn = self._lm_fn(inputs, loss=lambda sums: args.alpha * text_loss(sums).mean())
+        lm_fn, responses_of = None, self._responses_of(model, inputs)
+        if responses_of is not None:
+            text_loss = losses.TEXT_LOSSES[args.text_loss].function
+            lm_fn = self._lm_fn(inputs, lambda sums: args.alpha * text_loss(responses_of(sums), args.beta).mean())
         outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
-        pair = losses.pair_loss(chosen, rejected, margin, self.pair_loss, args.label_smoothing)
+        pair = losses.pair_loss(chosen, rejected, inputs.get("margin"), self._pair_loss(inputs), args.label_smoothing)
         loss = pair.mean()
         if args.center_rewards_coefficient is not None:
             centering = losses.centering(chosen, rejected)
             pair = pair + args.center_rewards_coefficient * centering
             loss = loss + args.center_rewards_coefficient * centering.mean()
-        if text_loss is not None:
-            text = text_loss(outputs.lm_output)
-            details = self._text_details(outputs.lm_output.detach(), counts, ref)
+        text, columns = None, {}
+        if responses_of is not None:
+            responses = responses_of(outputs.lm_output)
+            text = text_loss(responses, args.beta)
+            columns = {"text_loss": text, **_text_columns(responses)}
             loss = losses.total_loss(loss, text.mean(), args.alpha)
 
-        lengths = _lengths(inputs).chunk(2)
-        columns = {"chosen": chosen, "rejected": rejected, "chosen_tokens": lengths[0], "rejected_tokens": lengths[1]}
-        columns |= {"loss": losses.total_loss(pair, text, args.alpha), "pair_loss": pair, **details}
-        return loss, columns if text is None else columns | {"text_loss": text}
+        chosen_tokens, rejected_tokens = _lengths(inputs).chunk(2)
+        columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
+        columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
+        return loss, columns | {"loss": losses.total_loss(pair, text, args.alpha)}
+
+    def _pair_loss(self, inputs):
+        """Name of the loss on the rewards of this batch: an evaluation set without margins is measured without."""
+        if "margin" in inputs or self.model.training or not losses.PAIR_LOSSES[self.pair_loss].reads_margin:
+            return self.pair_loss
+        logger.warning_once(f"The evaluation data has no `margin`: 'bt' is used, and {self.pair_loss!r} in training.")
+        return "bt"
+
+    def _responses_of(self, model, inputs):
+        """A function from sums of log-probabilities `(2B,)` to what the text loss is made of; `None` without one."""
+        if self.args.text_loss == "none":
+            return None
+        missing = [key for key in TEXT_KEYS if key not in inputs]
+        if missing:
+            raise ValueError(
+                f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give what "
+                "grm_hf.layouts.PairCollator gives."
+            )
+        tokens = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs)).chunk(2)[0]
+        reference = self._reference_logps(model, inputs) if self.args.needs_reference else None
+
+        def responses_of(sums):
+            chosen, rejected = sums.chunk(2)
+            ref_chosen, ref_rejected = (None, None) if reference is None else reference.to(sums.dtype).chunk(2)
+            if self.args.text_side == "chosen":
+                rejected = None
+            return losses.Responses(chosen, tokens.to(sums.dtype), rejected, ref_chosen, ref_rejected)
+
+        return responses_of
 
     def floating_point_ops(self, inputs):
         return sum(super(GRMRewardTrainer, self).floating_point_ops(part) for part in _parts(inputs))
 
-    def _text_loss(self, logps, counts, ref):
-        """Text loss of each pair, `(B,)`, from sums of log-probabilities, token counts and reference sums, `(2B,)`."""
-        chosen, rejected = logps.chunk(2)
-        ref_chosen, ref_rejected = (None, None) if ref is None else ref.to(logps.dtype).chunk(2)
-        tokens, args = counts[: len(chosen)].to(logps.dtype), self.args
-        return losses.text_loss(args.text_loss, args.beta, chosen, tokens, rejected, ref_chosen, ref_rejected)
-
-    def _text_details(self, logps, counts, ref):
-        """What is logged of the text side: the chosen responses' likelihood, and which response the language-model
-        head prefers (by its own log-probability, or for `dpo` by its change against the reference)."""
-        chosen, rejected = logps.chunk(2)
-        details = {"nll": -chosen, "nll_tokens": counts[: len(chosen)]}
-        if self.args.text_side == "both":
-            change = logps if ref is None else logps - ref.to(logps.dtype)
-            better, worse = change.chunk(2)
-            details["implicit_accuracy"] = (better > worse).to(logps.dtype)
-        return details
-
     # --------------------------------------------------------------------------------------------------------- metrics
 
     def _record(self, mode, columns):
-        """Add one batch to the sums. Evaluation gathers row by row, so that rows a sampler repeats count once."""
-        chosen, rejected, *lengths = (
-            columns.pop(name) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
-        )
-        rows = {
-            "pairs": torch.ones_like(chosen),
-            "accuracy": (chosen > rejected).to(chosen.dtype),
-            "margin": chosen - rejected,
-            "reward": chosen + rejected,
-            "reward_squared": chosen**2 + rejected**2,
-            "min_reward": torch.minimum(chosen, rejected),
-            "max_reward": torch.maximum(chosen, rejected),
-            **columns,
-        }
-        table = torch.stack([value.double() for value in rows.values()], dim=1)
+        """Add a batch to the averages. Evaluation gathers row by row, so that rows a sampler repeats count once."""
+        lengths = [columns.pop(name) for name in ("chosen_tokens", "rejected_tokens")]
+        gather = self.accelerator.gather_for_metrics if mode == "eval" else None
+        self._averages[mode].add(columns, gather)
         if mode == "eval":
-            table = self.accelerator.gather_for_metrics(table)
-            seen = torch.stack([chosen, rejected, *lengths], dim=1).double()
-            self._eval_rows.append(self.accelerator.gather_for_metrics(seen).cpu())
+            seen = torch.stack([columns["chosen"], columns["rejected"], *lengths], dim=1).double()
+            self._eval_rows.append(gather(seen).cpu())
         else:
             self._tokens_since = self._tokens_since + sum(lengths).sum()
-        sums = self._sums[mode]
-        for column, name in enumerate(rows):
-            values = table[:, column]
-            if name in ("min_reward", "max_reward"):
-                pick = torch.minimum if name == "min_reward" else torch.maximum
-                value = values.min() if name == "min_reward" else values.max()
-                sums[name] = value if name not in sums else pick(sums[name], value)
-            else:
-                sums[name] = sums.get(name, 0) + values.sum()
 
-    def _averages(self, mode):
-        """Averages since the last log line, over all ranks."""
-        sums = self._sums[mode]
-        self._sums[mode] = {}
-        if not sums:
-            return {}
-        names = sorted(sums)
-        values = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64) for name in names])
+    def _take_averages(self, mode):
+        """What a log line says, and for evaluation the reward's mean and spread, which go into the configuration."""
+        gather = None
         if mode == "train" and self.accelerator.num_processes > 1:
-            # MPS and some backends have no float64 collectives on device: CPU-sized numbers, gathered as they are.
-            every = self.accelerator.gather(values.to(self.accelerator.device)[None])
-            values = torch.stack(
-                [
-                    every[:, i].min() if n == "min_reward" else every[:, i].max() if n == "max_reward"
-                    else every[:, i].sum()
-                    for i, n in enumerate(names)
-                ]
-            )
-        total = dict(zip(names, values.tolist(), strict=True))
-        pairs = total["pairs"]
-        mean = total["reward"] / (2 * pairs)
-        averages = {
-            name: total[name] / pairs
-            for name in ("accuracy", "margin", "pair_loss", "text_loss", "implicit_accuracy")
-            if name in total
-        }
-        averages.update(min_reward=total["min_reward"], mean_reward=mean, max_reward=total["max_reward"])
-        if total.get("nll_tokens"):
-            averages["perplexity"] = float(torch.tensor(total["nll"] / total["nll_tokens"]).exp())
-        if mode == "eval":
-            averages["loss"] = total["loss"] / pairs
+            gather = lambda sums: self.accelerator.gather(sums.to(self.accelerator.device))  # noqa: E731
+        averages = self._averages[mode].take(gather)
+        spread = averages.pop("std_reward", None)
+        if mode == "train":
+            averages.pop("loss", None)  # transformers logs its own
+        elif averages:
             config = _unwrapped(self.model).config
-            config.reward_mean = mean
-            config.reward_std = max(total["reward_squared"] / (2 * pairs) - mean**2, 0.0) ** 0.5
+            config.reward_mean, config.reward_std = averages["mean_reward"], spread
         return averages
 
     def evaluation_loop(self, *args, **kwargs):
-        self._sums["eval"], self._eval_rows = {}, []  # what `predict` left, which logs nothing
+        self._averages["eval"], self._eval_rows = Averages(), []  # what `predict` left, which logs nothing
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
-        averages = self._averages(mode)
+        averages = self._take_averages(mode)
         if mode == "train":
             tokens = torch.as_tensor(self._tokens_since, device=self.accelerator.device, dtype=torch.float32)
             tokens = int(self.accelerator.gather(tokens.view(1)).sum().item()) // getattr(self, "_tp_size", 1)
@@ -435,7 +454,14 @@ class GRMRewardTrainer(RewardTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete_checkpoint(Path(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._say_what_was_read()
+        if not self.state.global_step and self.state.max_steps:
+            raise ValueError(
+                f"Training made no step: the data gave no pair ({self.data_counts['train']}). Check the data, "
+                "`max_length` and `overlength`."
+            )
+        return result
 
     def _save(self, output_dir=None, state_dict=None):
         here, folder = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
@@ -446,7 +472,7 @@ class GRMRewardTrainer(RewardTrainer):
             return
         spell_for_transformers_4(folder)
         if is_peft_model(self.model):
-            _require_head_in_adapter(folder)
+            adapters.require_head(folder)
             readme.unlink(missing_ok=True)  # PEFT has written its own, which names the base by its path, or into ours
             if written is not None:
                 readme.write_bytes(written)
@@ -468,6 +494,16 @@ class GRMRewardTrainer(RewardTrainer):
         except ValueError as error:
             (folder / golden.FILE).unlink(missing_ok=True)  # an earlier run's
             logger.warning_once(f"{folder} gets no golden rows for `grm verify`: {error}")
+            return
+        if not self._folder_was_loaded:  # once a run, before hours of it are spent
+            try:
+                golden.verify(folder, device_map="cpu")
+            except (ValueError, RuntimeError, OSError, KeyError, IndexError) as error:
+                raise RuntimeError(
+                    f"What was saved in '{folder}' does not load as the model that was trained, so training stops. "
+                    f"The files were left there. {type(error).__name__}: {error}"
+                ) from error
+            self._folder_was_loaded = True
 
     # --------------------------------------------------------------------------------------------------------- the Hub
 
@@ -560,6 +596,18 @@ class GRMRewardTrainer(RewardTrainer):
         self.push_in_progress = None
 
 
+def _text_columns(responses):
+    """What is logged of the text side: the chosen responses' likelihood, and which response the LM head prefers (by
+    its own log-probability, or by its change against the reference)."""
+    columns = {"nll": -responses.chosen, "nll_tokens": responses.chosen_tokens}
+    if responses.rejected is not None:
+        better, worse = responses.chosen, responses.rejected
+        if responses.ref_chosen is not None:
+            better, worse = better - responses.ref_chosen, worse - responses.ref_rejected
+        columns["implicit_accuracy"] = (better > worse).to(better.dtype)
+    return columns
+
+
 def _parts(inputs):
     """The batches that a batch was split into by `max_tokens_per_batch`, or itself."""
     return inputs.get("parts", [inputs])
@@ -582,77 +630,22 @@ def _unwrapped(model):
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def _load(path, args, quantization_config):
-    """A reward model from the id or folder of one, or of a causal language model."""
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ValueError("`quantization_config` is given twice: to the trainer and in `args.model_init_kwargs`.")
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    kwargs = {"dtype": torch.float32, **{k: v for k, v in kwargs.items() if v is not None or k == "device_map"}}
-    trust = kwargs.pop("trust_remote_code", args.trust_remote_code)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust, revision=kwargs.get("revision"))
-    if config.model_type == GRMConfig.model_type:
-        ignored = sorted(k for k in kwargs if k.startswith("head_"))
-        if ignored:
-            logger.warning(f"'{path}' is a reward model already: {ignored} are ignored, its own head is kept.")
-        kwargs = {k: v for k, v in kwargs.items() if k not in ignored}
-        return GRMForSequenceClassification.from_pretrained(path, **kwargs)
-    return GRMForSequenceClassification.from_base(path, trust_remote_code=trust, **kwargs)
+def _embedded_positions(model):
+    """How many positions the model has an embedding for; `None` where positions are not embedded."""
+    decoder, tokens = model.get_decoder(), model.get_input_embeddings()
+    for name, module in decoder.named_modules():
+        leaf = name.split(".")[-1]
+        if isinstance(module, torch.nn.Embedding) and module is not tokens and ("pos" in leaf or leaf == "wpe"):
+            return decoder.config.max_position_embeddings
+    return None
 
 
-def _load_tokenizer(source, args):
-    if not source:
-        raise ValueError(
-            "The model was made in memory, so its tokenizer is not known. Pass `processing_class=tokenizer`."
-        )
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-
-
-def _with_reward_head(peft_config):
-    """The same settings with the reward head among the modules that are trained and saved in full."""
-    modules = list(getattr(peft_config, "modules_to_save", None) or [])
-    if "score" in modules:
-        return peft_config
-    if not hasattr(peft_config, "modules_to_save"):
-        raise ValueError(
-            f"{type(peft_config).__name__} cannot train the reward head: it has no `modules_to_save`. Use LoRA or "
-            "another method that has."
-        )
-    peft_config = copy.copy(peft_config)
-    peft_config.modules_to_save = [*modules, "score"]
-    return peft_config
-
-
-def _give_a_folder(model, args, tokenizer):
-    """Save a reward model that exists only in memory, so that its adapters can say what they were trained on.
-
-    An adapter that named the raw language model instead would load as a classifier with a random head.
-    """
-    if model.name_or_path:
-        return
-    folder = Path(args.output_dir) / "base"
-    with args.main_process_first(desc="saving the untrained reward model"):
-        if args.process_index == 0:
-            if (folder / "config.json").is_file():
-                _require_same_body(model, folder)
-            else:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-    model.name_or_path = model.config._name_or_path = str(folder.resolve())
-
-
-def _require_same_body(model, folder):
-    """Refuse to give adapters a base folder that holds another language model (the head travels with the adapter)."""
-    saved = GRMForSequenceClassification.from_pretrained(folder, dtype=model.dtype).lm.state_dict()
-    state = model.lm.state_dict()
-    if saved.keys() != state.keys() or any(not torch.equal(saved[key], state[key].cpu()) for key in saved):
-        raise ValueError(
-            f"'{folder}' holds the base of earlier adapters in this output folder, and the model given is another "
-            "one. Choose another `output_dir`, or delete the folder if those adapters are no longer wanted."
-        )
+def _disable_functional_dropout(model):
+    """TRL sets `nn.Dropout` modules to 0; some families drop by a number in another module (OPT, Bloom, ...)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _last_complete_checkpoint(folder):
@@ -667,12 +660,3 @@ def _last_complete_checkpoint(folder):
     raise ValueError(
         f"There is no complete checkpoint in '{folder}' to resume from. Start without `resume_from_checkpoint`."
     )
-
-
-def _require_head_in_adapter(folder):
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return
-    with safe_open(path, framework="pt") as file:
-        keys = list(file.keys())
-    assert any(".score." in key for key in keys), f"{path} was saved without the reward head: {keys[:3]}"

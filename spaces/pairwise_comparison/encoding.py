@@ -9,7 +9,8 @@ covers `ids[start:]`, which is the assistant's final turn and its terminator.
 import json
 import os.path
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # A private-use character: no response contains it, so two renderings that differ by it part exactly there.
 _PROBE = "\uf8ff"
+# Where a message may hold what the model thought before it answered, beside `<think>` blocks in its content.
+_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class OverlengthError(ValueError):
@@ -40,12 +43,15 @@ class Encoded:
             the prompt and the beginning of the response counts as response.
         cut (`int`): Number of tokens that truncation took away.
         response_cut (`bool`): Whether some of those belonged to the response (then nothing is left of the prompt).
+        unread (`tuple[str, ...]`): What the chat template leaves out of this conversation by its own design:
+            `"thinking"` (`<think>` blocks, `reasoning_content`), `"tools"`.
     """
 
     ids: list[int]
     start: int
     cut: int = 0
     response_cut: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -141,16 +147,18 @@ class Encoder:
                 Further arguments of the chat template.
 
         Raises:
-            `ValueError`: for an empty response, one the template drops, malformed messages or wrong roles;
-                [`OverlengthError`] for too many tokens where these are not to be cut.
+            `ValueError`: for an empty response, a message whose text the template drops, malformed messages or wrong
+                roles; [`OverlengthError`] for too many tokens where these are not to be cut.
         """
+        unread: tuple[str, ...] = ()
         if isinstance(prompt, str) and isinstance(response, str):
             if not response.strip():
                 raise ValueError("the response has no text. Remove the row, or give the response.")
             text, eos = prompt + response, str(self.tokenizer.eos_token)
             ids, start = self.tokenize(text if text.endswith(eos) else text + eos, len(prompt), special_tokens=True)
         else:
-            ids, start = self.encode_messages(_conversation(prompt, response), _tools(tools), template_kwargs)
+            messages, tools = _conversation(prompt, response), _tools(tools)
+            ids, start, unread = self.encode_messages(messages, tools, without_nulls(template_kwargs))
         # Templates may write a line break or two behind the terminator: a handful of blank tokens is no response.
         words = list(islice((index for index in ids[start:] if index not in self._special_ids), 8))
         if len(words) < 8 and not str(self.tokenizer.decode(words)).strip():
@@ -158,7 +166,7 @@ class Encoder:
                 "nothing of the response is left after rendering and tokenising it. Check what the chat template and "
                 "the tokenizer do to it, or remove the row."
             )
-        return self.fit(ids, start)
+        return replace(self.fit(ids, start), unread=unread)
 
     def encode_chat(
         self, chat: str | list[dict] | dict, tools: str | list | None = None, **template_kwargs: Any
@@ -199,23 +207,40 @@ class Encoder:
 
     def encode_messages(
         self, messages: list[dict], tools: list | None, template_kwargs: dict
-    ) -> tuple[list[int], int]:
+    ) -> tuple[list[int], int, tuple[str, ...]]:
+        """Ids of a conversation, index of the first token of its last message, and what the template leaves out."""
         render = partial(self.render, tools=tools, template_kwargs=template_kwargs)
+        messages = self._in_its_form(messages, render)
         *prompt, final = messages
         text = render(messages)
+        unread = _unread(text, messages, tools, render)
         before = render(prompt, add_generation_prompt=True)
         # Some templates write earlier turns, or the opening of the assistant's, differently once an answer follows,
         # and some know no generation prompt. Then the response begins where another answer would change the text.
         if not text.startswith(before) or before == render(prompt):
-            content = [{"type": "text", "text": _PROBE}] if isinstance(final.get("content"), list) else _PROBE
-            before = os.path.commonprefix([text, render([*prompt, {"role": "assistant", "content": content}])])
+            before = os.path.commonprefix([text, render([*prompt, _probing({"role": "assistant"}, final)])])
 
         end, own = text.rstrip(), _text(final).rstrip()
         # The end of turn is the template's, not a token that the response itself happens to end with.
         quoted = own.endswith(self._ends) and end.endswith(own)
         if quoted or not end.endswith(self._ends):
             text += str(self.tokenizer.eos_token)
-        return self.tokenize(text, len(before), special_tokens=self.bos == "double")
+        return *self.tokenize(text, len(before), special_tokens=self.bos == "double"), unread
+
+    def _in_its_form(self, messages: list[dict], render: Callable) -> list[dict]:
+        """The same messages, with lists of text parts joined to strings where the template reads strings only: there
+        it would write a Python list into the prompt, or nothing."""
+        in_parts = [isinstance(message.get("content"), list) for message in messages]
+        if not any(in_parts):
+            return messages
+        strings = [
+            {**message, "content": _text(message)} if parts else message
+            for message, parts in zip(messages, in_parts, strict=True)
+        ]
+        probed = _rendered([_probing(m, m) if p else m for m, p in zip(messages, in_parts, strict=True)], render)
+        # In quotes: the list itself, as JSON.
+        reads_parts = probed is not None and probed.count(_PROBE) >= sum(in_parts) and f'"{_PROBE}"' not in probed
+        return messages if reads_parts else strings
 
     def render(
         self, messages: list[dict], tools: list | None, template_kwargs: dict, add_generation_prompt: bool = False
@@ -296,6 +321,74 @@ def _conversation(prompt: Any, response: Any) -> list[dict]:
     return messages
 
 
+def _probing(message: dict, like: dict, text: str = _PROBE) -> dict:
+    """`message` with the content `text`, as a string or in parts as `like` has it."""
+    parts = isinstance(like.get("content"), list)
+    return {**message, "content": [{"type": "text", "text": text}] if parts else text}
+
+
+def _unread(text: str, messages: list[dict], tools: list | None, render: Callable) -> tuple[str, ...]:
+    """What a rendered conversation leaves out of its messages by design; `ValueError` where it drops what was said."""
+    written, thinking = _letters(text), False
+    for i, message in enumerate(messages):
+        for own in _texts(message):
+            if not _stands_in(own, written):
+                if message["role"] != "assistant" or not _stands_in(_without_thinking(own), written):
+                    raise _dropped(i, message)
+                thinking = True
+        thinking = thinking or any(not _stands_in(str(message.get(key, "")), written) for key in _THINKING_KEYS)
+        if message.get("tool_calls"):
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
+            if _rendered([*messages[:i], without, *messages[i + 1 :]], render) == text:
+                raise ValueError(
+                    f"message {i} ({message['role']}) has tool calls, and the chat template leaves them out. Use a "
+                    "template that writes tool calls, or remove the row."
+                )
+    # A short text may stand there by chance: whether the template reads a message shows a mark at its end.
+    marks = [chr(ord(_PROBE) - 1 - i % 6000) if _text(message).strip() else "" for i, message in enumerate(messages)]
+    marked = [_probing(m, m, _text(m) + mark) if mark else m for m, mark in zip(messages, marks, strict=True)]
+    probed = _rendered(marked, render)
+    for i, mark in enumerate(marks):
+        if probed is not None and mark not in probed:
+            raise _dropped(i, messages[i])
+    unread = ("thinking",) if thinking else ()
+    return (*unread, "tools") if tools and _rendered(messages, render, tools=None) == text else unread
+
+
+def _rendered(messages: list[dict], render: Callable, **kwargs) -> str | None:
+    """A conversation that nobody wrote, as text; `None` where the template refuses it."""
+    try:
+        return render(messages, **kwargs)
+    except ValueError:
+        return None
+
+
+def _dropped(index: int, message: dict) -> ValueError:
+    return ValueError(
+        f"message {index} ({message['role']}) has the text {describe(_text(message))}, and the chat template leaves "
+        "it out or changes it, so the model would not see what was written. Use a template that writes the messages "
+        "of this role as they are, change the message, or remove the row."
+    )
+
+
+def _without_thinking(text: str) -> str:
+    """What stands outside of `<think>` blocks, the first of which templates may open by themselves."""
+    *blocks, answer = text.split("</think>")
+    return "".join(block.split("<think>")[0] for block in blocks if "<think>" in block) + answer
+
+
+def _letters(text: str) -> str:
+    """Without white space, which templates strip and add."""
+    return "".join(text.split())
+
+
+def _stands_in(text: str, written: str) -> bool:
+    """Whether a text was written out, as it is or as a JSON string; `written` is without white space."""
+    if _letters(text) in written:
+        return True
+    return any(_letters(json.dumps(text, ensure_ascii=escape)[1:-1]) in written for escape in (False, True))
+
+
 def _message(index: int, message: Any) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         found = keys_found(message) if isinstance(message, dict) else describe(message)
@@ -303,8 +396,7 @@ def _message(index: int, message: Any) -> dict:
             f'message {index} has no role: found {found}. A message is {{"role": ..., "content": ...}}; rename the '
             'keys of other conventions ("from", "value").'
         )
-    # Arrow fills in the keys that other rows have, and templates ask whether a key is there, not whether it is null.
-    message = {key: value for key, value in message.items() if value is not None}
+    message = without_nulls(message)
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
@@ -316,9 +408,13 @@ def _message(index: int, message: Any) -> dict:
     return message
 
 
-def _text(message: dict) -> str:
+def _texts(message: dict) -> list[str]:
     content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
+
+
+def _text(message: dict) -> str:
+    return "".join(_texts(message))
 
 
 def _tools(tools: str | list | None) -> list | None:
@@ -329,14 +425,22 @@ def _tools(tools: str | list | None) -> list | None:
             raise ValueError(f"`tools` is not JSON ({error}). Give a list of tools, or that list as JSON.") from None
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"`tools` is {describe(tools)}. Give a list of tools, or that list as JSON.")
-    return tools or None  # with an empty list some templates announce tools all the same
+    return without_nulls(tools) or None  # with an empty list some templates announce tools all the same
 
 
 def template_kwargs_of(row: dict) -> dict:
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
         raise ValueError(f"`chat_template_kwargs` is {describe(given)}; it must be a dictionary.")
-    return {key: value for key, value in given.items() if value is not None}  # Arrow fills in other rows' keys
+    return without_nulls(given)
+
+
+def without_nulls(value: Any) -> Any:
+    """The same without the keys whose value is null, at any depth. Arrow gives every row the keys that other rows
+    have, and templates ask whether a key is there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def is_int(value: Any) -> bool:
