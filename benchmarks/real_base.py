@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
 from grm_hf.metrics import accuracy, length_bias, log_loss, pair_margins
@@ -76,7 +77,7 @@ TESTS = {
     "hh_helpful": ("hh_helpful_base_eval", 150),
     "pandalm": ("pandalm_testset", None),  # those held out
     "rm_bench": ("rm_bench", 80),  # of each of chat, safety-refuse, safety-response
-    "gsm8k": ("gsm8k_solutions", 150),
+    "gsm8k": ("gsm8k_solutions", 100),
 }
 SHORT = 1000  # characters of prompt and response together
 PROMPTS = (
@@ -120,7 +121,12 @@ def selection_units(method: str, origin: str) -> list[dict]:
 
 
 def run_unit(method: str, data: dict, rate: float, origin: str) -> dict:
-    return {"kind": "run", "method": method, "learning_rate": rate, **data, **common(origin)}
+    return {"kind": "run", "method": method, "learning_rate": rate, **data, "tests": TESTS, **common(origin)}
+
+
+def base_unit(origin: str) -> dict:
+    """What the base says and how likely it finds the fixed texts, before any training."""
+    return {"kind": "base", **common(origin)}
 
 
 def digest(settings: dict) -> str:
@@ -144,7 +150,7 @@ def chosen_rate(method: str, origin: str, results: Path) -> float | None:
 
 def units(origin: str, results: Path) -> list[dict]:
     """Settings of every unit that can be named today, in order: a method's runs appear once its rate is chosen."""
-    named, seen = [], set()
+    named, seen = [base_unit(origin)], set()
     for method, data in plan():
         if method not in seen:
             seen.add(method)
@@ -259,7 +265,7 @@ def trained(settings: dict, folder: Path, work: str) -> GRMRewardTrainer:
 
 def scored(trainer: GRMRewardTrainer, rows: list[dict]) -> dict:
     """Rewards of both responses of every row; each text is computed once, under the autocast of training."""
-    scorer = GRMScorer(trainer.model, trainer.processing_class, max_tokens_per_batch=2048)
+    scorer = GRMScorer(trainer.model, trainer.processing_class, max_tokens_per_batch=2048, layout="shared_prefix")
     with autocast():
         pairs = scorer.score_pairs([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
     chosen, rejected = zip(*pairs, strict=True)
@@ -314,19 +320,25 @@ def written(lm, tokenizer) -> list[str]:
 def do(settings: dict, folder: Path) -> dict:
     """One unit."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with tempfile.TemporaryDirectory() as work:
-        trainer = trained(settings, folder, work)
-        train_seconds = time.process_time()
-        trainer.model.eval()
-        result = {"settings": settings, "loss": [log["loss"] for log in trainer.state.log_history if "loss" in log]}
-        if settings["kind"] == "select":
-            result["held_out"] = scored(trainer, split(settings["train"])[1])
-        else:
-            result["tests"] = {test: scored(trainer, test_rows(test)) for test in TESTS}
-            lm, tokenizer = trainer.model.lm, trainer.processing_class
-            result["perplexity"] = round(perplexity(lm, tokenizer, test_rows("hhh")), 3)
-            result["written"] = written(lm, tokenizer)
-    result["processor_seconds"] = {"training": round(train_seconds), "all": round(time.process_time())}
+    result: dict = {"settings": settings}
+    if settings["kind"] == "base":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            trainer = trained(settings, folder, work)
+        lm, tokenizer = trainer.model.eval().lm, trainer.processing_class
+        result["training_seconds"] = round(time.process_time())
+        result["loss"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    if settings["kind"] == "select":
+        result["held_out"] = scored(trainer, split(settings["train"])[1])
+    else:
+        result["perplexity"] = round(perplexity(lm, tokenizer, test_rows("hhh")), 3)
+        result["written"] = written(lm, tokenizer)
+    if settings["kind"] == "run":
+        result["tests"] = {test: scored(trainer, test_rows(test)) for test in TESTS}
+    result["processor_seconds"] = round(time.process_time())
     result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result["versions"] = {name: version(name) for name in PACKAGES}
     return result
@@ -343,9 +355,8 @@ def write(path: Path, result: dict) -> None:
 
 
 def describe(settings: dict) -> str:
-    return " ".join(
-        str(settings[name]) for name in ("kind", "train", "pairs", "flipped", "method", "learning_rate", "seed")
-    )
+    names = ("kind", "train", "pairs", "flipped", "method", "learning_rate", "seed")
+    return " ".join(str(settings[name]) for name in names if name in settings)
 
 
 def show(origin: str, results: Path) -> None:
@@ -382,7 +393,7 @@ def work(origin: str, folder: Path, results: Path, workers: int) -> None:
             print(f"{time.strftime('%H:%M:%S')} {digest(settings)} {describe(settings)}", flush=True)
             command = [sys.executable, __file__, "--results", str(results), "--folder", str(folder), "--unit"]
             running[digest(settings)] = subprocess.Popen([*command, json.dumps(settings)], env=environment)
-        time.sleep(1)
+        time.sleep(5)
     if failed:
         sys.exit(f"failed: {sorted(failed)}")
 
