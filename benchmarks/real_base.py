@@ -6,7 +6,7 @@ each method, from the same pairs in the same order, and tested in and out of dis
     python benchmarks/real_base.py --list        # what there is, and what is left
 
 A unit is one run and one small JSON file, named by a digest of its settings. Interrupt it when you like: what has no
-file is done again. Each unit is a process of its own, with one thread and the lowest priority.
+file is done again. Each unit is a process of its own, with one thread and a low priority.
 
 The learning rate of each method is chosen by itself: one run on 600 RMB pairs at each rate of `RATES`, with one seed,
 judged by the log loss on training pairs that were held out. It then holds for every data set. The pairs, from
@@ -410,7 +410,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     folder = args.folder or base.folder()
     if args.unit is not None:
-        os.nice(10)
+        os.setpriority(os.PRIO_PROCESS, 0, 10)
         write(file_of(args.unit, results), do(args.unit, folder))
     elif args.list:
         show(base.origin(folder), results)
