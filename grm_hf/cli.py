@@ -154,11 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     demo = commands.add_parser(
-        "demo", help="train and compare reward models in a small world whose true reward is known (no network)"
+        "demo", help="train a Bradley-Terry model and GRM on real pairs, and compare what they know and say (no network)"
     )
     demo.add_argument("--output", default="runs/demo", help="folder for results (default: runs/demo)")
-    demo.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
-    demo.add_argument("--quick", action="store_true", help="a short run, to see that it works")
+    demo.add_argument("--pairs", type=int, default=240, help="pairs to train on (default: 240)")
     demo.set_defaults(run=_demo)
 
     lab = commands.add_parser(
@@ -476,7 +475,7 @@ def _export(args):
 def _demo(args):
     from .demo.run import run
 
-    run(args.output, seeds=args.seeds, quick=args.quick)
+    run(args.output, args.pairs)
 
 
 def _lab(args):

@@ -1,0 +1,129 @@
+"""The reward model of this project, `models/grm-smollm2-135m`: a LoRA adapter and a reward head on SmolLM2-135M-Instruct.
+
+    python benchmarks/published_model.py CANDIDATE    # train one of `CANDIDATES`, judge it on the validation pairs
+    python benchmarks/published_model.py --list       # what the candidates reached
+
+A candidate leaves `docs/results/published/CANDIDATE.json` and, in `runs/published/CANDIDATE`, its model. All of them
+are trained on pairs whose licence allows publication, and are compared on the validation pairs of `grm_hf.base`.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from real_base import ROOT, autocast, precision, short_rows, write
+
+from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
+from grm_hf.metrics import accuracy, log_loss, pair_margins
+
+
+RESULTS = ROOT / "docs" / "results" / "published"
+RUNS = ROOT / "runs" / "published"
+RANK = 8
+# What a candidate is trained on: sources of the shipped pairs, and files of `shared/data` (MIT) beside them.
+COMMON = {"regularizer": "sft", "seed": 0, "epochs": 2, "learning_rate": 5e-4, "rank": RANK, "files": []}
+SHIPPED = ["pandalm", "ultrafeedback", "gsm8k"]
+CANDIDATES: dict[str, dict] = {
+    "shipped": {**COMMON, "sources": SHIPPED},
+    "instructions": {**COMMON, "sources": ["pandalm", "ultrafeedback"], "epochs": 3},
+    "with_hh": {**COMMON, "sources": SHIPPED, "files": ["hh_singleturn"]},
+    "instructions_full": {
+        **COMMON, "sources": ["pandalm", "ultrafeedback"], "learning_rate": 3e-5, "rank": None
+    },
+}
+
+
+def training_pairs(candidate: dict) -> Dataset:
+    columns = ("prompt", "chosen", "rejected")
+    rows = base.load_pairs("train", tuple(candidate["sources"])).to_list()
+    rows += [row for file in candidate["files"] for row in short_rows(file)]
+    return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+
+
+def train(name: str) -> GRMRewardTrainer:
+    candidate = CANDIDATES[name]
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    lora = None
+    if candidate["rank"] is not None:
+        lora = LoraConfig(r=candidate["rank"], lora_alpha=2 * candidate["rank"], target_modules="all-linear")
+    trainer = GRMRewardTrainer(
+        model=str(base.folder("package")),
+        args=GRMRewardConfig(
+            str(RUNS / name),
+            regularizer=candidate["regularizer"],
+            model_init_kwargs={"head_hidden_size": 576, "dtype": "float32" if lora is None else "bfloat16"},
+            learning_rate=candidate["learning_rate"],
+            num_train_epochs=candidate["epochs"],
+            seed=candidate["seed"],
+            per_device_train_batch_size=8,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            max_grad_norm=5.0,
+            max_length=512,
+            layout="shared_prefix",
+            max_tokens_per_batch=2048,
+            bf16=precision() == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=10,
+        ),
+        train_dataset=training_pairs(candidate),
+        peft_config=lora,
+    )
+    trainer.train()
+    return trainer
+
+
+def judged(trainer: GRMRewardTrainer) -> dict:
+    """Accuracy and log loss on the validation pairs, by source."""
+    rows = base.load_pairs("validation").to_list()
+    scorer = GRMScorer(trainer.model, trainer.processing_class, max_tokens_per_batch=2048, layout="shared_prefix")
+    with autocast():
+        pairs = scorer.score_pairs([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+    result = {}
+    for source in dict.fromkeys(row["source"] for row in rows):
+        of_source = [pair for pair, row in zip(pairs, rows, strict=True) if row["source"] == source]
+        margins = pair_margins(*zip(*of_source, strict=True))
+        result[source] = {
+            "pairs": len(of_source), "accuracy": round(accuracy(margins), 4), "log_loss": round(log_loss(margins), 4)
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train and judge candidates for the published model.")
+    parser.add_argument("candidate", nargs="?", choices=list(CANDIDATES))
+    parser.add_argument("--list", action="store_true", help="what the candidates reached on the validation pairs")
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if args.list:
+        for path in sorted(RESULTS.glob("*.json")):
+            print(path.stem, json.loads(path.read_text())["validation"])
+    elif args.candidate is None:
+        parser.error("name a candidate, or --list")
+    else:
+        started = time.process_time()
+        trainer = train(args.candidate)
+        trainer.save_model()
+        result = {
+            "candidate": CANDIDATES[args.candidate],
+            "base": base.origin(base.folder("package")),
+            "pairs": trainer.data_counts["train"].rows,
+            "loss": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+            "validation": judged(trainer),
+            "processor_seconds": round(time.process_time() - started),
+        }
+        write(Path(RESULTS / f"{args.candidate}.json"), result)
+        print(result["validation"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""Does GRM help on a real base? SmolLM2-135M-Instruct (`grm_hf.base`), fine-tuned in full on real preference pairs by
+each method, from the same pairs in the same order, and tested in and out of distribution.
+
+    python benchmarks/real_base.py               # every unit that has no file yet, the most informative first
+    python benchmarks/real_base.py --workers 2   # two at a time
+    python benchmarks/real_base.py --list        # what there is, and what is left
+
+A unit is one run and one small JSON file, named by a digest of its settings. Interrupt it when you like: what has no
+file is done again. Each unit is a process of its own, with one thread and a low priority.
+
+The learning rate of each method is chosen by itself: one run on 600 RMB pairs at each rate of `RATES`, with one seed,
+judged by the log loss on training pairs that were held out. It then holds for every data set. The pairs, from
+`shared/data` beside the repository, are the short ones: prompt and response have at most 1,000 characters.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
+from grm_hf.metrics import accuracy, length_bias, log_loss, pair_margins
+from grm_hf.pairs import Encoder
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "real_base"
+DATA = Path(os.environ.get("GRM_DATA", ROOT.parent / "shared" / "data"))
+
+METHODS = {  # name: what the trainer is given
+    "linear": {"regularizer": "none", "head_type": "linear"},
+    "none": {"regularizer": "none", "head_type": "mlp"},
+    "sft": {"regularizer": "sft", "head_type": "mlp"},
+    "dpo_noref": {"regularizer": "dpo_noref", "head_type": "mlp"},
+    "dpo": {"regularizer": "dpo", "head_type": "mlp"},
+}
+# The same for every run. Weight and temperature of the text loss, schedule, clipping and the head are the paper's.
+RECIPE = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "max_grad_norm": 5.0,
+    "max_length": 512,
+    "alpha": 0.01,
+    "beta": 0.1,
+    "pair_loss": "bt",
+    "layout": "shared_prefix",
+    "max_tokens_per_batch": 1024,
+}
+RATES = (1e-5, 3e-5, 1e-4)  # candidates, for each method
+SELECTION = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": 1000}
+# Training set: file, and how many of its pairs are held out (whole prompts): RMB's to choose the learning rate,
+# PandaLM's as a test set.
+TRAIN = {"rmb": ("rmb_pairwise_train", 200), "pandalm": ("pandalm_testset", 200)}
+# Test set: file, and how many of its short rows, drawn by prompt.
+TESTS = {
+    "rmb": ("rmb_pairwise_eval", None),
+    "hhh": ("hhh_alignment", None),
+    "hh_harmless": ("hh_harmless_base_eval", 150),
+    "hh_helpful": ("hh_helpful_base_eval", 150),
+    "pandalm": ("pandalm_testset", None),  # those held out
+    "rm_bench": ("rm_bench", 80),  # of each of chat, safety-refuse, safety-response
+    "gsm8k": ("gsm8k_solutions", 100),
+}
+SHORT = 1000  # characters of prompt and response together
+PROMPTS = (
+    "What is a good way to learn the names of the stars?",
+    "My sister is sad because her cat died. What can I say to her?",
+    "Write two sentences about the sea.",
+    "How do I boil an egg?",
+    "What is 17 plus 25?",
+)
+PACKAGES = ("grm-hf", "torch", "transformers", "trl", "tokenizers")
+
+
+# --------------------------------------------------------------------------------------------------------------- units
+
+
+def plan() -> list[tuple[str, dict]]:
+    """Every run of the study, the most informative first: (method, what it is trained on)."""
+    runs = []
+    for train, pairs, flipped, methods, seeds in (
+        ("rmb", 600, 0.0, ("none", "sft"), 8),
+        ("pandalm", 500, 0.0, ("none", "sft"), 8),
+        ("rmb", 600, 0.25, ("none", "sft"), 8),
+        ("rmb", 600, 0.0, ("dpo_noref", "linear", "dpo"), 5),
+        ("rmb", 600, 0.0, ("dpo_noref",), range(5, 8)),
+        ("rmb", 1200, 0.0, ("none", "sft"), 5),
+    ):
+        for seed in range(seeds) if isinstance(seeds, int) else seeds:
+            runs += [(m, {"train": train, "pairs": pairs, "flipped": flipped, "seed": seed}) for m in methods]
+    return runs
+
+
+def common(origin: str) -> dict:
+    """What every unit of this study has in common; part of the settings that name its file."""
+    return {"base": origin, "precision": precision(), "recipe": RECIPE, "short": SHORT}
+
+
+def selection_units(method: str, origin: str) -> list[dict]:
+    return [
+        {"kind": "select", "method": method, "learning_rate": rate, **SELECTION, **common(origin)} for rate in RATES
+    ]
+
+
+def run_unit(method: str, data: dict, rate: float, origin: str) -> dict:
+    return {"kind": "run", "method": method, "learning_rate": rate, **data, "tests": TESTS, **common(origin)}
+
+
+def base_unit(origin: str) -> dict:
+    """What the base says and how likely it finds the fixed texts, before any training."""
+    return {"kind": "base", **common(origin)}
+
+
+def digest(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_of(settings: dict, results: Path) -> Path:
+    return results / f"{digest(settings)}.json"
+
+
+def chosen_rate(method: str, origin: str, results: Path) -> float | None:
+    """The rate with the lowest log loss on held-out pairs, or `None` while one of its runs is missing."""
+    losses = {}
+    for settings in selection_units(method, origin):
+        path = file_of(settings, results)
+        if not path.is_file():
+            return None
+        losses[settings["learning_rate"]] = json.loads(path.read_text())["held_out"]["log_loss"]
+    return min(losses, key=losses.__getitem__)
+
+
+def units(origin: str, results: Path) -> list[dict]:
+    """Settings of every unit that can be named today, in order: a method's runs appear once its rate is chosen."""
+    named, seen = [base_unit(origin)], set()
+    for method, data in plan():
+        if method not in seen:
+            seen.add(method)
+            named += selection_units(method, origin)
+        rate = chosen_rate(method, origin, results)
+        if rate is not None:
+            named.append(run_unit(method, data, rate, origin))
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def first_user_turn(row: dict) -> str:
+    return next(message["content"] for message in row["prompt"] if message["role"] == "user")
+
+
+def is_short(row: dict) -> bool:
+    prompt = sum(len(message["content"]) for message in row["prompt"])
+    return all(prompt + len(row[side][0]["content"]) <= SHORT for side in ("chosen", "rejected"))
+
+
+@cache
+def short_rows(name: str) -> list[dict]:
+    """The short rows of a file, prompt by prompt, the prompts in an order that a hash gives."""
+    path = DATA / f"{name}.parquet"
+    if not path.is_file():
+        sys.exit(f"{path} is missing. Set GRM_DATA to the folder with the preference pairs.")
+    rows = [row for row in load_dataset("parquet", data_files=str(path), split="train").to_list() if is_short(row)]
+    return sorted(rows, key=lambda row: (hashlib.sha256(first_user_turn(row).encode()).hexdigest(), row["id"]))
+
+
+def split(train: str) -> tuple[list[dict], list[dict]]:
+    """Pairs to train on, and those held out: whole prompts until there are enough."""
+    name, held = TRAIN[train]
+    rows = short_rows(name)
+    turns = {first_user_turn(row) for row in rows[:held]}
+    return [r for r in rows if first_user_turn(r) not in turns], [r for r in rows if first_user_turn(r) in turns]
+
+
+def training_rows(train: str, pairs: int, flipped: float, seed: int) -> list[dict]:
+    """The pairs of one run, in order; the same for every method. `flipped` of them have their labels exchanged."""
+    rows = split(train)[0]
+    if len(rows) < pairs:
+        raise ValueError(f"{train}: {len(rows)} pairs to train on, {pairs} wanted.")
+    draw = random.Random(seed)
+    rows = draw.sample(rows, pairs)
+    turned = set(draw.sample(range(pairs), round(flipped * pairs)))
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["rejected" if i in turned else "chosen"],
+            "rejected": row["chosen" if i in turned else "rejected"],
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+@cache
+def test_rows(test: str) -> list[dict]:
+    """The rows of a test set. No prompt of it is in a set that is trained on."""
+    name, count = TESTS[test]
+    rows = split("pandalm")[1] if test == "pandalm" else short_rows(name)
+    trained = {first_user_turn(row) for train in TRAIN for row in split(train)[0]}
+    rows = [row for row in rows if first_user_turn(row) not in trained]
+    if test == "rm_bench":  # an item's rows share six texts: whole items, so that few texts give many rows
+        domains = ("chat", "safety-refuse", "safety-response")
+        return [row for d in domains for row in [row for row in rows if row["subset"] == d][:count]]
+    return rows[:count]
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def precision() -> str:
+    """bfloat16 autocast where the processor (or GPU) multiplies it, else float32."""
+    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "float32"
+
+
+def autocast():
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, torch.bfloat16) if precision() == "bf16" else nullcontext()
+
+
+def trained(settings: dict, folder: Path, work: str) -> GRMRewardTrainer:
+    method = METHODS[settings["method"]]
+    trainer = GRMRewardTrainer(
+        model=str(folder),
+        args=GRMRewardConfig(
+            work,
+            regularizer=method["regularizer"],
+            model_init_kwargs={"head_type": method["head_type"]},
+            learning_rate=settings["learning_rate"],
+            seed=settings["seed"],
+            bf16=settings["precision"] == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=5,
+            **settings["recipe"],
+        ),
+        train_dataset=Dataset.from_list(
+            training_rows(*(settings[name] for name in ("train", "pairs", "flipped", "seed")))
+        ),
+    )
+    trainer.train()
+    return trainer
+
+
+def scored(trainer: GRMRewardTrainer, rows: list[dict]) -> dict:
+    """Rewards of both responses of every row; each text is computed once, under the autocast of training."""
+    scorer = GRMScorer(trainer.model, trainer.processing_class, max_tokens_per_batch=2048, layout="shared_prefix")
+    with autocast():
+        pairs = scorer.score_pairs([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
+    chosen, rejected = zip(*pairs, strict=True)
+    margins = pair_margins(chosen, rejected)
+    lengths = ([len(row[side][0]["content"]) for row in rows] for side in ("chosen", "rejected"))
+    return {
+        "pairs": len(rows),
+        "accuracy": round(accuracy(margins), 4),
+        "log_loss": round(log_loss(margins), 4),
+        "length": round(length_bias(chosen, rejected, *lengths)["length_pearson_within"], 4),
+        "chosen": [round(reward, 4) for reward in chosen],
+        "rejected": [round(reward, 4) for reward in rejected],
+    }
+
+
+@torch.no_grad()
+def perplexity(lm, tokenizer, rows: list[dict], batch_size: int = 8) -> float:
+    """exp of the mean negative log-likelihood, in nats, of a token of the chosen responses."""
+    encoder = Encoder(tokenizer, RECIPE["max_length"])
+    texts = sorted((encoder.encode(row["prompt"], row["chosen"]) for row in rows), key=lambda text: len(text.ids))
+    total = tokens = 0
+    for i in range(0, len(texts), batch_size):
+        batch = texts[i : i + batch_size]
+        width = len(batch[-1].ids)
+        ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in batch], device=lm.device)
+        position = torch.arange(width, device=lm.device)
+        real = position < torch.tensor([len(text.ids) for text in batch], device=lm.device)[:, None]
+        response = real & (position >= torch.tensor([text.start for text in batch], device=lm.device)[:, None])
+        with autocast():
+            logits = lm(input_ids=ids, attention_mask=real.long()).logits[:, :-1].float()  # (B, width - 1, V)
+        targets = ids.masked_fill(~response, -100)[:, 1:]
+        total += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        tokens += int((targets != -100).sum())
+    return math.exp(total / tokens)
+
+
+@torch.no_grad()
+def written(lm, tokenizer) -> list[str]:
+    """What the LM head writes to each of `PROMPTS`: greedy, at most 40 tokens."""
+    answers = []
+    for prompt in PROMPTS:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(lm.device)
+        with autocast():
+            ids = lm.generate(**inputs, max_new_tokens=40, do_sample=False)
+        answers.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+def do(settings: dict, folder: Path) -> dict:
+    """One unit."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    result: dict = {"settings": settings}
+    if settings["kind"] == "base":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            trainer = trained(settings, folder, work)
+        lm, tokenizer = trainer.model.eval().lm, trainer.processing_class
+        result["training_seconds"] = round(time.process_time())
+        result["loss"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    if settings["kind"] == "select":
+        result["held_out"] = scored(trainer, split(settings["train"])[1])
+    else:
+        result["perplexity"] = round(perplexity(lm, tokenizer, test_rows("hhh")), 3)
+        result["written"] = written(lm, tokenizer)
+    if settings["kind"] == "run":
+        result["tests"] = {test: scored(trainer, test_rows(test)) for test in TESTS}
+    result["processor_seconds"] = round(time.process_time())
+    result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result["versions"] = {name: version(name) for name in PACKAGES}
+    return result
+
+
+def write(path: Path, result: dict) -> None:
+    """The whole file or none."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(result, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def describe(settings: dict) -> str:
+    names = ("kind", "train", "pairs", "flipped", "method", "learning_rate", "seed")
+    return " ".join(str(settings[name]) for name in names if name in settings)
+
+
+def show(origin: str, results: Path) -> None:
+    named = units(origin, results)
+    for settings in named:
+        path = file_of(settings, results)
+        print("done" if path.is_file() else "left", path.name, describe(settings))
+    unnamed = {m for m, _ in plan() if chosen_rate(m, origin, results) is None}
+    waiting = sum(method in unnamed for method, _ in plan())
+    done = sum(file_of(settings, results).is_file() for settings in named)
+    print(f"{done} done, {len(named) - done + waiting} left, {waiting} of them behind the choice of a learning rate")
+
+
+def work(origin: str, folder: Path, results: Path, workers: int) -> None:
+    """Keep `workers` processes busy until nothing is left."""
+    running: dict[str, subprocess.Popen] = {}
+    failed: set[str] = set()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    while True:
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                print(f"{time.strftime('%H:%M:%S')} {name} ended with {process.returncode}", flush=True)
+                if process.returncode != 0:
+                    failed.add(name)
+        left = [
+            settings
+            for settings in units(origin, results)
+            if not file_of(settings, results).is_file() and digest(settings) not in {*running, *failed}
+        ]
+        if not left and not running:
+            break
+        for settings in left[: workers - len(running)]:
+            print(f"{time.strftime('%H:%M:%S')} {digest(settings)} {describe(settings)}", flush=True)
+            command = [sys.executable, __file__, "--results", str(results), "--folder", str(folder), "--unit"]
+            running[digest(settings)] = subprocess.Popen([*command, json.dumps(settings)], env=environment)
+        time.sleep(5)
+    if failed:
+        sys.exit(f"failed: {sorted(failed)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The study on a real base: every unit that has no file yet.")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="what there is and what is left")
+    parser.add_argument("--folder", type=Path, help="of the base (default: grm_hf.base.folder())")
+    parser.add_argument("--unit", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    results = args.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    folder = args.folder or base.folder()
+    if args.unit is not None:
+        os.setpriority(os.PRIO_PROCESS, 0, 10)
+        write(file_of(args.unit, results), do(args.unit, folder))
+    elif args.list:
+        show(base.origin(folder), results)
+    else:
+        with open(results / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f"Another process works in {results}.")
+            work(base.origin(folder), folder, results, args.workers)
+
+
+if __name__ == "__main__":
+    main()

