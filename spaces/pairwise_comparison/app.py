@@ -3,9 +3,9 @@
     GRM_SPACE_MODELS=FOLDER_OR_LIST python app.py
 
 `reward_models.py` computes, `apart.py` does so for models nobody vouches for, `jobs.py` says whose turn it is,
-`guard.py` refuses what is too much, `tables.py` reads what visitors type, `drawing.py` makes HTML of results, `page.js`
-is what the browser does; here they are wired to a page and to a JSON API. What a visitor gets wrong is answered with a
-sentence. Nothing of a visit is kept between two events: what later ones need travels with the page.
+`guard.py` refuses what is too much, `tables.py` reads what visitors type, `drawing.py` draws, `page.js` is what the
+browser does; here they are wired to a page and to a JSON API. What a visitor gets wrong is answered with a sentence.
+Nothing of a visit is kept between two events: what later ones need travels with the page.
 """
 
 import asyncio
@@ -111,6 +111,19 @@ THEME = gr.themes.Default(
     neutral_hue="slate",
     font=[gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"],
     font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(  # gradio's own are too faint to read for many
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_200",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
 )
 
 
@@ -459,7 +472,7 @@ upload and a file of scores for download stay on disk for up to two hours. The a
 comparison, so your browser's history has it, and whoever gets the link reads it.
 
 ## From a program
-```python
+```
 from gradio_client import Client
 
 client = Client("NAMESPACE/pairwise_comparison")

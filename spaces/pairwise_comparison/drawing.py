@@ -98,8 +98,11 @@ CSS = """
 .rm ul { margin: .2rem 0 .2rem 1.1rem; padding: 0; list-style: disc; }
 .rm svg.reliability { width: 100%; height: auto; max-width: 27rem; display: block; }
 .rm svg.reliability text { fill: currentColor; font-size: 14px; }
-.rm .only-read { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap; }
+button[role=tab].selected, button[role=tab][aria-selected=true] { color: #6d28d9 !important; }
+.dark button[role=tab].selected, .dark button[role=tab][aria-selected=true] { color: #c4b5fd !important; }
+#examples { align-items: center; gap: .5rem; } #examples > :first-child { flex: 0 0 auto; min-width: 0 !important; }
+.prose pre, .prose pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
+.status { min-height: 0 !important; } .status p:empty { display: none; }
 @media (forced-colors: active) {
   .rm .track .fill, .rm .share i, .rm .plot .dot::after, .rm .track .zero { forced-color-adjust: none; }
   .rm .track .fill, .rm .share i:first-child, .rm .plot .dot::after, .rm .track .zero { background: CanvasText;

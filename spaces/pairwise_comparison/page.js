@@ -30,6 +30,11 @@ window.page = (() => {
       const place = document.getElementById(id);
       if (place) place.setAttribute("aria-live", "polite");
     }
+    // The button of an upload is named after what stands on it.
+    const name = () => document.querySelectorAll("button.upload-container[aria-label]")
+      .forEach((button) => button.removeAttribute("aria-label"));
+    new MutationObserver(name).observe(document.body, { childList: true, subtree: true });
+    name();
     const fields = new URLSearchParams(window.location.search);
     return [OURS.some((name) => fields.has(name)) ? window.location.search : "", absolute(link || "")];
   };
