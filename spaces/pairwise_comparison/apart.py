@@ -101,7 +101,7 @@ class Apart:
 
     def _ask(self, name, request, seconds):
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps({**request, "seconds": SECONDS}).encode() + b"\n")
             self.process.stdin.flush()
             said = self._answer(seconds)
             outcome, result = json.loads(said)
@@ -205,7 +205,7 @@ def find(name: str):
     return repo, info.sha, read, weights
 
 
-def open_model(name: str, folder: str):
+def open_model(name: str, folder: str, seconds: int):
     """A model in safetensors that transformers knows without further code, from the Hub into a folder and memory."""
     import torch
     from huggingface_hub import snapshot_download
@@ -223,7 +223,7 @@ def open_model(name: str, folder: str):
             ) from error
 
     download(["config.json"])
-    signal.alarm(SECONDS)
+    signal.alarm(seconds)
     limit(ROOM)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -267,16 +267,16 @@ def main():
     os.dup2(2, 1)  # what libraries print is no answer
     import reward_models
 
-    for name in ("encode", "pieces", "control_words"):
-        setattr(reward_models, name, in_time(getattr(reward_models, name)))
-    loaded = None
+    loaded, brought = None, {name: getattr(reward_models, name) for name in ("encode", "pieces", "control_words")}
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try:
             if "open" in request:
                 loaded = None
                 gc.collect()
-                loaded = open_model(request["open"], request["folder"])
+                loaded = open_model(request["open"], request["folder"], request["seconds"])
+                for name, function in brought.items():
+                    setattr(reward_models, name, in_time(function, request["seconds"]))
                 answer = "done", None
             else:
                 limit(ROOM)
@@ -292,11 +292,11 @@ def main():
         answers.flush()
 
 
-def in_time(function):
-    """A function that the system ends the process for after `SECONDS`: what a model brings may run for ever."""
+def in_time(function, seconds: int):
+    """A function that the system ends the process for after some seconds: what a model brings may run for ever."""
 
     def bounded(*arguments):
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         try:
             return function(*arguments)
         finally:

@@ -144,8 +144,8 @@ def signed(value: float) -> str:
 def percent(value: float) -> str:
     """Never 0 or 100 %, which no probability here is."""
     if value < 0.001:
-        return "< 0.1 %"
-    return "> 99.9 %" if value > 0.999 else f"{100 * value:.1f} %"
+        return "under 0.1 %"
+    return "over 99.9 %" if value > 0.999 else f"{100 * value:.1f} %"
 
 
 def count(number: int, thing: str) -> str:
@@ -171,7 +171,7 @@ def verdict(compared: dict) -> str:
     p = compared["probability_a"]
     return page(
         headline(said),
-        '<p class="stale" hidden></p>',
+        '<p class="stale" hidden="hidden"></p>',
         *(f'<p class="problem warning">{escape(text)}</p>' for text in compared["warnings"]),
         quotes,
         f'<div class="halves"><span>A better: {percent(p)}</span><span>B better: {percent(1 - p)}</span></div>',
@@ -272,18 +272,20 @@ def scale(result: dict) -> str:
 def units(tokens: list[dict]) -> list[dict]:
     """Tokens as they are shown: those that make one character, or one sign of several characters, are one unit.
     Each has the number of its first token and of its last, from 1, and the reward after its last."""
+    numbered = [{**token, "first": number, "last": number} for number, token in enumerate(tokens, 1)]
+    characters = together(numbered, lambda before, token: not before["text"])
+    return together(characters, lambda before, token: not token["special"] and joins(before["text"], token["text"]))
+
+
+def together(parts: list[dict], belong) -> list[dict]:
     found: list[dict] = []
-    whole = True
-    for number, token in enumerate(tokens, 1):
-        if found and not token["special"] and (not whole or joins(found[-1]["text"], token["text"])):
-            last = found[-1]
-            both = (last["logprob"], token["logprob"])
-            logprob = None if None in both else sum(both)
-            found[-1] = {**last, "text": last["text"] + token["text"], "last": number, "logprob": logprob}
-            found[-1]["reward"] = token["reward"]
-        else:
-            found.append({**token, "first": number, "last": number})
-        whole = bool(token["text"])
+    for part in parts:
+        if found and belong(found[-1], part):
+            before = found.pop()
+            logprobs = before["logprob"], part["logprob"]
+            text, logprob = before["text"] + part["text"], None if None in logprobs else sum(logprobs)
+            part = {**part, "text": text, "first": before["first"], "logprob": logprob}
+        found.append(part)
     return found
 
 

@@ -208,6 +208,8 @@ def _json_rows(text):
         _check_names(row, where)
         sides = [row[name] for name in SIDES]
         whole = all(isinstance(side, list) for side in sides) and not row.get("prompt")
+        if not whole and row.get("prompt") is None:
+            raise ValueError(f"{where} needs a “prompt”, unless both answers are whole conversations.")
         if not whole and (isinstance(row.get("prompt"), str) and not all(isinstance(side, str) for side in sides)):
             kinds = ", ".join(f"“{n}” is {called(s)}" for n, s in zip(SIDES, sides, strict=True))
             raise ValueError(f"{where}: “prompt” is text, so both answers must be text: {kinds}.")
