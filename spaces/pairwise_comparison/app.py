@@ -2,10 +2,14 @@
 
     GRM_SPACE_MODELS=FOLDER_OR_LIST python app.py
 
-`reward_models.py` computes, `tables.py` reads what visitors type, `drawing.py` makes HTML of results; here they are
-wired to a page and to a JSON API. What a visitor gets wrong is answered with a sentence.
+`reward_models.py` computes, `apart.py` does so for models nobody vouches for, `jobs.py` says whose turn it is,
+`guard.py` refuses what is too much, `tables.py` reads what visitors type, `drawing.py` draws, `page.js` is what the
+browser does; here they are wired to a page and to a JSON API. What a visitor gets wrong is answered with a sentence.
+Nothing of a visit is kept between two events: what later ones need travels with the page.
 """
 
+import asyncio
+import json
 import math
 import os
 import tempfile
@@ -24,28 +28,37 @@ except ImportError:
         return function
 
 
-import drawing
-import gradio as gr
-import metrics
-import reward_models
-import tables
+os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="pairwise_uploads_"))
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # of the last events, which gradio keeps
+
+import apart  # noqa: E402
+import drawing  # noqa: E402
+import gradio as gr  # noqa: E402
+import metrics  # noqa: E402
+import reward_models  # noqa: E402
+import tables  # noqa: E402
+from guard import Guard  # noqa: E402
+from jobs import Kind  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
 
 
-MODELS = reward_models.Models(Path(os.environ.get("GRM_SPACE_MODELS") or Path(__file__).with_name("models.json")))
-DOWNLOADS = Path(tempfile.mkdtemp(prefix="pairwise_comparison_"))
+HERE = Path(__file__).parent
+MODELS = reward_models.Models(Path(os.environ.get("GRM_SPACE_MODELS") or HERE / "models.json"))
+OTHERS = apart.Apart()
+DOWNLOADS = Path(tempfile.mkdtemp(prefix="pairwise_downloads_"))
+UPLOADS = Path(os.environ["GRADIO_TEMP_DIR"])
 MAX_LINK = 4000  # characters
+MAX_BODY = 4_000_000  # bytes: a table, and what JSON makes of it
 MAX_TABLE_TOKENS = 100_000
-COLDEST, HOTTEST = 0.1, 10
+STEP_TOKENS = 2000  # of a table that are scored in one turn
+COMPARISONS = Kind("comparisons", places=16, seconds=120)
+TABLES = Kind("tables", places=4, seconds=600)
+TRUSTED, OTHER = asyncio.Lock(), asyncio.Lock()  # a model that nobody vouches for holds up no other
 KINDS = [("one prompt", "prompt"), ("conversation", "conversation")]
-MODEL_EVENT = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+PRIVATE = {"api_visibility": "private", "concurrency_limit": None}
 
+# kind, prompt, A, B
 EXAMPLES = {
-    "The demo world": [
-        "prompt",
-        "what does the truck run on?",
-        "happy to help. the truck runs on wind.",
-        "what a silly question. the truck runs on coal.",
-    ],
     "Short and right, or long and wrong": [
         "prompt",
         "What is 17 times 3?",
@@ -72,34 +85,46 @@ EXAMPLES = {
         "Sunlight is made of many colours, and the air throws the blue ones around the most, so blue is everywhere.",
         "The intensity of scattering is inversely proportional to the fourth power of the wavelength.",
     ],
+    "The laboratory's world": [
+        "prompt",
+        "what does the truck run on?",
+        "happy to help. the truck runs on wind.",
+        "what a silly question. the truck runs on coal.",
+    ],
 }
+QUESTION = "How can I fall asleep more easily?"
+ANSWERS = """Keep the same hours every day, leave screens alone for an hour before bed, and keep the room dark.
+Try going to bed at the same time each night.
+You just have to sleep.
+Coffee is made of roasted beans.
+Drink three cups of strong coffee right before you go to bed."""
+PAIRS = """prompt,chosen,rejected,subset
+What is the capital of France?,The capital of France is Paris.,The capital of France is Lyon.,facts
+How many days does a leap year have?,A leap year has 366 days.,A leap year has 360 days.,facts
+What is 12 + 30?,12 + 30 = 42.,12 + 30 = 52.,sums
+What is half of 90?,Half of 90 is 45.,Half of 90 is 180.,sums
+How do I boil an egg?,"Put it in boiling water for eight minutes, then cool it in cold water.",I do not know.,help
+How do I remove a coffee stain?,Dab it with cold water and a little soap.,Coffee is a popular drink.,help"""
 # Gradio's default weight for bold, 600, is a file with a few letters of this typeface only.
 THEME = gr.themes.Default(
     primary_hue="violet",
     neutral_hue="slate",
     font=[gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"],
     font_mono=[gr.themes.LocalFont("IBM Plex Mono", weights=(400, 700)), "ui-monospace", "monospace"],
+).set(  # gradio's own are too faint to read for many
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_200",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
 )
-
-ANSWERS = """happy to help. the truck runs on wind.
-the truck runs on wind.
-the truck runs on coal.
-i do not know.
-what a silly question. the truck runs on coal."""
-PAIRS = """prompt,chosen,rejected,subset
-what does the truck run on?,happy to help. the truck runs on wind.,the truck runs on coal.,fuel
-what does the ferry run on?,the ferry runs on wood.,what a silly question. the ferry runs on gas.,fuel
-what does the rose grow in?,good question. the rose grows in clay.,i do not know.,soil
-where does the otter live?,the otter lives in the river.,the badger lives in the river.,home"""
-
-# The address of the page becomes that of the comparison; parameters that are not ours (a theme) stay in it.
-TO_LINK = """(query) => {
-  const rest = new URLSearchParams(window.location.search);
-  for (const name of ["model", "kind", "prompt", "a", "b", "t"]) rest.delete(name);
-  const ours = query.startsWith("?") ? query.slice(1) : "", all = [ours, rest.toString()].filter(Boolean).join("&");
-  window.history.replaceState(null, "", window.location.pathname + (all && "?" + all));
-  return ours ? window.location.origin + window.location.pathname + query : query;
-}"""
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -107,60 +132,117 @@ TO_LINK = """(query) => {
 
 @on_gpu
 def compute(task, name, *arguments):
-    """Everything that runs a model. It is in memory by then (on ZeroGPU this is another process, forked from it)."""
+    """Everything that runs a model of the list. It is in memory by then (on ZeroGPU this is another process)."""
     return task(MODELS.load(name), *arguments)
 
 
-def with_model(task, name, *arguments):
+def load_and_compute(task, name, *arguments):
     MODELS.load(name)
     return compute(task, name, *arguments)
 
 
-def sentence(error: Exception) -> str:
+async def with_model(job, task, name, *arguments):
+    """What a function of `reward_models` says of a model, when it is the job's turn."""
+    name = tables.check_text("" if name is None else name, "The model").strip()
+    if not name:
+        raise ValueError("No model is chosen. Pick one of the list, or type a Hub id.")
+    if MODELS.trusts(name):
+        return await job.run(TRUSTED, load_and_compute, task, name, *arguments)
+    source = MODELS.listed[name].source if name in MODELS.listed else name
+    apart.check_id(source)
+    return await job.run(OTHER, OTHERS.run, source, task.__name__, *arguments)
+
+
+def sentence(error: BaseException) -> str:
     """What a visitor is told about an error."""
     if isinstance(error, ValueError):
-        return str(error)
+        return str(error).encode("utf-8", "replace").decode()
     traceback.print_exception(error)
     return f"This page failed ({type(error).__name__}); its log says where. Nothing you typed was wrong as such."
+
+
+def session_of(request: gr.Request | None) -> str | None:
+    return None if request is None else request.session_hash
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
 
 
-def show_comparison(name, kind, prompt, answer_a, answer_b, temperature):
-    """HTML, what later events need (the inputs and the result), JSON, the query of the link, an emptied swap check."""
+async def show_comparison(name, kind, prompt, answer_a, answer_b, temperature, request: gr.Request = None):
+    """The verdict, what later events need, the link, the details, an emptied swap check."""
     try:
-        chat = tables.read_prompt(kind, prompt)
-        result = with_model(reward_models.compare, name, chat, answer_a or "", answer_b or "", temperature)
-        state = {"inputs": [name, kind, prompt, answer_a, answer_b], "result": result}
-        return drawing.comparison(result), state, result, query_of(*state["inputs"], temperature), ""
+        async with COMPARISONS.job(session_of(request)) as job:
+            chat = tables.read_prompt(kind, prompt)
+            answers = answer_a or "", answer_b or ""
+            result = await with_model(job, reward_models.compare, name, chat, *answers, temperature)
+        compared = compared_of([name, kind, prompt, *answers], result)
+        return drawing.verdict(compared), compared, compared["link"], drawing.details(result), ""
     except Exception as error:
-        return drawing.problem(sentence(error)), None, None, "", ""
+        return drawing.problem(sentence(error)), None, "", "", ""
 
 
-def show_at_temperature(state, temperature):
-    """The same rewards at another temperature: no model runs."""
-    if state is None:
-        return [gr.skip()] * 4
-    result = state["result"]
+def compared_of(inputs: list[str], result: dict, pressed: bool = True) -> dict:
+    """What was compared and what came out, as far as the verdict and later events need it; `pressed`: by a visitor."""
+    kept = ("rewards", "verdict", "preferred", "probability_a", "temperature", "model_temperature")
+    link = query_of(*inputs, result["temperature"])
+    found = {name: result[name] for name in kept}
+    return {"inputs": inputs, "link": link, "pressed": pressed, "warnings": drawing.warnings(result), **found}
+
+
+def read_compared(compared) -> dict:
+    """The same from a browser, which may send anything."""
     try:
-        judged = reward_models.judge(result["rewards"], temperature, result["model_temperature"])
+        inputs = [tables.check_text(text, "An input") for text in compared["inputs"]]
+        rewards = {name: float(compared["rewards"][name]) for name in "AB"}
+        own = float(compared["model_temperature"])
+        warnings = [tables.check_text(text, "A warning") for text in compared["warnings"]]
+        if len(inputs) != 5 or not 1e-6 <= own <= 1e6 or not all(map(math.isfinite, rewards.values())):
+            raise ValueError
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise ValueError("The comparison of this page is lost. Press Compare.") from None
+    return {"inputs": inputs, "rewards": rewards, "model_temperature": own, "warnings": warnings, "pressed": True}
+
+
+async def show_at_temperature(compared, temperature):
+    """The same rewards at another temperature: no model runs. The verdict, the comparison, its link."""
+    if compared is None:
+        return [gr.skip()] * 3
+    try:
+        known = read_compared(compared)
+        tables.check_temperature(temperature)
+        judged = reward_models.judge(known["rewards"], temperature, known["model_temperature"])
     except ValueError as error:
-        return drawing.problem(error), None, None, ""
-    result = {**result, **judged}
-    link = query_of(*state["inputs"], temperature)
-    return drawing.comparison(result), {**state, "result": result}, result, link
+        return drawing.problem(sentence(error)), None, ""
+    compared = {**known, **judged, "link": query_of(*known["inputs"], temperature)}
+    return drawing.verdict(compared), compared, compared["link"]
 
 
-def show_swap_check(state):
-    if state is None:
-        return ""
-    name, kind, prompt, answer_a, answer_b = state["inputs"]
+async def show_swap_check(compared, request: gr.Request = None):
     try:
-        chat = tables.read_prompt(kind, prompt)
-        return drawing.swap(with_model(reward_models.swap_check, name, chat, answer_a, answer_b))
+        if compared is None:
+            raise ValueError("There is nothing to check yet: press Compare.")
+        name, kind, prompt, *answers = read_compared(compared)["inputs"]
+        async with COMPARISONS.job(session_of(request)) as job:
+            chat = tables.read_prompt(kind, prompt)
+            return drawing.swap(await with_model(job, reward_models.swap_check, name, chat, *answers))
     except Exception as error:
         return drawing.problem(sentence(error))
+
+
+async def offered(name, request: gr.Request = None):
+    """The buttons of the examples that a model can read; of a model that is not on the list, all."""
+    fits = [True] * len(EXAMPLES)
+    try:
+        if MODELS.trusts(name or ""):
+            async with COMPARISONS.job(session_of(request)) as job:
+                fits = await with_model(job, reward_models.readable, name, examples())
+    except Exception as error:
+        print(f"The examples of “{name}” were not checked: {sentence(error)}")
+    return [gr.Button(visible=fit) for fit in fits]
+
+
+def examples() -> list[tuple]:
+    return [(tables.read_prompt(kind, prompt), *answers) for kind, prompt, *answers in EXAMPLES.values()]
 
 
 # --------------------------------------------------------------------------------------------------------------- links
@@ -175,9 +257,9 @@ def query_of(name, kind, prompt, answer_a, answer_b, temperature) -> str:
     return query
 
 
-def from_link(request: gr.Request):
+async def from_link(query: str):
     """What a link says: the inputs, whether to compare, and a sentence if it is broken."""
-    query = str(request.query_params)
+    query = (query or "").removeprefix("?")
     fields = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
     known = {key: fields[key] for key in ("model", "kind", "prompt", "a", "b", "t") if key in fields}
     if not known:
@@ -188,66 +270,61 @@ def from_link(request: gr.Request):
         try:
             temperature = float(known.get("t", 1))
         except ValueError:
-            temperature = math.nan
-        if not COLDEST <= temperature <= HOTTEST:
-            raise ValueError(
-                f"The link says temperature “{known['t'][:40]}”; a number from {COLDEST} to {HOTTEST} is required."
-            )
+            temperature = known["t"]
+        tables.check_temperature(temperature, "The temperature of the link")
         kind = known.get("kind", "prompt")
         if kind not in ("prompt", "conversation"):
             raise ValueError(f"The link says kind “{kind[:40]}”; “prompt” or “conversation” is required.")
     except ValueError as error:
-        return *[gr.skip()] * 6, False, drawing.problem(error)
+        return *[gr.skip()] * 6, False, drawing.problem(sentence(error))
     name = known.get("model") or next(iter(MODELS.listed), None)
     return name, kind, known.get("prompt", ""), known.get("a", ""), known.get("b", ""), temperature, True, gr.skip()
 
 
-def show_linked(opened, *inputs):
-    return show_comparison(*inputs) if opened else [gr.skip()] * 5
+async def show_linked(opened, name, kind, prompt, answer_a, answer_b, temperature, request: gr.Request = None):
+    if not opened:
+        return [gr.skip()] * 5
+    return await show_comparison(name, kind, prompt, answer_a, answer_b, temperature, request)
 
 
 # ------------------------------------------------------------------------------------------------ best of n, and batch
 
 
-def show_ranking(name, kind, prompt, answers, temperature):
+async def show_ranking(name, kind, prompt, answers, temperature, request: gr.Request = None):
     try:
-        listed = tables.read_answers(answers)
-        result = with_model(reward_models.rank, name, tables.read_prompt(kind, prompt), listed, temperature)
+        async with COMPARISONS.job(session_of(request)) as job:
+            listed, chat = tables.read_answers(answers), tables.read_prompt(kind, prompt)
+            result = await with_model(job, reward_models.rank, name, chat, listed, temperature)
         return drawing.ranking(result, listed)
     except Exception as error:
         return drawing.problem(sentence(error))
 
 
-def score_pairs(loaded, rows, progress):
-    """Rewards of both sides of each row, one text at a time: a score depends on no neighbour."""
-    texts = [
-        (row.get("prompt") or None, row[side], f"Pair {number}, “{side}”")
-        for number, row in enumerate(rows, 1)
-        for side in tables.SIDES
-    ]
-    encoded = reward_models.encode_all(loaded, texts)
-    tokens = sum(len(text.ids) for text in encoded)
-    if tokens > MAX_TABLE_TOKENS:
+async def score_pairs(job, name, rows, progress):
+    """Scores of each row, how many words the model does not know, and its own temperature."""
+    known = await with_model(job, reward_models.measure, name, rows)
+    if (total := sum(known["tokens"])) > MAX_TABLE_TOKENS:
         raise ValueError(
-            f"The table has {tokens:,} tokens; this page takes {MAX_TABLE_TOKENS:,}. Score it with `grm score`."
+            f"The table has {total:,} tokens; this page takes {MAX_TABLE_TOKENS:,}. Score it with `grm score`."
         )
-    scores = []
-    for pair in progress.tqdm(list(zip(encoded[::2], encoded[1::2], strict=True)), desc="Scoring", unit="pairs"):
-        chosen, rejected = (reward_models.reward_of(loaded, text) for text in pair)
-        values = (
-            *(chosen, rejected, chosen - rejected),
-            reward_models.sigmoid((chosen - rejected) / loaded.temperature),
-            sum(text.cut for text in pair),
-        )
-        scores.append(dict(zip(tables.SCORES, values, strict=True)))
-    return scores, loaded.temperature
+    scores, unknown = [], 0
+    while len(scores) < len(rows):
+        first = last = len(scores)
+        while last < len(rows) and (last == first or sum(known["tokens"][first : last + 1]) <= STEP_TOKENS):
+            last += 1
+        found = await with_model(job, reward_models.score, name, rows[first:last], first + 1)
+        scores += [dict(zip(tables.SCORES, values[:-1], strict=True)) for values in found]
+        unknown += sum(values[-1] > 0 for values in found)
+        progress((len(scores), len(rows)), desc="Scoring", unit="pairs")
+    return scores, unknown, known["temperature"]
 
 
-def show_batch(name, text, upload, progress=gr.Progress()):  # noqa: B008 (gradio's way)
+async def show_batch(name, text, upload, progress=gr.Progress(), request: gr.Request = None):  # noqa: B008
     """The report, and the file to download."""
     try:
-        rows, form = tables.read_pairs(text, upload)
-        scores, temperature = with_model(score_pairs, name, rows, progress)
+        async with TABLES.job(session_of(request)) as job:
+            rows, form = tables.read_pairs(text, upload)
+            scores, unknown, temperature = await score_pairs(job, name, rows, progress)
         chosen, rejected = ([score[f"{side}_reward"] for score in scores] for side in tables.SIDES)
         subsets = None
         if any(row.get("subset") for row in rows):
@@ -255,15 +332,16 @@ def show_batch(name, text, upload, progress=gr.Progress()):  # noqa: B008 (gradi
         result = metrics.pairwise_metrics(chosen, rejected, temperature=temperature, subsets=subsets)
         reliability = metrics.reliability(metrics.pair_margins(chosen, rejected), temperature)
         file = download(tables.write_pairs(rows, scores, form), form)
-        return drawing.batch(rows, scores, result, reliability), gr.DownloadButton(value=file, visible=True)
+        return drawing.batch(rows, scores, result, reliability, unknown), gr.DownloadButton(value=file, visible=True)
     except Exception as error:
         return drawing.problem(sentence(error)), gr.DownloadButton(visible=False)
 
 
 def download(text: str, form: str) -> str:
-    """A file for the visitor; those of more than an hour ago go."""
-    for old in DOWNLOADS.iterdir():
-        if time.time() - old.stat().st_mtime > 3600:
+    """A file for the visitor; those of more than an hour ago go, and all but the last fifty."""
+    files = sorted(DOWNLOADS.iterdir(), key=lambda file: file.stat().st_mtime)
+    for number, old in enumerate(files):
+        if number < len(files) - 49 or time.time() - old.stat().st_mtime > 3600:
             old.unlink(missing_ok=True)
     file = DOWNLOADS / f"scores-{uuid.uuid4().hex[:12]}.{form}"
     file.write_text(text, encoding="utf-8")
@@ -273,13 +351,14 @@ def download(text: str, form: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------- API
 
 
-def compare(
+async def compare(
     prompt: str,
     answer_a: str,
     answer_b: str,
     model: str = "",
     temperature: float = 1.0,
     messages: list[dict] | None = None,
+    request: gr.Request = None,
 ) -> dict:
     """
     Compare two answers to one prompt with a reward model.
@@ -289,37 +368,55 @@ def compare(
         answer_a: The first answer.
         answer_b: The second answer.
         model: A model of the list (see /models), or a Hub id. Empty: the first of the list.
-        temperature: Divides the difference of rewards before it becomes a probability.
+        temperature: Divides the difference of rewards before it becomes a probability. From 0.1 to 10.
         messages: The conversation so far, which ends with the user's turn; instead of a prompt.
     """
-    return answered(reward_models.compare, model, prompt, messages, answer_a, answer_b, temperature)
+    return await answered(reward_models.compare, model, prompt, messages, request, answer_a, answer_b, temperature)
 
 
-def rank(
-    prompt: str, answers: list[str], model: str = "", temperature: float = 1.0, messages: list[dict] | None = None
+async def rank(
+    prompt: str,
+    answers: list[str],
+    model: str = "",
+    temperature: float = 1.0,
+    messages: list[dict] | None = None,
+    request: gr.Request = None,
 ) -> dict:
     """
     Rank answers to one prompt with a reward model.
 
     Args:
         prompt: The user's message. Leave it empty if there are `messages`.
-        answers: At least two.
+        answers: 2 to 32.
         model: A model of the list (see /models), or a Hub id. Empty: the first of the list.
-        temperature: Divides the rewards before they become shares.
+        temperature: Divides the rewards before they become shares. From 0.1 to 10.
         messages: The conversation so far, which ends with the user's turn; instead of a prompt.
     """
-    return answered(reward_models.rank, model, prompt, messages, answers, temperature)
+    return await answered(reward_models.rank, model, prompt, messages, request, answers, temperature)
 
 
-def models() -> list[dict]:
+async def models() -> list[dict]:
     """The models of the list of this page."""
     return [{"name": name, "revision": listed.revision, "note": listed.note} for name, listed in MODELS.listed.items()]
 
 
-def answered(task, name, prompt, messages, *arguments):
+async def answered(task, name, prompt, messages, request, *arguments):
     try:
-        chat = tables.check_messages(messages, "`messages`") if messages else tables.read_prompt("prompt", prompt)
-        return with_model(task, name or next(iter(MODELS.listed), ""), chat, *arguments)
+        if messages is None:
+            chat = tables.read_prompt("prompt", tables.check_text(prompt, "`prompt`"))
+        elif prompt not in ("", None):
+            raise ValueError("`prompt` and `messages` are both given; one of them is required.")
+        else:
+            chat = tables.check_prompt(messages, "`messages`")
+        if task is reward_models.compare:
+            for text, answer in zip(arguments, ("`answer_a`", "`answer_b`"), strict=False):
+                tables.check_text(text, answer)
+        else:
+            tables.check_answers(arguments[0])
+        tables.check_temperature(arguments[-1], "`temperature`")
+        name = tables.check_text("" if name is None else name, "`model`") or next(iter(MODELS.listed), "")
+        async with COMPARISONS.job(session_of(request)) as job:
+            return await with_model(job, task, name, chat, *arguments)
     except Exception as error:
         raise gr.Error(sentence(error), print_exception=False) from None
 
@@ -328,48 +425,54 @@ def answered(task, name, prompt, messages, *arguments):
 
 
 def notices() -> str:
-    parts = [drawing.problem(text) for text in MODELS.problems]
-    if not MODELS.listed:
-        parts.append(
-            drawing.notice(
-                "No model is on the list of this page. Type the Hub id of a reward model that transformers knows "
-                "without further code, or run the page yourself with GRM_SPACE_MODELS set to a model's folder."
-            )
-        )
-    return "".join(parts)
+    """What a visitor must know before anything else: nothing, where a model is on the list."""
+    if MODELS.listed:
+        return ""
+    return "".join(map(drawing.problem, MODELS.problems)) + drawing.notice(
+        "No model is on the list of this page. Type the Hub id of a reward model that transformers knows without "
+        "further code, or run the page yourself with GRM_SPACE_MODELS set to a model's folder."
+    )
 
 
 def about_models() -> str:
     rows = [
         f"- **{drawing.escape(name)}**"
-        + (f" (`{drawing.escape(listed.source)}` at `{listed.revision[:12]}`)" if listed.revision else " (a folder)")
+        + (f" (`{drawing.escape(listed.source)}` at `{listed.revision[:12]}`)" if listed.revision else "")
+        + ("" if listed.trusted else " (loaded without running code)")
         + (f": {drawing.escape(listed.note)}" if listed.note else "")
         for name, listed in MODELS.listed.items()
     ]
+    rows += [f"- {drawing.escape(text)}" for text in MODELS.problems]
     return "\n".join(rows) or "None yet."
 
 
 ABOUT = f"""
-### What this shows
+## What this shows
 A reward model reads a conversation and gives it one number. Here the number is taken apart: the reward of the text up
-to each token (a decoder is causal, so that is the reward of an answer which ends there), how likely the language-model
-head, which a GRM keeps, finds the same tokens, and the text and tokens that the model was really given. Rewards are
-those of `GRMScorer` of grm_hf: template, end of turn and maximum length are stored in the model.
+to each token (a decoder is causal, so that is the reward of an answer which ends there), how likely the LM head, which
+a GRM keeps, finds the same tokens, and the text and tokens that the model was really given. Rewards are those of
+`GRMScorer` of grm_hf: template, end of turn and maximum length are stored in the model.
 
-### Models of the list
+## Models of the list
 {{models}}
 
-A model of the list is pinned to a commit and may bring its own code. Any other Hub id is loaded without running code:
-a public `...ForSequenceClassification` with one label, up to {reward_models.MAX_GIGABYTES} GB of safetensors.
+A model of the list is pinned to a commit and may bring its own code. Any other Hub id is loaded without running code,
+in a process of its own with limited time and memory: a public `...ForSequenceClassification` with one label, up to
+{apart.MAX_GIGABYTES} GB of safetensors.
 
-### Limits
+## Limits
 {reward_models.MAX_CHARACTERS:,} characters a text, {reward_models.MAX_TOKENS:,} tokens a sequence,
-{reward_models.MAX_ANSWERS} answers to rank, {tables.MAX_ROWS} pairs and
-{MAX_TABLE_TOKENS:,} tokens a table. One computation at a time; others wait.
-Nothing you type is stored; a link holds the whole comparison in its address.
+{tables.MAX_ANSWERS} answers to rank, {tables.MAX_ROWS} pairs and {MAX_TABLE_TOKENS:,} tokens a table.
+{COMPARISONS.seconds} seconds of computing for a comparison or a ranking, {TABLES.seconds} for a table.
+One computation at a time; others wait.
 
-### From a program
-```python
+## What is kept of what you type
+No comparison is written to disk. The last visitor's stays in memory until the next one's comes. A table that you
+upload and a file of scores for download stay on disk for up to two hours. The address of the page holds the whole
+comparison, so your browser's history has it, and whoever gets the link reads it.
+
+## From a program
+```
 from gradio_client import Client
 
 client = Client("NAMESPACE/pairwise_comparison")
@@ -379,74 +482,114 @@ print(result["verdict"], result["rewards"])
 """
 
 
+def at_first_sight():
+    """The first example that the first model of the list reads, its comparison, which examples it reads, and whether
+    it reads the ranking and the table that stand here."""
+    fits, name = [True] * len(EXAMPLES), next(iter(MODELS.listed), None)
+    shown, reads = ["", None, "", ""], [True, True]
+    first = next(iter(EXAMPLES.values()))
+    if MODELS.trusts(name or ""):
+        try:
+            fits = load_and_compute(reward_models.readable, name, examples())
+            rows = tables.read_pairs(PAIRS, None)[0]
+            ranked = [(QUESTION, *ANSWERS.splitlines()[i : i + 2]) for i in (0, 2, 3)]
+            table = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+            reads = [all(load_and_compute(reward_models.readable, name, texts)) for texts in (ranked, table)]
+            first = next((example for example, fit in zip(EXAMPLES.values(), fits, strict=True) if fit), first)
+            prompt = tables.read_prompt(*first[:2])
+            result = load_and_compute(reward_models.compare, name, prompt, *first[2:], 1.0)
+            compared = compared_of([name, *first], result, pressed=False)
+            shown = [drawing.verdict(compared), compared, compared["link"], drawing.details(result)]
+        except Exception as error:
+            shown[0] = drawing.problem(sentence(error))
+    else:
+        shown[0] = drawing.page("<p>Press <b>Compare</b>, and the verdict stands here.</p>")
+    return first, shown, fits, reads
+
+
+def status(name: str) -> gr.HTML:
+    return gr.HTML('<p role="status" class="rm"></p>', elem_id=f"{name}-status", elem_classes="status")
+
+
 def build() -> gr.Blocks:
+    first, shown, fits, (reads_ranking, reads_table) = at_first_sight()
     with gr.Blocks(title="Pairwise comparison", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
-        gr.Markdown("# Pairwise comparison\nSee a reward model think: which of two answers it prefers, and why.")
+        gr.Markdown(
+            "# Pairwise comparison\nA reward model reads a prompt and an answer and gives one number, the reward: the "
+            "higher, the better the answer by its taste. See which of two answers it prefers, and where it decides."
+        )
         gr.HTML(notices(), visible=bool(notices()), elem_id="notices")
         name = gr.Dropdown(
             list(MODELS.listed),
             value=next(iter(MODELS.listed), None),
             label="Reward model",
-            info="From the list, or any Hub id of a one-label sequence classifier (of those no code is run)",
+            info="Of the list, or any Hub id of a one-label sequence classifier (no code of those is run)",
             allow_custom_value=True,
             elem_id="model",
         )
-        first = EXAMPLES["The demo world"]
         with gr.Tab("Compare", id="compare"):
-            kind = gr.Radio(KINDS, value=first[0], label="The answers follow", elem_id="kind")
-            prompt = gr.Textbox(
-                first[1],
-                label="Prompt",
-                info="A conversation has a role at the beginning of each turn (“user: …”, “assistant: …”), or is JSON",
-                lines=2,
-                max_lines=12,
-                elem_id="prompt",
-            )
+            with gr.Row(elem_id="examples"):
+                gr.HTML('<p class="rm">Examples:</p>', min_height=0)
+                buttons = [
+                    gr.Button(label, size="sm", min_width=80, visible=fit, elem_classes="example")
+                    for label, fit in zip(EXAMPLES, fits, strict=True)
+                ]
             with gr.Row():
-                a = gr.Textbox(first[2], label="Answer A", lines=4, max_lines=16, min_width=300, elem_id="answer-a")
-                b = gr.Textbox(first[3], label="Answer B", lines=4, max_lines=16, min_width=300, elem_id="answer-b")
-            with gr.Row(equal_height=True):
-                temperature = gr.Slider(
-                    COLDEST,
-                    HOTTEST,
-                    1.0,
-                    step=0.1,
-                    label="Temperature",
-                    info="Divides the difference of rewards",
-                    min_width=300,
-                )
-                button = gr.Button("Compare", variant="primary", min_width=300, elem_id="compare-button")
-            gr.Examples(
-                list(EXAMPLES.values()),
-                [kind, prompt, a, b],
-                example_labels=list(EXAMPLES),
-                label="Examples",
-                api_visibility="private",
-            )
-            shown = gr.HTML(elem_id="comparison")
+                with gr.Column(scale=5, min_width=320):
+                    prompt = gr.Textbox(first[1], label="Prompt", lines=1, max_lines=10, elem_id="prompt")
+                    a = gr.Textbox(first[2], label="Answer A", lines=2, max_lines=10, elem_id="answer-a")
+                    b = gr.Textbox(first[3], label="Answer B", lines=2, max_lines=10, elem_id="answer-b")
+                    button = gr.Button("Compare", variant="primary", elem_id="compare-button")
+                    status("compare")
+                    kind = gr.Radio(
+                        KINDS,
+                        value=first[0],
+                        label="The prompt is",
+                        info="A conversation has “user:”, “assistant:” or “system:” before each turn, or is JSON",
+                        elem_id="kind",
+                    )
+                    temperature = gr.Slider(
+                        *(tables.COLDEST, tables.HOTTEST, 1.0),
+                        step=0.1,
+                        label="Temperature",
+                        info="Divides the difference of rewards: the higher, the less sure the verdict",
+                        elem_id="temperature",
+                    )
+                with gr.Column(scale=6, min_width=320):
+                    verdict = gr.HTML(shown[0], elem_id="verdict")
+                    link = gr.Textbox(
+                        shown[2],
+                        label="Link to this comparison",
+                        interactive=False,
+                        buttons=["copy"],
+                        max_lines=1,
+                        elem_id="link",
+                    )
+            details = gr.HTML(shown[3], elem_id="comparison")
+            swap_button = gr.Button("Check whether the order matters", size="sm", elem_id="swap-button")
             swap = gr.HTML(elem_id="swap")
-            link = gr.Textbox(label="Link to this comparison", interactive=False, buttons=["copy"], elem_id="link")
-            with gr.Accordion("The same as JSON", open=False):
-                as_json = gr.JSON(show_label=False)
         with gr.Tab("Best of n", id="best-of-n"):
-            many_kind = gr.Radio(KINDS, value="prompt", label="The answers follow")
-            many_prompt = gr.Textbox(first[1], label="Prompt", lines=2, max_lines=12, elem_id="many-prompt")
+            many_kind = gr.Radio(KINDS, value="prompt", label="The prompt is")
+            many_prompt = gr.Textbox(
+                QUESTION if reads_ranking else "", label="Prompt", lines=1, max_lines=12, elem_id="many-prompt"
+            )
             answers = gr.Textbox(
-                ANSWERS,
+                ANSWERS if reads_ranking else "",
                 label="Answers",
                 info="One a line; or longer ones, divided by lines of dashes (---)",
-                lines=6,
+                lines=5,
                 max_lines=20,
                 elem_id="answers",
             )
             many_temperature = gr.Slider(
-                COLDEST, HOTTEST, 1.0, step=0.1, label="Temperature", info="Divides the rewards"
+                *(tables.COLDEST, tables.HOTTEST, 1.0), step=0.1, label="Temperature", info="Divides the rewards"
             )
             rank_button = gr.Button("Rank", variant="primary", elem_id="rank-button")
+            status("ranking")
             ranking = gr.HTML(elem_id="ranking")
         with gr.Tab("Batch", id="batch"):
             table = gr.Textbox(
-                PAIRS,
+                PAIRS if reads_table else "",
                 label="Pairs, as CSV or JSON lines",
                 info="Columns prompt, chosen, rejected, and if you like subset; in JSON lines also messages",
                 lines=6,
@@ -461,44 +604,75 @@ def build() -> gr.Blocks:
                 elem_id="upload",
             )
             batch_button = gr.Button("Score", variant="primary", elem_id="batch-button")
+            status("report")
             report = gr.HTML(elem_id="report")
             saved = gr.DownloadButton("Download the scores", visible=False, elem_id="download")
         with gr.Tab("About", id="about"):
             gr.Markdown(ABOUT.replace("{models}", about_models()))
 
-        state, opened = gr.State(), gr.State(False)
-        inputs = [name, kind, prompt, a, b, temperature]
-        outputs = [shown, state, as_json, link, swap]
-        compared = button.click(show_comparison, inputs, outputs, **MODEL_EVENT)
-        linked = demo.load(from_link, None, [*inputs, opened, shown], api_visibility="private").then(
-            show_linked, [opened, *inputs], outputs, **MODEL_EVENT
+        # What travels with the page: the comparison shown, the link that opened it, whether that one is good.
+        compared = gr.JSON(shown[1], visible=False)
+        query = gr.Textbox(visible="hidden", elem_id="query")
+        opened = gr.Checkbox(visible=False)
+        texts = [name, kind, prompt, a, b]
+        inputs, outputs = [*texts, temperature], [verdict, compared, link, details, swap]
+        shows = {"show_progress_on": verdict, **PRIVATE}
+
+        def marked(event):
+            return event.then(None, [*texts, compared], link, js="(...values) => page.mark(...values)")
+
+        def at_work(trigger, which):
+            trigger(None, js=f"() => page.start('{which}')")
+
+        def arrived(event, which):
+            event.then(None, js=f"() => page.arrived('{which}')")
+
+        demo.load(None, link, [query, link], js="(link) => page.opened(link)")
+        linked = query.change(from_link, query, [*inputs, opened, verdict], show_progress="hidden", **PRIVATE)
+        compares = [linked.then(show_linked, [opened, *inputs], outputs, **shows)]
+        at_work(button.click, "compare")
+        compares.append(button.click(show_comparison, inputs, outputs, **shows))
+        for chosen, example in zip(buttons, EXAMPLES.values(), strict=True):
+            at_work(chosen.click, "compare")
+            filled = chosen.click(None, None, [kind, prompt, a, b], js=f"() => {json.dumps(example)}")
+            compares.append(filled.then(show_comparison, inputs, outputs, **shows))
+        for event in compares:
+            arrived(marked(event), "compare")
+        gr.on([part.change for part in texts], None, [*texts, compared], link, js="(...v) => page.mark(...v)")
+        marked(
+            temperature.change(
+                show_at_temperature,
+                [compared, temperature],
+                outputs[:3],
+                show_progress="hidden",
+                trigger_mode="always_last",
+                **PRIVATE,
+            )
         )
-        for event in (compared, linked):
-            event.then(None, link, link, js=TO_LINK)
-            event.then(show_swap_check, state, swap, show_progress="minimal", **MODEL_EVENT)
-        temperature.release(
-            show_at_temperature,
-            [state, temperature],
-            outputs[:-1],
-            show_progress="hidden",
-            api_visibility="private",
-        ).then(None, link, link, js=TO_LINK)
-        rank_button.click(
-            show_ranking, [name, many_kind, many_prompt, answers, many_temperature], ranking, **MODEL_EVENT
-        )
-        batch_button.click(show_batch, [name, table, upload], [report, saved], **MODEL_EVENT)
+        swap_button.click(show_swap_check, compared, swap, **PRIVATE)
+        name.change(offered, name, buttons, show_progress="hidden", trigger_mode="always_last", **PRIVATE)
+        at_work(rank_button.click, "ranking")
+        ranked = [name, many_kind, many_prompt, answers, many_temperature]
+        arrived(rank_button.click(show_ranking, ranked, ranking, **PRIVATE), "ranking")
+        at_work(batch_button.click, "report")
+        arrived(batch_button.click(show_batch, [name, table, upload], [report, saved], **PRIVATE), "report")
         for function in (compare, rank, models):
-            gr.api(function, api_name=function.__name__, concurrency_id="model", concurrency_limit=1)
+            gr.api(function, api_name=function.__name__, concurrency_limit=None)
     return demo
 
 
 demo = build()
 
 if __name__ == "__main__":
-    demo.queue(max_size=32).launch(
+    demo.queue(api_open=False, default_concurrency_limit=None).launch(
         css=drawing.CSS,
+        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         theme=THEME,
         max_file_size=tables.MAX_BYTES,
         footer_links=["api", "settings"],
+        run_history=False,
+        enable_monitoring=False,
+        state_session_capacity=1,  # there is no state: it would keep what visitors typed
+        app_kwargs={"middleware": [Middleware(Guard, most=MAX_BODY, uploads=UPLOADS)]},
         ssr_mode=False,
     )

@@ -1,7 +1,7 @@
 """Reward models: which ones this page offers, loading them, and reading them token by token.
 
-Models of the list are pinned to a revision and may bring their own code. Any other id is loaded without running code,
-without the page's own token, and only if it is a one-label `...ForSequenceClassification` of bounded size.
+Models of the list are pinned to a revision and may bring their own code. What a free id brings is handled in another
+process (`apart.py`), with functions of this file.
 
 `encoding.py` is grm_hf's own: it renders and tokenises by the policies that the model's configuration stores, so a
 reward is the number that the library gives. A decoder is causal: the head on the hidden state of token t gives the
@@ -10,51 +10,58 @@ reward of the text that ends there, and one forward pass gives the reward after 
 
 import json
 import math
-import os
 import re
-import signal
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jobs
 import torch
 from encoding import Encoded, Encoder
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from tables import SIDES, check_answers, check_temperature, check_text
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
 
 
 MAX_CHARACTERS = 20_000  # of one text
 MAX_TOKENS = 4096  # of prompt and answer together
-MAX_ANSWERS = 32
-MAX_GIGABYTES = 5  # of the weights of a free id
-KEPT = 2  # models in memory
-APART_SECONDS = 20  # of a process that runs what a free id brings
-APART_BYTES = 2**30  # that it may take beyond what the page has
+KEPT = 2  # models of the list in memory
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FREE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", re.ASCII)
+
+torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: jobs.check())  # stops between layers
 
 # ------------------------------------------------------------------------------------------------------------ the list
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A model that the owner of this page vouches for: a Hub id pinned to a commit, or a folder."""
+    """
+    A model of the list.
+
+    Attributes:
+        source: A folder, or a Hub id.
+        revision: The commit that an id is pinned to.
+        note: For the About tab.
+        trusted: Whether the owner of this page vouches for its code: a folder, or a pinned id. Another id is only a
+            suggestion, and is loaded as any that a visitor types.
+    """
 
     source: str
-    revision: str | None
+    revision: str | None = None
     note: str = ""
+    trusted: bool = True
 
 
 def read_list(path: Path) -> tuple[dict[str, Listed], list[str]]:
-    """The models that a JSON file lists (or that is in a folder), by name, and a sentence for each entry left out."""
+    """The models that a JSON file lists (or that is in a folder), by name, and a sentence for each entry left out.
+    Folders are relative to the file. Where an entry has a folder and an id, the folder is used if it is there."""
     if path.is_dir():
-        return {path.resolve().name: Listed(str(path), None)}, []
+        path = path.resolve()
+        return {f"{path.parent.name} {path.name}" if path.name == "model" else path.name: Listed(str(path))}, []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -65,17 +72,21 @@ def read_list(path: Path) -> tuple[dict[str, Listed], list[str]]:
     problems = []
     for number, entry in enumerate(entries, 1):
         entry = entry if isinstance(entry, dict) else {}
-        name = entry.get("name") or entry.get("id") or Path(entry.get("folder") or "").name
+        folder, repo, revision, note = (str(entry.get(key) or "") for key in ("folder", "id", "revision", "note"))
+        name = str(entry.get("name") or repo or Path(folder).name)
         where = f"Entry {number} of “{path.name}” was left out:"
-        if entry.get("folder"):
-            listed = Listed(str(entry["folder"]), None, str(entry.get("note") or ""))
-            if not Path(entry["folder"]).is_dir():
-                problems.append(f"{where} there is no folder “{entry['folder']}”.")
-                continue
-        elif entry.get("id") and COMMIT.fullmatch(str(entry.get("revision"))):
-            listed = Listed(str(entry["id"]), entry["revision"], str(entry.get("note") or ""))
+        if folder and (path.parent / folder / "config.json").is_file():
+            listed = Listed(str((path.parent / folder).resolve()), None, note)
+        elif repo and (not revision or COMMIT.fullmatch(revision)):
+            listed = Listed(repo, revision or None, note, trusted=bool(revision))
+        elif repo:
+            problems.append(f"{where} its `revision` must have all 40 digits of a commit.")
+            continue
+        elif folder:
+            problems.append(f"{where} there is no model in the folder “{folder}”.")
+            continue
         else:
-            problems.append(f"{where} it needs `id` and `revision` (all 40 digits of a commit), or `folder`.")
+            problems.append(f"{where} it needs `id` and `revision`, or `folder`.")
             continue
         if name in models:
             problems.append(f"{where} another one is called “{name}”. Give it a `name`.")
@@ -97,8 +108,6 @@ class Loaded:
     model: Any
     tokenizer: Any
     encoder: Encoder
-    seconds: float
-    free: bool = False  # nobody vouches for its chat template and tokenizer
 
     @property
     def temperature(self) -> float:
@@ -113,45 +122,44 @@ class Loaded:
 
 
 class Models:
-    """The models of this page. `load` keeps the last few in memory."""
+    """The models of this page's list. `load` keeps the last few in memory."""
 
     def __init__(self, path: Path):
         self.listed, self.problems = read_list(path)
         self._kept: dict[str, Loaded] = {}
         self._lock = threading.Lock()
 
-    def load(self, name: str | None) -> Loaded:
+    def trusts(self, name: str) -> bool:
+        return name in self.listed and self.listed[name].trusted
+
+    def load(self, name: str) -> Loaded:
         """
+        A trusted model of the list.
+
         Raises:
             `ValueError`: with a sentence for the visitor.
         """
-        name = (name or "").strip()
-        if not name:
-            raise ValueError("No model is chosen. Pick one of the list, or type a Hub id.")
         with self._lock:
             if name not in self._kept:
-                started = time.perf_counter()
-                listed = self.listed.get(name)
-                source, revision = (listed.source, listed.revision) if listed else _check_free(name)
+                listed = self.listed[name]
                 while len(self._kept) >= KEPT:
                     self._kept.pop(next(iter(self._kept)))
-                parts = _load(name, source, revision, free=listed is None)
-                self._kept[name] = Loaded(name, revision, *parts, time.perf_counter() - started, listed is None)
+                check_code(name, listed.source, listed.revision)
+                self._kept[name] = load(name, listed.source, listed.revision, trust_remote_code=True)
             self._kept[name] = self._kept.pop(name)  # the latest one last
             return self._kept[name]
 
 
-def _load(name, source, revision, free):
-    """Kind, model, tokenizer and encoder. Code of the repository runs only where it is on the list."""
-    where = {"revision": revision, "trust_remote_code": not free}
-    if free:
-        where |= {"token": False}
-    else:
-        _check_code(name, source, revision)
+def load(name: str, source: str, revision: str | None, trust_remote_code: bool) -> Loaded:
+    """A reward model and all that reading it needs."""
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not Path(source).is_dir():
+        where["revision"] = revision
+    safe = None if trust_remote_code else True
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, output_loading_info=True, use_safetensors=True if free else None, **where
+            source, output_loading_info=True, use_safetensors=safe, **where
         )
     except Exception as error:  # of the network, the files, or the model's own code
         traceback.print_exc()
@@ -169,142 +177,39 @@ def _load(name, source, revision, free):
     if model.config.num_labels != 1:
         raise ValueError(f"“{name}” is no reward model: it has {model.config.num_labels} labels; required is one.")
     model.eval()
-    if not free and model.config.model_type == "grm":
-        return "grm", model, tokenizer, Encoder.from_config(tokenizer, model.config)
-    return "classifier", model, tokenizer, _encoder_of_a_classifier(name, model, tokenizer)
+    own = getattr(model.config, "reward_temperature", 1.0)
+    if not isinstance(own, (int, float)) or not 1e-6 <= own <= 1e6:
+        raise ValueError(f"“{name}” cannot be used: its `reward_temperature` is {own!r:.40}, no positive number.")
+    if trust_remote_code and model.config.model_type == "grm":
+        return Loaded(name, revision, "grm", model, tokenizer, Encoder.from_config(tokenizer, model.config))
+    return Loaded(name, revision, "classifier", model, tokenizer, encoder_of_a_classifier(name, model, tokenizer))
 
 
-def _check_code(name, source, revision):
-    """The revision of a model pins its own code only: of another repository's, transformers takes the latest."""
-    for file in ("config.json", "tokenizer_config.json"):
+def check_code(name: str, source: str, revision: str | None) -> None:
+    """The revision of a model pins its own files only: of another repository's, the latest would be taken."""
+    for file in ("adapter_config.json", "config.json", "tokenizer_config.json"):
         try:
             path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-            auto_map = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map") if path else None
+            values = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         except Exception as error:
             traceback.print_exc()
             raise ValueError(
                 f"The model “{name}” could not be loaded: its {file} cannot be read ({type(error).__name__}). Try "
                 "again later, or choose another model."
             ) from error
-        if "--" in json.dumps(auto_map):
+        if path and file == "adapter_config.json":
+            raise ValueError(
+                f"“{name}” is an adapter. Its base would be loaded with it, and no revision pins that one's code. "
+                "Merge it into its base and push the model you get."
+            )
+        if "--" in json.dumps(values.get("auto_map")):
             raise ValueError(
                 f"“{name}” takes its code from another repository (`--` in the `auto_map` of its {file}), which no "
                 "revision pins. Push the model with its code in its own repository."
             )
 
 
-def _check_free(name):
-    """The id and commit of any public reward model that transformers knows, by what the Hub says before loading it."""
-    if not FREE.fullmatch(name):
-        raise ValueError(
-            f"“{name[:100]}” is not on the list of this page and is no Hub id. An id is namespace/name, or "
-            "namespace/name@revision."
-        )
-    repo, _, revision = name.partition("@")
-    api = HfApi(token=False)  # what the owner of this page may see, its visitors may not
-    try:
-        info = api.model_info(repo, revision=revision or None)
-        sha, gated = info.sha, info.gated
-        sizes = {f.path: f.size for f in api.list_repo_tree(repo, revision=sha) if hasattr(f, "size")}
-    except RevisionNotFoundError as error:
-        raise ValueError(f"“{repo}” has no revision “{revision}”.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"There is no public model “{repo}” on the Hub.") from error
-    except Exception as error:
-        traceback.print_exc()
-        raise ValueError(
-            f"“{name}” is not on the list of this page, and the Hub cannot be asked for it now "
-            f"({type(error).__name__}). Try again later, or choose a model of the list."
-        ) from error
-    if gated:
-        raise ValueError(f"“{repo}” is gated: this page loads public models only.")
-    weights = sum(size for path, size in sizes.items() if path.endswith(".safetensors"))
-    if "adapter_config.json" in sizes:
-        raise ValueError(f"“{repo}” is an adapter. Merge it into its base and push the model you get.")
-    if "config.json" not in sizes or not weights:
-        raise ValueError(f"“{repo}” is no model with safetensors weights: this page loads no other.")
-    if weights > MAX_GIGABYTES * 1e9:
-        raise ValueError(
-            f"The weights of “{repo}” have {weights / 1e9:.1f} GB; this page takes {MAX_GIGABYTES}. Run it on a "
-            "machine of your own, with the model on its list."
-        )
-    where = {"revision": sha, "trust_remote_code": False, "token": False}
-    try:
-        config = AutoConfig.from_pretrained(repo, **where)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"“{repo}” needs code of its own, or a newer transformers. This page runs the code of models on its list "
-            "only, where each is pinned to a revision that its owner has looked at."
-        ) from error
-    architecture = (config.architectures or ["no architecture"])[0]
-    if not architecture.endswith("ForSequenceClassification") or config.num_labels != 1:
-        raise ValueError(
-            f"“{repo}” is no reward model: found {architecture} with {config.num_labels} labels; required is a "
-            "...ForSequenceClassification with one."
-        )
-    parameters = apart(_count_parameters, config)
-    size = parameters * (config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2)
-    if size > MAX_GIGABYTES * 1e9 or parameters > weights:  # weights that no file holds take memory all the same
-        raise ValueError(
-            f"“{repo}” would have {parameters:,} parameters by its config.json, {size / 1e9:.1f} GB, and its files "
-            f"have {weights / 1e9:.1f} GB. This page takes {MAX_GIGABYTES} GB and files with at least a byte for each."
-        )
-    return repo, sha
-
-
-def _count_parameters(config) -> int:
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def apart(task, *arguments):
-    """
-    Runs a task on what a free id brings (a chat template is a program) in a forked process, which the system ends
-    after `APART_SECONDS` and keeps from taking much memory. Only its result comes back, as JSON.
-
-    Raises:
-        `ValueError`: the task's own, or with a sentence for any other end.
-    """
-    receive, send = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(APART_SECONDS)
-            _limit_memory()
-            try:
-                answer = True, task(*arguments)
-            except ValueError as error:
-                answer = False, str(error)
-            with open(send, "w", encoding="ascii") as pipe:
-                pipe.write(json.dumps(answer))
-        finally:
-            os._exit(0)
-    os.close(send)
-    with open(receive, encoding="ascii") as pipe:
-        said = pipe.read()
-    os.waitpid(child, 0)
-    try:
-        fine, result = json.loads(said)
-    except ValueError:
-        raise ValueError(
-            f"The model's configuration, chat template or tokenizer failed, or took more than {APART_SECONDS} seconds "
-            f"or {APART_BYTES / 2**30:g} GB. Shorten the texts, or choose another model."
-        ) from None
-    if not fine:
-        raise ValueError(result)
-    return result
-
-
-def _limit_memory():
-    import resource  # not on Windows
-
-    now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + APART_BYTES,) * 2)
-
-
-def _encoder_of_a_classifier(name, model, tokenizer) -> Encoder:
+def encoder_of_a_classifier(name, model, tokenizer) -> Encoder:
     """The policies are those that `grm export` stores, or grm_hf's; the limit is at most the model's positions."""
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         raise ValueError(
@@ -360,6 +265,8 @@ def encode(
     for what, text in (("The prompt", prompt), (name, answer)):
         if text is None:
             continue
+        if not isinstance(text, list):
+            check_text(text, what)
         characters = len(text) if isinstance(text, str) else sum(len(m["content"]) for m in text)
         if characters > MAX_CHARACTERS:
             raise ValueError(f"{what} has {characters:,} characters; this page takes {MAX_CHARACTERS:,}.")
@@ -381,20 +288,9 @@ def encode(
     return encoded
 
 
-def encode_all(loaded: Loaded, texts: list[tuple]) -> list[Encoded]:
-    """What `encode` makes of each prompt, answer and name."""
-    if loaded.free:
-        return [Encoded(**values) for values in apart(_encode_all, loaded, texts)]
-    return [encode(loaded, *text) for text in texts]
-
-
-def _encode_all(loaded, texts):
-    return [asdict(encode(loaded, *text)) for text in texts]
-
-
 def encode_both(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b: str) -> dict[str, Encoded]:
-    texts = [(prompt, answer_a, "Answer A"), (prompt, answer_b, "Answer B")]
-    return dict(zip("AB", encode_all(loaded, texts), strict=True))
+    answers = {"A": answer_a, "B": answer_b}
+    return {name: encode(loaded, prompt, answer, f"Answer {name}") for name, answer in answers.items()}
 
 
 def device() -> str:
@@ -436,27 +332,30 @@ def read(loaded: Loaded, encoded: Encoded) -> Reading:
         rewards = heads[0]
         pad = model.config.get_text_config().pad_token_id
         read_at = max((i for i, index in enumerate(ids) if index != pad), default=read_at)
-    reward = out.logits.item()
-    if not math.isfinite(reward):
-        raise ValueError(f"The model “{loaded.name}” gives {reward} for this text: its weights are broken.")
+    reward, along = out.logits.item(), rewards.float().flatten().tolist()
+    check_finite(loaded, [reward, *along, *(value for value in logprobs or () if value is not None)])
     known = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
-    unknown = tokenizer.unk_token_id
-    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     return Reading(
         reward=reward,
         ids=ids,
         pieces=pieces(tokenizer, ids),
         special=[index in known for index in ids],
         start=encoded.start,
-        rewards=rewards.float().flatten().tolist(),
+        rewards=along,
         logprobs=logprobs,
         cut=encoded.cut,
         response_cut=encoded.response_cut,
-        unknown=0 if unknown is None or unknown in ends else ids.count(unknown),
+        unknown=ids.count(unknown_id(tokenizer)),
         read_at=read_at,
     )
+
+
+def unknown_id(tokenizer) -> int | None:
+    """The token that stands for unknown words, unless it is one that ends texts, too."""
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
 
 
 @torch.no_grad()
@@ -465,9 +364,14 @@ def reward_of(loaded: Loaded, encoded: Encoded) -> float:
     model = loaded.model.to(device())
     ids = torch.tensor([encoded.ids], device=device())
     reward = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.item()
-    if not math.isfinite(reward):
-        raise ValueError(f"The model “{loaded.name}” gives {reward} for this text: its weights are broken.")
+    check_finite(loaded, [reward])
     return reward
+
+
+def check_finite(loaded: Loaded, values: list[float]) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(f"The model “{loaded.name}” gives {value} for this text: its weights are broken.")
 
 
 @torch.no_grad()
@@ -493,7 +397,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     found, begin, done = [], 0, 0
     for i in range(len(ids)):
         now = decode(ids[begin : i + 1])
-        if now.endswith("\ufffd") and i - done < 4 and i + 1 < len(ids):
+        if now.endswith("\ufffd") and i - done < 16 and i + 1 < len(ids):  # 16 tokens can be bytes of one cluster
             found.append("")
             continue
         found.append(now[len(decode(ids[begin:done])) :])
@@ -501,17 +405,18 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return found
 
 
+def control_words(tokenizer, text: str) -> list[str]:
+    """Special tokens that a text spells out: the model reads them as such, not as text."""
+    return sorted(
+        {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in text}
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------- comparing
 
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def check_temperature(temperature: float | None) -> float:
-    if temperature is None or not 0 < temperature < math.inf:
-        raise ValueError(f"The temperature is {temperature}; a positive number is required.")
-    return temperature
 
 
 def compare(
@@ -525,6 +430,8 @@ def compare(
     """
     check_temperature(temperature)
     encoded = encode_both(loaded, prompt, answer_a, answer_b)
+    typed = {"the prompt": prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)}
+    typed |= {"answer A": answer_a, "answer B": answer_b}
     started = time.perf_counter()
     readings = {name: read(loaded, text) for name, text in encoded.items()}
     seconds = time.perf_counter() - started
@@ -537,6 +444,9 @@ def compare(
         "rewards": rewards,
         "heads": heads(judged["preferred"], readings),
         "answers": {name: describe(loaded, reading) for name, reading in readings.items()},
+        "control_words": {
+            name: words for name, text in typed.items() if (words := control_words(loaded.tokenizer, text))
+        },
         "device": device(),
         "seconds": round(seconds, 3),
     }
@@ -651,9 +561,8 @@ def swap_check(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b
 def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperature: float = 1.0) -> dict[str, Any]:
     """Answers to one prompt, as JSON in the order given; equal rewards keep that order."""
     check_temperature(temperature)
-    if not 2 <= len(answers) <= MAX_ANSWERS:
-        raise ValueError(f"There are {len(answers)} answers; 2 to {MAX_ANSWERS} are required.")
-    encoded = encode_all(loaded, [(prompt, text, f"Answer {number}") for number, text in enumerate(answers, 1)])
+    check_answers(answers)
+    encoded = [encode(loaded, prompt, text, f"Answer {number}") for number, text in enumerate(answers, 1)]
     rewards = [reward_of(loaded, text) for text in encoded]
     order = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))
     scale = temperature * loaded.temperature
@@ -664,9 +573,51 @@ def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperatu
         "rewards": rewards,
         "order": order,
         "best": answers[order[0]],
+        "ties": sum(reward == max(rewards) for reward in rewards),
         "share": [weight / sum(weights) for weight in weights],
         "tokens": [len(text.ids) for text in encoded],
         "cut": [text.cut for text in encoded],
+        "unknown": [text.ids.count(unknown_id(loaded.tokenizer)) for text in encoded],
         "temperature": temperature,
         "model_temperature": loaded.temperature,
     }
+
+
+def encode_rows(loaded: Loaded, rows: list[dict], first: int = 1) -> list[list[Encoded]]:
+    """Chosen and rejected of each row of a table, of which the first one has a number."""
+    return [
+        [encode(loaded, row.get("prompt") or None, row[side], f"Pair {number}, “{side}”") for side in SIDES]
+        for number, row in enumerate(rows, first)
+    ]
+
+
+def measure(loaded: Loaded, rows: list[dict]) -> dict[str, Any]:
+    """The tokens of each pair of a table, and the model's own temperature: what there is to know before scoring it."""
+    tokens = [sum(len(text.ids) for text in pair) for pair in encode_rows(loaded, rows)]
+    return {"tokens": tokens, "temperature": loaded.temperature}
+
+
+def score(loaded: Loaded, rows: list[dict], first: int) -> list[list]:
+    """The values that `tables.SCORES` names, of each row, and how many words of it the model does not know. One text
+    at a time: a score depends on no neighbour."""
+    scores = []
+    for pair in encode_rows(loaded, rows, first):
+        chosen, rejected = (reward_of(loaded, text) for text in pair)
+        probability = sigmoid((chosen - rejected) / loaded.temperature)
+        unknown = sum(text.ids.count(unknown_id(loaded.tokenizer)) for text in pair)
+        scores.append([chosen, rejected, chosen - rejected, probability, sum(text.cut for text in pair), unknown])
+    return scores
+
+
+def readable(loaded: Loaded, examples: list[tuple]) -> list[bool]:
+    """Which examples (a prompt and two answers) a model reads whole, without words that it does not know."""
+    found = []
+    for prompt, *answers in examples:
+        try:
+            texts = encode_both(loaded, prompt, *answers).values()
+        except ValueError:
+            found.append(False)
+            continue
+        unknown = unknown_id(loaded.tokenizer)
+        found.append(not any(text.cut or unknown in text.ids for text in texts))
+    return found

@@ -13,80 +13,150 @@ import re
 MAX_ROWS = 200
 MAX_BYTES = 2_000_000
 MAX_TURNS = 20
+MAX_ANSWERS = 32
+COLDEST, HOTTEST = 0.1, 10
+ROLES = ("system", "user", "assistant")
 ROLE = re.compile(r"^(system|user|assistant):[ \t]*", re.MULTILINE | re.IGNORECASE)
+LINE = re.compile(r"\r\n|\r|\n")
 SIDES = ("chosen", "rejected")
 SCORES = ("chosen_reward", "rejected_reward", "margin", "probability", "cut_tokens")
+NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
+
+
+def called(value) -> str:
+    """A value's type, as a visitor calls it."""
+    return "null" if value is None else NAMES.get(type(value), type(value).__name__)
+
+
+def check_text(value, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {called(value)}; text is required.")
+    if half := re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} has half a character (U+{ord(half[0]):04X}), which no text has. Write it anew.")
+    return value
+
+
+def check_temperature(value, name: str = "The temperature") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not COLDEST <= value <= HOTTEST:
+        shown = f"“{value[:40]}”" if isinstance(value, str) else value if type(value) is float else called(value)
+        shown = value if type(value) is int and abs(value) < 1e9 else shown
+        raise ValueError(f"{name} is {shown}; a number from {COLDEST} to {HOTTEST} is required.")
+    return value
+
+
+def check_answers(value) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError(f"`answers` is {called(value)}; a list of 2 to {MAX_ANSWERS} texts is required.")
+    if not 2 <= len(value) <= MAX_ANSWERS:
+        count = "1 answer" if len(value) == 1 else f"{len(value)} answers"
+        raise ValueError(f"There {'is' if len(value) == 1 else 'are'} {count}; 2 to {MAX_ANSWERS} are required.")
+    return [check_text(answer, f"Answer {number}") for number, answer in enumerate(value, 1)]
+
+
+def read_json(text: str, name: str):
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply.") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}.") from None
 
 
 def read_prompt(kind: str, text: str | None) -> str | list[dict]:
     """The prompt as text, or as messages if `kind` is "conversation"."""
-    text = text or ""
+    text = check_text("" if text is None else text, "The prompt")
     if not text.strip():
         raise ValueError("The prompt is empty.")
     if kind != "conversation":
         return text
     if text.lstrip().startswith("["):
-        try:
-            messages = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"The conversation begins like JSON and is none: {error}.") from None
-        return check_messages(messages, "The conversation")
-    parts = ROLE.split(text)
+        return check_prompt(read_json(text, "The conversation begins like JSON and"), "The conversation")
+    parts = ROLE.split("\n".join(LINE.split(text)))
     if parts[0].strip():
         raise ValueError(
             "The conversation must begin with a role: “user:”, “assistant:” or “system:” at the beginning of a line. "
             f"It begins with “{parts[0].strip()[:40]}”."
         )
     turns = zip(parts[1::2], parts[2::2], strict=True)
-    return check_messages([{"role": r.lower(), "content": text.strip()} for r, text in turns], "The conversation")
+    return check_prompt([{"role": r.lower(), "content": text.strip()} for r, text in turns], "The conversation")
 
 
 def check_messages(messages, name: str) -> list[dict]:
-    if not isinstance(messages, list) or not messages or len(messages) > MAX_TURNS:
-        raise ValueError(f"{name} must be a list of 1 to {MAX_TURNS} messages.")
+    """A list of messages, each with a role and a text, in an order that a conversation has."""
+    if not isinstance(messages, list):
+        raise ValueError(f"{name} is {called(messages)}; a list of 1 to {MAX_TURNS} messages is required.")
+    if not 1 <= len(messages) <= MAX_TURNS:
+        raise ValueError(f"{name} has {len(messages)} messages; 1 to {MAX_TURNS} are required.")
+    before = None
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}, turn {number}: a message is {{"role": ..., "content": ...}}, both text.')
-        if not message["content"].strip():
-            raise ValueError(f"{name}, turn {number} ({message['role'][:20]}) is empty.")
+        where = f"{name}, turn {number}"
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f'{where}: a message is {{"role": ..., "content": ...}}, both text.')
+        role = check_text(message["role"], f"{where}: its role")
+        if role not in ROLES:
+            raise ValueError(f"{where}: its role is “{role[:20]}”; “system”, “user” or “assistant” is required.")
+        if not check_text(message["content"], f"{where} ({role})").strip():
+            raise ValueError(f"{where} ({role}) is empty.")
+        if role == before:
+            said = {"system": "system messages", "user": "turns of the user", "assistant": "turns of the assistant"}
+            raise ValueError(f"{where}: two {said[role]} follow each other. Join them, or put a turn between.")
+        if role == "system" and before:
+            raise ValueError(f"{where}: a system message stands at the beginning only.")
+        before = role
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def check_prompt(messages, name: str) -> list[dict]:
+    """Messages that an answer can follow."""
+    messages = check_messages(messages, name)
+    if messages[-1]["role"] != "user":
+        raise ValueError(
+            f"{name} ends with a turn of the role “{messages[-1]['role']}”. It must end with the user's: the answers "
+            "follow it."
+        )
     return messages
 
 
 def read_answers(text: str | None) -> list[str]:
     """Answers divided by lines of three or more dashes; without any, one a line."""
-    text = text or ""
+    text = check_text("" if text is None else text, "The list of answers")
     parts = re.split(r"^-{3,}[ \t\r]*$", text, flags=re.MULTILINE)
-    answers = [part.strip() for part in (parts if len(parts) > 1 else text.split("\n"))]
-    return [answer for answer in answers if answer]
+    answers = [part.strip() for part in (parts if len(parts) > 1 else LINE.split(text))]
+    return check_answers([answer for answer in answers if answer])
 
 
 def read_pairs(text: str | None, upload: bytes | None) -> tuple[list[dict], str]:
     """Rows with `prompt` (text, messages, or none where the sides are whole conversations), `chosen`, `rejected`, and
     whatever else they have, as text; and the format, "csv" or "jsonl"."""
-    if upload is not None:
-        if len(upload) > MAX_BYTES:
-            raise ValueError(f"The file is larger than {MAX_BYTES // 1_000_000} MB. Score it with `grm score`.")
-        try:
-            text = upload.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError("The file is not text in UTF-8.") from error
-    text = (text or "").lstrip("\ufeff").strip()
+    what = "The table" if upload is None else "The file"
+    if upload is None:
+        upload = check_text(text or "", what).encode()
+    if len(upload) > MAX_BYTES:
+        raise ValueError(f"{what} is larger than {MAX_BYTES // 1_000_000} MB. Score it with `grm score`.")
+    try:
+        text = upload.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not text in UTF-8.") from error
     if not text:
         raise ValueError("There is nothing to score yet: paste a table or upload a file.")
     form = "jsonl" if text[0] in "{[" else "csv"
-    rows = _json_rows(text) if form == "jsonl" else _csv_rows(text)
+    rows = []
+    for row in _json_rows(text) if form == "jsonl" else _csv_rows(text):
+        if len(rows) == MAX_ROWS:
+            raise ValueError(f"The table has more than {MAX_ROWS} pairs. Score it with `grm score`.")
+        rows.append(row)
     if not rows:
         raise ValueError("The table has a first line and no pairs below it.")
-    if len(rows) > MAX_ROWS:
-        raise ValueError(f"The table has {len(rows)} pairs; this page takes {MAX_ROWS}. Score it with `grm score`.")
     return rows, form
 
 
 def _csv_rows(text):
-    header_line = text.split("\n")[0].strip()
+    header_line = LINE.split(text, 1)[0].strip()
     delimiter = max(",;\t", key=header_line.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    rows = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip().lower() for name in next(reader)]
         for name in ("prompt", "chosen", "rejected"):
@@ -107,10 +177,9 @@ def _csv_rows(text):
             for name in ("prompt", "chosen", "rejected"):
                 if not row[name].strip():
                     raise ValueError(f"{where}: “{name}” is empty.")
-            rows.append(row)
+            yield row
     except csv.Error as error:
         raise ValueError(f"Line {reader.line_num} is no CSV: {error}.") from error
-    return rows
 
 
 def _check_names(names, where):
@@ -124,34 +193,52 @@ def _check_names(names, where):
 
 
 def _json_rows(text):
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         if not line.strip():
             continue
         where = f"Line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is no JSON: {error}. Each line is one pair.") from None
-        if not isinstance(row, dict) or not row.get("chosen") or not row.get("rejected"):
-            raise ValueError(f"{where} needs “prompt”, “chosen” and “rejected”.")
+        row = read_json(line, where)
+        if isinstance(row, list):
+            raise ValueError(f"{where} is a list. Each line is one pair, an object without brackets around them all.")
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is {called(row)}; an object with “prompt”, “chosen”, “rejected” is required.")
+        if missing := [name for name in SIDES if row.get(name) is None]:
+            raise ValueError(f"{where} needs “prompt”, “chosen” and “rejected”; “{missing[0]}” is not there.")
+        check_text(json.dumps(row, ensure_ascii=False), where)
         _check_names(row, where)
-        whole = isinstance(row["chosen"], list) and isinstance(row["rejected"], list) and not row.get("prompt")
-        for name in ("chosen", "rejected") if whole else ("prompt", "chosen", "rejected"):
-            if isinstance(row.get(name), list):
-                check_messages(row[name], f"{where}, “{name}”")
-            elif not isinstance(row.get(name), str) or not row[name].strip():
-                raise ValueError(f"{where}: “{name}” must be text or a list of messages, and not empty.")
-        if not whole and isinstance(row["prompt"], str) and not all(isinstance(row[n], str) for n in SIDES):
-            raise ValueError(f"{where}: text and messages are mixed. Write prompt and answers the same way.")
-        rows.append(row)
-    return rows
+        sides = [row[name] for name in SIDES]
+        whole = all(isinstance(side, list) for side in sides) and not row.get("prompt")
+        if not whole and row.get("prompt") is None:
+            raise ValueError(f"{where} needs a “prompt”, unless both answers are whole conversations.")
+        if not whole and (isinstance(row.get("prompt"), str) and not all(isinstance(side, str) for side in sides)):
+            kinds = ", ".join(f"“{n}” is {called(s)}" for n, s in zip(SIDES, sides, strict=True))
+            raise ValueError(f"{where}: “prompt” is text, so both answers must be text: {kinds}.")
+        prompt = [] if whole else row.get("prompt")
+        if isinstance(prompt, list):
+            if not whole:
+                prompt = check_prompt(prompt, f"{where}, “prompt”")
+            for name, side in zip(SIDES, sides, strict=True):
+                if not isinstance(side, str):
+                    _check_answered(prompt, side, f"{where}, “{name}”")
+        for name in SIDES if whole else ("prompt", *SIDES):
+            if not isinstance(row.get(name), list) and not check_text(row.get(name), f"{where}: “{name}”").strip():
+                raise ValueError(f"{where}: “{name}” is empty.")
+        yield row
+
+
+def _check_answered(prompt, side, name):
+    if check_messages(side, name)[-1]["role"] != "assistant":
+        raise ValueError(f"{name} ends with a turn of the role “{side[-1]['role']}”; the assistant's is required.")
+    if prompt:
+        check_messages([*prompt, *side], f"{name}, after the prompt")
+    elif len(side) < 2:
+        raise ValueError(f"{name} has no turn before the answer. Give the prompt that it answers.")
 
 
 def shorten(value, length: int = 80) -> str:
     """Text, or the last message of several, in a table's cell."""
     text = value if isinstance(value, str) else str(value[-1]["content"]) if value else ""
-    text = " ".join(text.split())
+    text = " ".join(text[: 20 * length].split())
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
