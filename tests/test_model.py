@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, ODD_FAMILIES, byte_tokenizer, tiny_lm
 from torch.nn.functional import linear
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     DynamicCache,
     LlamaConfig,
@@ -155,9 +156,10 @@ def test_odd_families_keep_their_language_model(family, tmp_path):
     theirs, ours, ids = tiny_lm(family), tiny_grm(family), texts()[0][None]
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        base = theirs(ids, attention_mask=mask).logits
-        if not torch.equal(theirs(ids, attention_mask=mask).logits, base):
-            pytest.skip(f"in this transformers, {type(theirs).__name__} gives one text two outputs")
+        base = theirs(ids, attention_mask=mask, use_cache=False).logits
+        others = [theirs(ids, attention_mask=mask).logits for _ in range(2)]
+        if not torch.allclose(torch.stack(others), base, atol=1e-6):
+            pytest.skip(f"in this transformers, {type(theirs).__name__} gives one text several outputs")
         out = ours(ids, attention_mask=mask, return_lm_logits=True)
         torch.testing.assert_close(out.lm_logits, base, rtol=0, atol=1e-6)
         last = theirs.model(ids, attention_mask=mask).last_hidden_state
@@ -171,6 +173,11 @@ def test_odd_families_keep_their_language_model(family, tmp_path):
     assert_same(score(ours, padded, right)[:1], out.logits.squeeze(-1), 2 * FLOAT32)
     options = dict(attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    theirs.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")(ids, attention_mask=mask).logits
+    if not torch.allclose(reloaded, base, atol=1e-6):
+        pytest.skip(f"this transformers loads another {type(theirs).__name__} than it saved")
     ours.save_pretrained(tmp_path)
     loaded, info = GRMForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -862,6 +869,11 @@ def test_device_map_with_parts_on_disk(part, family, tmp_path):
     on_disk = {f"transformer.{part}", *(["lm_head"] if part == "wte" and family == "gpt2" else [])}
     places = {name: "disk" if name in on_disk else "cpu" for name in parts}
     ids, mask = pad(rows, left=True)  # the hooks must not hide that the decoder takes position ids
+    try:
+        options = dict(device_map=places, offload_folder=tmp_path / "offload0")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)(ids)
+    except KeyError as error:
+        pytest.skip(f"this transformers cannot offload tied embeddings: {error}")
     loaded = GRMForSequenceClassification.from_pretrained(
         tmp_path / "model",
         device_map={"score": "cpu", **{f"lm.{name}": place for name, place in places.items()}},
