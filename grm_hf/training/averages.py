@@ -11,7 +11,7 @@ EXTREMES: dict[str, tuple[Callable, Callable]] = {
     "min_reward": (torch.amin, torch.minimum),
     "max_reward": (torch.amax, torch.maximum),
 }
-MEANS = ("accuracy", "margin", "pair_loss", "text_loss", "implicit_accuracy")  # over pairs
+MEANS = ("accuracy", "margin", "pair_loss", "text_loss", "aux_loss", "implicit_accuracy")  # over pairs
 
 
 class Averages:
@@ -44,7 +44,7 @@ class Averages:
         Args:
             columns (`dict[str, torch.Tensor]`):
                 Of each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`, `text_loss`,
-                `implicit_accuracy`, `nll` and `nll_tokens`.
+                `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`.
             gather (`Callable`, *optional*):
                 Gives the rows of all processes, without those that a sampler repeats. Without it, processes are put
                 together by [`~Averages.take`].

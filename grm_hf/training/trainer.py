@@ -178,7 +178,12 @@ class GRMRewardTrainer(RewardTrainer):
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, lengths)
 
         # Without a text loss the numbers are TRL's, to the last bit: a layout that rounds otherwise must be asked for.
-        wanted = "padded" if args.layout == "auto" and args.text_loss == "none" else args.layout
+        wanted, routers = args.layout, getattr(config.text_config, "output_router_logits", False)
+        self._router_weight = base.router_aux_loss_coef if routers else 0.0
+        if wanted == "auto" and args.text_loss == "none":
+            wanted = "padded"
+        elif wanted == "auto" and routers:
+            wanted = "packed"  # the auxiliary loss is an average over tokens: a shared prefix would count once
         self.layout = resolve_layout(wanted, self.model)
         if data_collator is None:
             self.data_collator = PairCollator(
@@ -359,11 +364,16 @@ class GRMRewardTrainer(RewardTrainer):
             text = text_loss(responses, args.beta)
             columns = {"text_loss": text, **_text_columns(responses)}
             loss = losses.total_loss(loss, text.mean(), args.alpha)
+        total = losses.total_loss(pair, text, args.alpha)
+        if outputs.aux_loss is not None:  # of experts, where the configuration says `output_router_logits`
+            aux = self._router_weight * outputs.aux_loss.to(loss.device)
+            loss, total = loss + aux, total + aux
+            columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
 
         chosen_tokens, rejected_tokens = _lengths(inputs).chunk(2)
         columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
         columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
-        return loss, columns | {"loss": losses.total_loss(pair, text, args.alpha)}
+        return loss, columns | {"loss": total}
 
     def _pair_loss(self, inputs):
         """Name of the loss on the rewards of this batch: an evaluation set without margins is measured without."""
