@@ -163,6 +163,9 @@ def prepare_pairs(
 
     if getattr(dataset, "format", {}).get("type") != "custom":  # rows as Python objects, but by the user's transform
         dataset = dataset.with_format(None)
+    for side in ("chosen", "rejected"):  # TRL's earlier names
+        if f"{side}_input_ids" in (columns := dataset.column_names or ()) and f"{side}_ids" not in columns:
+            dataset = dataset.rename_column(f"{side}_input_ids", f"{side}_ids")
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset has no rows.")

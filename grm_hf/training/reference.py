@@ -94,7 +94,8 @@ def why_adapter_off_is_not_the_start(trainer) -> str | None:
             start = trainer.response_logps(model, batch)
         with model.disable_adapter():
             off = trainer.response_logps(model, batch)
-            reached = off.requires_grad and torch.autograd.grad(off.sum(), trained, allow_unused=True)
+            still = [parameter for parameter in trained if parameter.requires_grad]  # peft stops those of the adapter
+            reached = off.requires_grad and torch.autograd.grad(off.sum(), still, allow_unused=True)
     if not torch.equal(off, start):
         return "it changes the model already at the start (it has been trained before, or begins with other weights)"
     if reached and any(gradient is not None for gradient in reached):

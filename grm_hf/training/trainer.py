@@ -132,7 +132,8 @@ class GRMRewardTrainer(RewardTrainer):
         if peft_config is not None and not is_peft_model(model):
             peft_config = adapters.for_reward_model(peft_config, base)
             peft_config = adapters.clone_template(base, processing_class, args, peft_config)
-            adapters.give_a_folder(base, args, processing_class, always=bool(hub))
+            elsewhere = bool(hub) or given_args.chat_template_path is not None  # than the model's name says
+            adapters.give_a_folder(base, args, processing_class, always=elsewhere)
         if args.text_loss == "none" and args.world_size > 1:
             base.freeze_lm_head()
         if args.freeze_backbone:
@@ -259,7 +260,7 @@ class GRMRewardTrainer(RewardTrainer):
                 dataset_name,
                 args.dataset_num_proc,
                 starts_required=args.text_loss != "none",
-                whole=dataset_name != "train",  # an evaluation has an end, and each of its rows counts once
+                whole=bool(self.data_counts),  # all but the first: an evaluation has an end, each row counts once
                 **self._limits,
             )
         self.data_counts[dataset_name] = counts
@@ -296,8 +297,11 @@ class GRMRewardTrainer(RewardTrainer):
         return torch.cat([sums.view(2, -1) for sums in logps], dim=1).flatten()
 
     def _forward(self, model, inputs, lm_fn):
+        kwargs = model_kwargs(inputs)
+        if self._router_weight:
+            kwargs.pop("output_rows", None)  # the auxiliary loss is an average over all tokens of every layer
         with layout_attention(model, self.layout):
-            return model(**model_kwargs(inputs), use_cache=False, lm_fn=lm_fn)
+            return model(**kwargs, use_cache=False, lm_fn=lm_fn)
 
     def training_step(self, model, inputs, *args, **kwargs):
         parts = _parts(inputs)
@@ -651,11 +655,12 @@ def _embedded_positions(model):
 
 
 def _disable_functional_dropout(model):
-    """TRL sets `nn.Dropout` modules to 0; some families drop by a number in another module (OPT, Bloom, ...)."""
-    for module in model.modules():
-        for name, value in vars(module).items():
+    """TRL sets `nn.Dropout` modules to 0; some families drop by a number of another module (OPT, Bloom, ...) or of the
+    configuration (Falcon)."""
+    for owner in (*model.modules(), _unwrapped(model).config.text_config):
+        for name, value in list(vars(owner).items()):
             if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+                setattr(owner, name, 0.0)
 
 
 def _last_complete_checkpoint(folder):
