@@ -175,7 +175,8 @@ class GRMRewardTrainer(RewardTrainer):
         if args.disable_dropout:
             _disable_functional_dropout(self.model)
         if self._groups_by_length and self._columns(self.train_dataset):
-            lengths = [len(c) + len(r) for c, r in self.train_dataset.select_columns(["chosen_ids", "rejected_ids"])]
+            sides = (self.train_dataset[f"{side}_ids"] for side in ("chosen", "rejected"))
+            lengths = [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, lengths)
 
         # Without a text loss the numbers are TRL's, to the last bit: a layout that rounds otherwise must be asked for.
@@ -288,6 +289,8 @@ class GRMRewardTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [*reference.COLUMNS, "margin", "ref_chosen_logps", "ref_rejected_logps"]
+            if self._groups_by_length:
+                self._signature_columns.append(self.args.length_column_name)
 
     # ------------------------------------------------------------------------------------------------------------ loss
 
