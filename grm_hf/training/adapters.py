@@ -91,10 +91,10 @@ def _aim_as_on(lm, settings):
         asked.init_lora_weights = True  # the others need weights
     with torch.device("meta"):
         bare = type(lm)(copy.deepcopy(lm.config))
-    found = get_peft_model(bare, asked).peft_config["default"]
+    resolved = get_peft_model(bare, asked).peft_config["default"]
     for name in ("target_modules", "feedforward_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
-        if getattr(found, name, None):
-            setattr(settings, name, getattr(found, name))
+        if getattr(resolved, name, None):
+            setattr(settings, name, getattr(resolved, name))
 
 
 def clone_template(model, tokenizer, args, peft_config):

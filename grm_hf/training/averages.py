@@ -25,8 +25,8 @@ class Averages:
     >>> averages = Averages()
     >>> averages.add({"chosen": torch.tensor([1.0, 2.0]), "rejected": torch.tensor([0.0, 3.0])})
     >>> averages.add({"chosen": torch.tensor([4.0]), "rejected": torch.tensor([2.0])})
-    >>> found = averages.take()
-    >>> round(found["accuracy"], 4), round(found["margin"], 4), found["min_reward"]
+    >>> logged = averages.take()
+    >>> round(logged["accuracy"], 4), round(logged["margin"], 4), logged["min_reward"]
     (0.6667, 0.6667, 0.0)
     >>> averages.take()
     {}
