@@ -339,8 +339,8 @@ def _prepare_row(
         own = _format_of(row)
         if own != row_format:
             raise ValueError(
-                f"this row is {own}; row 0 is {row_format}. All rows of a dataset must be of one kind: fill in what is "
-                "missing, or remove the column or the rows."
+                f"this row is {own}; row 0 is {row_format}. All rows of a dataset must be of one kind: fill in what "
+                "is missing, or remove the column or the rows."
             )
         output: dict[str, Any] = {number: _finite(number, row[number]) for number in row_format.numbers}
         texts = row
