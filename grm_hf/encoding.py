@@ -391,9 +391,9 @@ def _stands_in(text: str, written: str) -> bool:
 
 def _message(index: int, message: Any) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        found = keys_found(message) if isinstance(message, dict) else describe(message)
+        given = keys_found(message) if isinstance(message, dict) else describe(message)
         raise ValueError(
-            f'message {index} has no role: found {found}. A message is {{"role": ..., "content": ...}}; rename the '
+            f'message {index} has no role: found {given}. A message is {{"role": ..., "content": ...}}; rename the '
             'keys of other conventions ("from", "value").'
         )
     message = without_nulls(message)

@@ -102,32 +102,20 @@ class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flat, weight, bias, index, targets, owner, n_sequences, loss):
         ctx.save_for_backward(flat, weight, bias, index, targets, owner)
-        kind = flat.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        device = flat.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.gradients, ctx.coefficients = None, None
         chunks = _Chunks(ctx.dtype, flat, weight, bias, index, targets)
-        head_learns = any(ctx.needs_input_grad[1:3])
-        with_loss = head_learns and loss is not None
-        ctx.gradients = None
-        if with_loss or (ctx.needs_input_grad[0] and not head_learns):
-            ctx.gradients = _Gradients(ctx.needs_input_grad, weight, bias, len(index))
-
         sums = flat.new_zeros(n_sequences, dtype=_exact(ctx.dtype))
-        coefficients = torch.zeros_like(sums)
-        groups = _pairs(owner, n_sequences) if with_loss else _all(index)
-        for group in groups:
-            for rows in group.split(ROWS):
-                logps = chunks.compute(rows)
-                sums.index_add_(0, owner[rows], logps)
-                if ctx.gradients is not None and not with_loss:
-                    ctx.gradients.add(rows, chunks)
-            if with_loss:
-                of_group = owner[group]
-                coefficients[of_group] = _gradient(loss, sums)[of_group]
-                for rows in group.split(ROWS):
-                    if len(group) > ROWS:  # a long pair: its coefficient was not known when a chunk was there first
-                        chunks.compute(rows)
-                    ctx.gradients.add(rows, chunks, coefficients[owner[rows]])
-        ctx.coefficients = coefficients if with_loss else None
+        rows_learn, head_learns = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        if head_learns and loss is not None:
+            ctx.gradients = _Gradients(ctx.needs_input_grad, weight, bias, len(index))
+            ctx.coefficients = _sums_and_gradients(sums, chunks, owner, ctx.gradients, loss)
+        elif rows_learn and not head_learns:
+            ctx.gradients = _Gradients(ctx.needs_input_grad, weight, bias, len(index))
+            _sums_and_row_gradients(sums, chunks, owner, ctx.gradients)
+        else:
+            _sums_alone(sums, chunks, owner)
         return sums
 
     @staticmethod
@@ -141,10 +129,39 @@ class _LinearHead(torch.autograd.Function):
         if gradients is None or factor is None:
             gradients, factor = _Gradients(ctx.needs_input_grad, weight, bias, len(index)), 1.0
             chunks = _Chunks(ctx.dtype, flat, weight, bias, index, targets)
-            for rows in _all(index)[0].split(ROWS):
+            for rows in chunks.all_rows():
                 chunks.compute(rows)
                 gradients.add(rows, chunks, grad_sums[owner[rows]])
         return *gradients.finish(flat, index, grad_sums[owner], factor), None, None, None, None, None
+
+
+def _sums_alone(sums, chunks, owner):
+    """Adds up log-probabilities; whatever gradient is asked for later, the chunks are computed again."""
+    for rows in chunks.all_rows():
+        sums.index_add_(0, owner[rows], chunks.compute(rows))
+
+
+def _sums_and_row_gradients(sums, chunks, owner, gradients):
+    """For a head that does not learn: the gradient of each row, up to its coefficient, while its logits are there."""
+    for rows in chunks.all_rows():
+        sums.index_add_(0, owner[rows], chunks.compute(rows))
+        gradients.add(rows, chunks)
+
+
+def _sums_and_gradients(sums, chunks, owner, gradients, loss):
+    """For a head that learns: pair by pair, first the two sums, which give the pair's coefficients, then gradients.
+    Returns the coefficients, `(n_sequences,)`."""
+    coefficients = torch.zeros_like(sums)
+    for pairs in _pairs(owner, len(sums)):
+        for rows in pairs.split(ROWS):
+            sums.index_add_(0, owner[rows], chunks.compute(rows))
+        sequences = owner[pairs]
+        coefficients[sequences] = _gradient(loss, sums)[sequences]
+        for rows in pairs.split(ROWS):
+            if len(pairs) > ROWS:  # a long pair: its coefficient was not known when a chunk was there first
+                chunks.compute(rows)
+            gradients.add(rows, chunks, coefficients[owner[rows]])
+    return coefficients
 
 
 class _Chunks:
@@ -154,6 +171,9 @@ class _Chunks:
         self.flat, self.index, self.targets = flat, index, targets
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         self.buffer = flat.new_empty(min(ROWS, len(index)), len(weight), dtype=_exact(dtype))
+
+    def all_rows(self) -> tuple[torch.Tensor, ...]:
+        return torch.arange(len(self.index), device=self.index.device).split(ROWS)
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the targets of `rows`."""
@@ -229,10 +249,6 @@ def _constant_factor(grad: torch.Tensor, coefficients: torch.Tensor) -> float | 
     if not same:
         return None
     return 1.0 if abs(factor - 1) < 4 * epsilon else factor  # 1 spares a pass over the gradient
-
-
-def _all(index: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.arange(len(index), device=index.device)]
 
 
 def _pairs(owner: torch.Tensor, n_sequences: int) -> list[torch.Tensor]:

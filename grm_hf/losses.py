@@ -10,7 +10,7 @@ Every function returns one value a pair, `(B,)`; the trainer takes the mean.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -28,18 +28,19 @@ class PairLoss(NamedTuple):
 
     formula: str
     reads_margin: bool
-    function: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+    function: Callable[[torch.Tensor, Any, float], torch.Tensor]
     source: str = ""
 
 
 class Responses(NamedTuple):
-    """What text losses are made of, `(B,)` each: summed log-probabilities, and the number of tokens in a sum."""
+    """What text losses are made of: tensors `(B,)` of summed log-probabilities, and of the number of tokens in a sum.
+    `None` where the loss does not read it."""
 
     chosen: torch.Tensor
-    chosen_tokens: torch.Tensor | None = None
-    rejected: torch.Tensor | None = None
-    ref_chosen: torch.Tensor | None = None
-    ref_rejected: torch.Tensor | None = None
+    chosen_tokens: Any = None
+    rejected: Any = None
+    ref_chosen: Any = None
+    ref_rejected: Any = None
 
 
 class TextLoss(NamedTuple):

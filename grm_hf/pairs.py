@@ -163,17 +163,20 @@ def prepare_pairs(
 
     if getattr(dataset, "format", {}).get("type") != "custom":  # rows as Python objects, but by the user's transform
         dataset = dataset.with_format(None)
+    for side in ("chosen", "rejected"):  # TRL's earlier names
+        if f"{side}_input_ids" in (columns := dataset.column_names or ()) and f"{side}_ids" not in columns:
+            dataset = dataset.rename_column(f"{side}_input_ids", f"{side}_ids")
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset has no rows.")
     with _naming(name, 0):
-        kind = _kind(first)
-    _warn_of_texts(first, kind, name)
+        row_format = _format_of(first)
+    _warn_of_texts(first, row_format, name)
     prepare = partial(
         _prepare_row,
         encoder=encoder,
         name=name,
-        kind=kind,
+        row_format=row_format,
         starts_required=starts_required,
         embeddings=embeddings,
         positions=positions,
@@ -181,7 +184,7 @@ def prepare_pairs(
 
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {"chosen_ids": ids, "rejected_ids": ids, "chosen_start": number, "rejected_start": number}
-    columns |= {column: datasets.Value("float64") for column in kind.numbers}
+    columns |= {column: datasets.Value("float64") for column in row_format.numbers}
     features = datasets.Features({**columns, "outcome": datasets.Value("int8")})
     counts = Counts(name)
     streaming = isinstance(dataset, datasets.IterableDataset)
@@ -234,12 +237,12 @@ def _read(stream: "IterableDataset", features) -> "Dataset":
     return datasets.concatenate_datasets(parts)
 
 
-def _warn_of_texts(first: dict, kind: "_Kind", name: str) -> None:
+def _warn_of_texts(first: dict, row_format: "_RowFormat", name: str) -> None:
     """Says what is probably a mistake in a dataset of texts, judged by its first row."""
-    if kind.form != "text":
+    if row_format.form != "text":
         return
     sides = [first["chosen"], first["rejected"]]
-    prompt = first["prompt"] if kind.prompt else ""
+    prompt = first["prompt"] if row_format.prompt else ""
     if any(map(_is_json_messages, [prompt, *sides])):
         warnings.warn(
             f"The {name} dataset has messages written as JSON text, and trains on that text, without the chat "
@@ -266,7 +269,7 @@ def _is_json_messages(text: str) -> bool:
     return isinstance(message, dict) and "role" in message
 
 
-class _Kind(NamedTuple):
+class _RowFormat(NamedTuple):
     """What all rows of a dataset have in common."""
 
     form: str  # "tokens", "text" or "messages"
@@ -288,11 +291,11 @@ def _naming(name: str, index: int, side: str = "") -> Iterator[None]:
         raise (OverlengthError if isinstance(error, OverlengthError) else ValueError)(f"{where}: {error}") from error
 
 
-def _kind(row: dict) -> _Kind:
+def _format_of(row: dict) -> _RowFormat:
     numbers = tuple(n for n in ("margin",) if row.get(n) is not None)
     if "chosen_ids" in row and "rejected_ids" in row:
         numbers += tuple(n for n in ("ref_chosen_logps", "ref_rejected_logps") if row.get(n) is not None)
-        return _Kind("tokens", False, numbers)
+        return _RowFormat("tokens", False, numbers)
     missing = [field for field in ("chosen", "rejected") if row.get(field) is None]
     if missing:
         raise ValueError(
@@ -310,7 +313,7 @@ def _kind(row: dict) -> _Kind:
             f"text and messages are mixed: {', '.join(f'`{field}` is {form}' for field, form in forms.items())}. "
             "Write all of them the same way."
         )
-    return _Kind(forms["chosen"], prompt is not None, numbers)
+    return _RowFormat(forms["chosen"], prompt is not None, numbers)
 
 
 def _form(field: str, value: Any) -> str:
@@ -327,35 +330,35 @@ def _prepare_row(
     *,
     encoder: Encoder,
     name: str,
-    kind: _Kind,
+    row_format: _RowFormat,
     starts_required: bool,
     embeddings: int | None,
     positions: int | None,
 ) -> dict:
     with _naming(name, index):
-        own = _kind(row)
-        if own != kind:
+        own = _format_of(row)
+        if own != row_format:
             raise ValueError(
-                f"this row is {own}; row 0 is {kind}. All rows of a dataset must be of one kind: fill in what is "
-                "missing, or remove the column or the rows."
+                f"this row is {own}; row 0 is {row_format}. All rows of a dataset must be of one kind: fill in what "
+                "is missing, or remove the column or the rows."
             )
-        output: dict[str, Any] = {number: _finite(number, row[number]) for number in kind.numbers}
+        output: dict[str, Any] = {number: _finite(number, row[number]) for number in row_format.numbers}
         texts = row
-        if kind.form != "tokens":
+        if row_format.form != "tokens":
             if row["chosen"] == row["rejected"]:
                 raise ValueError("`chosen` and `rejected` are equal, so nothing is preferred. Remove the row.")
-            if kind.form == "text" and not kind.prompt:
+            if row_format.form == "text" and not row_format.prompt:
                 texts = _split_texts(row["chosen"], row["rejected"])
-        prompt = row["prompt"] if kind.prompt else []
+        prompt = row["prompt"] if row_format.prompt else []
         tools, template_kwargs = row.get("tools"), template_kwargs_of(row)
 
     encoded: dict[str, Encoded] = {}
     for side in ("chosen", "rejected"):
-        with _naming(name, index, f"{side}_ids" if kind.form == "tokens" else side):
+        with _naming(name, index, f"{side}_ids" if row_format.form == "tokens" else side):
             try:
-                if kind.form == "tokens":
+                if row_format.form == "tokens":
                     encoded[side] = encoder.fit(*_tokens(row, side, encoder.tokenizer, starts_required))
-                elif kind.form == "text":
+                elif row_format.form == "text":
                     encoded[side] = encoder.encode(texts.get("prompt") or "", texts[side])
                 else:
                     encoded[side] = encoder.encode(prompt, row[side], tools, **template_kwargs)

@@ -313,3 +313,21 @@ def test_the_reference_is_never_noisy(tmp_path, config):
     assert not torch.equal(*live) and torch.equal(*found)
     run.model.eval()
     torch.testing.assert_close(found[0], run.response_logps(run.model, batch))
+
+
+def test_golden_rows_see_the_lm_head(tmp_path):
+    """An error in the LM head alone leaves every reward as it is."""
+    run = fit(tmp_path / "run", grm(tie_word_embeddings=False))
+    verify(str(tmp_path / "run"))
+    row = json.loads((tmp_path / "run" / "golden_rows.json").read_text())["rows"][0]
+    run.model.eval()
+    logps = run.model(torch.tensor([row["ids"]]), return_lm_logits=True).lm_logits[0].log_softmax(-1)
+    expected = sum(logps[i - 1, row["ids"][i]].item() for i in range(max(row["start"], 1), len(row["ids"])))
+    assert row["text_logp"] == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        run.model.lm.lm_head.weight += 0.1 * torch.randn_like(run.model.lm.lm_head.weight)
+    golden = (tmp_path / "run" / "golden_rows.json").read_text()
+    run.model.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "golden_rows.json").write_text(golden)
+    with pytest.raises(ValueError, match="rows .0, 1, 2, 3. of 4 do not hold(.|\n)*log-probability of the response"):
+        verify(str(tmp_path / "run"))

@@ -37,10 +37,14 @@ def run(code, processes, port, folder):
     return json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
 
 
+# Two processes are given a streaming evaluation set in the runs named so, and asked to dispatch in others.
 RUNS = {
     "none": ("none", "full", "padded"),
+    "none-stream": ("none", "full", "padded"),
     "sft": ("sft", "full", "shared_prefix"),
     "sft-tokens": ("sft", "full", "shared_prefix"),
+    "sft-stream": ("sft", "full", "shared_prefix"),
+    "sft-dispatch": ("sft", "full", "packed"),
     "dpo": ("dpo", "full", "padded"),
     "dpo-lora": ("dpo", "lora", "auto"),
 }
@@ -52,13 +56,15 @@ TRAIN = f"""
 
     folder, processes = sys.argv[1], int(sys.argv[2])
     results = {{}}
-    for key, (kind, adapter, layout) in {RUNS!r}.items():
+    for key, (text_loss, adapter, layout) in {RUNS!r}.items():
+        tested, many = t.pairs(7, seed=1), processes > 1
         run = t.trainer(
             f"{{folder}}/{{key}}",
             t.grm().double(),
             t.pairs(16),
-            t.pairs(7, seed=1),
-            regularizer=kind,
+            tested.to_iterable_dataset() if key.endswith("stream") and many else tested,
+            regularizer=text_loss,
+            accelerator_config={{"dispatch_batches": True}} if key.endswith("dispatch") and many else {{}},
             alpha=0.5,
             layout=layout,
             optim="sgd",
@@ -93,7 +99,7 @@ def test_ddp_on_two_processes_equals_one(one_and_two, key):
     one, two = (results[key] for results in one_and_two)
     lines = [(one["eval"], two["eval"]), *zip(one["logged"], two["logged"], strict=True)]
     assert len(lines) == 4
-    assert ("text_loss" in lines[1][0]) == (key != "none") and "accuracy" in lines[1][0]
+    assert ("text_loss" in lines[1][0]) == (not key.startswith("none")) and "accuracy" in lines[1][0]
     for expected, found in lines:
         assert expected.keys() == found.keys()
         for name in expected.keys() - set(TIMES):

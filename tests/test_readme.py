@@ -83,10 +83,13 @@ def test_linked_files_exist():
             assert (ROOT / link).exists(), link
 
 
-def test_regulariser_table_is_complete():
-    from grm_hf.training.config import REGULARIZERS
+def test_loss_tables_are_those_of_the_code():
+    from grm_hf.losses import PAIR_LOSSES, TEXT_LOSSES
 
-    assert re.findall(r'^\| `"(\w+)"` \|', README, re.MULTILINE) == list(REGULARIZERS)
+    shown = re.findall(r'^\| `"(\w+)"` \| (?:`(.+)`)? ?\| (.*?) ?\|$', README, re.MULTILINE)
+    assert shown[0][:2] == ("none", "")
+    table = {**TEXT_LOSSES, **PAIR_LOSSES}
+    assert shown[1:] == [(name, loss.formula, loss.source) for name, loss in table.items()]
 
 
 @pytest.mark.parametrize(

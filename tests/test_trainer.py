@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import chatml_tokenizer
+from tiny import chatml_tokenizer, tiny_lm
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
@@ -807,3 +807,157 @@ def test_a_peft_model_of_the_users_own(tmp_path):
         GRMForSequenceClassification.from_pretrained(tmp_path / "start"), tmp_path / "run"
     )
     assert scores_here(again) == pytest.approx(scores_here(run.model), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ what happened silently in version 0.1.0
+
+
+@pytest.mark.parametrize("kind", ["none", "sft"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_the_auxiliary_loss_of_experts_is_the_familys_own(tmp_path, family, layout, kind):
+    lm = tiny_lm(family, vocab_size=len(TOKENIZER), output_router_logits=True, router_aux_loss_coef=0.5)
+    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8)
+    run = trainer(tmp_path, model, regularizer=kind, alpha=0.5, layout=layout, max_steps=1, max_length=60)
+    assert trainer(tmp_path, model, regularizer="sft", max_length=60).layout == "packed"
+    batch = run.data_collator([run.train_dataset[i] for i in range(4)])
+    run.train_dataset = run.train_dataset.select(range(4))
+    sequences = [run.train_dataset[i][f"{side}_ids"] for side in ("chosen", "rejected") for i in range(4)]
+    width = max(map(len, sequences))
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    theirs = lm(ids, attention_mask=mask).aux_loss
+    with_aux = run.compute_loss(run.model, dict(batch))
+    run._router_weight, weight = 0.0, run._router_weight
+    without = run.compute_loss(run.model, dict(batch))
+    run._router_weight = weight
+    assert theirs > 0 and with_aux.item() == pytest.approx((without + 0.5 * theirs).item(), rel=1e-5)
+    run._averages["train"].take()
+    run.train()
+    assert logged(run, "aux_loss") == [pytest.approx(theirs.item(), rel=1e-5)]
+    assert logged(run, "loss")[0] == pytest.approx(with_aux.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("pair_loss", ["margin", "scaled"])
+def test_an_evaluation_set_without_margins_is_measured_without(tmp_path, pair_loss, caplog):
+    margins = np.linspace(0, 2, 16).tolist()
+    run = trainer(
+        tmp_path,
+        data=pairs(margin=margins),
+        evaluation={"plain": pairs(7, seed=1), "with": pairs(7, seed=1, margin=margins[:7])},
+        eval_strategy="steps",
+        eval_steps=2,
+        pair_loss=pair_loss,
+        regularizer="none",
+    )
+    run.train()
+    plain, with_margin = logged(run, "eval_plain_loss")[-1], logged(run, "eval_with_loss")[-1]
+    assert "evaluation data has no `margin`" in caplog.text
+    found = run.predict(run.eval_dataset["plain"]).predictions
+    differences = found[:, 0] - found[:, 1]
+    assert plain == pytest.approx(np.log1p(np.exp(-differences)).mean(), rel=1e-5)
+    assert with_margin != pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom", "falcon", "gpt2", "phi", "qwen3"])
+def test_no_dropout_is_left(tmp_path, family):
+    """TRL sets modules to 0; families drop by numbers, too."""
+    noisy = {"opt": {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}, "bloom": {"hidden_dropout": 0.5},
+             "falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5}, "gpt2": {"resid_pdrop": 0.5},
+             "phi": {"attention_dropout": 0.5, "resid_pdrop": 0.5}, "qwen3": {"attention_dropout": 0.5}}  # fmt: skip
+    lm = tiny_lm(family, vocab_size=len(TOKENIZER), max_position_embeddings=128, **noisy[family])
+    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8, head_dropout=0.5)
+    for disable in (False, True):
+        run = trainer(tmp_path, model, alpha=0.5, max_length=100, disable_dropout=disable, layout="padded")
+        batch = run.data_collator([run.train_dataset[i] for i in range(4)])
+        run.model.train()
+        found = [run.compute_loss(run.model, dict(batch)).item() for _ in range(3)]
+        assert len(set(found)) == (1 if disable else 3)
+
+
+def test_tokens_and_positions_outside_of_the_model_are_refused(tmp_path):
+    small = GRMForSequenceClassification.from_base(
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER) - 1, hidden_size=16, intermediate_size=32,
+                                     num_hidden_layers=1, num_attention_heads=2)), head_hidden_size=8)  # fmt: skip
+    with pytest.raises(ValueError, match=rf"16 rows of the train .*\n.*row 0, `chosen`: it has the token .* has {len(TOKENIZER) - 1} rows"):  # fmt: skip  # noqa: E501
+        trainer(tmp_path, small)
+    for family in ("gpt2", "opt"):
+        lm = tiny_lm(family, vocab_size=len(TOKENIZER), max_position_embeddings=40)
+        model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8)
+        for stream in (False, True):
+            data = pairs(16, seed=3).to_iterable_dataset() if stream else pairs(16, seed=3)
+            with pytest.raises(ValueError, match="it has .* tokens, and the model has an embedding for 40 positions"):
+                trainer(tmp_path, model, data, max_steps=4).train()
+        trainer(tmp_path, model, max_length=40, max_steps=1, alpha=0.5, layout="padded").train()
+
+
+def test_settings_that_would_be_ignored_are_said_or_obeyed(tmp_path):
+    with pytest.warns(UserWarning, match="`label_smoothing_factor=0.1` is ignored.*set `label_smoothing`"):
+        settings(tmp_path, label_smoothing_factor=0.1)
+    names = {field.name for field in __import__("dataclasses").fields(GRMRewardConfig)}
+    group = {"train_sampling_strategy": "group_by_length"} if "train_sampling_strategy" in names else {
+        "group_by_length": True}  # fmt: skip
+    run = trainer(tmp_path, data=pairs(64), per_device_train_batch_size=2, **group)
+    order = list(run._get_train_sampler(run.train_dataset))
+    lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in run.train_dataset]
+    grouped = np.array([lengths[i] for i in order]).reshape(-1, 2)
+    assert sorted(order) == list(range(64))
+    assert grouped.std(1).mean() < np.std(lengths) / 3
+    run.train()
+
+
+def test_a_stream_of_which_nothing_is_left_is_an_error(tmp_path):
+    run = trainer(tmp_path, data=pairs().to_iterable_dataset(), max_length=10, overlength="drop", max_steps=3)
+    with pytest.raises(ValueError, match="Training made no step: .*16 rows, 16 dropped"):
+        run.train()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_stream_lost_is_said_at_the_end(tmp_path, workers, caplog):
+    expected = trainer(tmp_path / "a", max_length=24).data_counts["train"]
+    data = pairs().to_iterable_dataset(num_shards=2)
+    run = trainer(tmp_path / "b", data=data, max_length=24, max_steps=8, dataloader_num_workers=workers)
+    run.train()
+    assert run.data_counts["train"] == expected and expected.truncated > 0
+    assert str(expected) in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_streams_and_dispatch_give_the_numbers_of_a_map(tmp_path, layout, caplog):
+    common = {"regularizer": "dpo_noref", "alpha": 0.5, "layout": layout, "eval_strategy": "steps", "eval_steps": 2}
+    tested = pairs(7, seed=1)
+    right = trainer(tmp_path / "a", evaluation=tested, **common)
+    right.train()
+    stream = trainer(tmp_path / "b", evaluation=tested.to_iterable_dataset(), **common)
+    dispatch = trainer(tmp_path / "c", evaluation=tested, accelerator_config={"dispatch_batches": True}, **common)
+    assert "`dispatch_batches=True` is ignored" in caplog.text
+    for run in (stream, dispatch):
+        run.train()
+        for name in ("loss", "eval_loss", "eval_accuracy", "eval_margin", "eval_text_loss", "eval_perplexity"):
+            assert logged(run, name) == logged(right, name) != [], name
+    assert stream.data_counts["eval"] == right.data_counts["eval"]
+    again = right.evaluate(tested.to_iterable_dataset())
+    assert again["eval_loss"] == logged(right, "eval_loss")[-1]
+
+
+def test_a_saved_folder_is_loaded_before_training_is_called_done(tmp_path, monkeypatch):
+    loaded = []
+    from grm_hf.training import trainer as module
+
+    original = module.golden.verify
+    monkeypatch.setattr(module.golden, "verify", lambda *a, **k: (loaded.append(str(a[0])), original(*a, **k))[1])
+    run = trainer(tmp_path / "a", save_strategy="steps", save_steps=2)
+    run.train()
+    run.save_model()
+    assert loaded == [str(tmp_path / "a" / "checkpoint-2")]  # the first one, and once
+    broken = trainer(tmp_path / "b", save_strategy="steps", save_steps=2)
+    save = type(broken.model).save_pretrained
+
+    def other_weights(self, folder, **kwargs):
+        kwargs.pop("state_dict", None)
+        save(grm(seed=5), folder, **kwargs)
+
+    monkeypatch.setattr(type(broken.model), "save_pretrained", other_weights)
+    with pytest.raises(RuntimeError, match="does not load as the model that was trained"):
+        broken.train()
+    assert broken.state.global_step == 2

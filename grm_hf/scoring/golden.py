@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from ..devices import is_whole, own_device
+from ..devices import evaluating, is_whole, own_device
 from ..encoding import OverlengthError
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import load_export
@@ -85,7 +85,8 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
     rows = []
     for number, chat in enumerate(chats):
         try:
-            rows.append({"chat": chat, "ids": list(scorer.encode(chat).ids)})
+            encoded = scorer.encode(chat)
+            rows.append({"chat": chat, "ids": list(encoded.ids), "start": encoded.start})
         except OverlengthError as error:
             if given:
                 raise ValueError(f"chat {number}: {error}") from error
@@ -99,6 +100,7 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
         raise ValueError(f"the rewards are {scores}: the model's weights are broken, or overflow in its dtype.")
     for row, score in zip(rows, scores, strict=True):
         row["score"] = score
+        row["text_logp"] = _text_logp(model, row)
     path = Path(folder) / FILE
     content = {"saved_with": _environment(model), "rows": rows}
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -162,6 +164,10 @@ def verify(path: str | Path, **load_kwargs) -> str:
         difference = abs(score - expected) / max(1.0, abs(expected))
         holds = tokens == f"{len(ids)} equal" and difference <= limit
         mark = "" if holds else "  DIFFERS"
+        if "text_logp" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:  # an export has no LM head
+            now, stored = _text_logp(model, row), row["text_logp"]
+            if not abs(now - stored) / max(1.0, abs(stored)) <= limit:
+                holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
         lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {difference:.1e}{mark}")
         if not holds:
             wrong.append(number)
@@ -214,3 +220,14 @@ def _outside_autocast(model) -> Iterator[None]:
         yield
     finally:
         model.forward = wrapped
+
+
+@torch.no_grad()
+def _text_logp(model, row: dict[str, Any]) -> float:
+    """Log-probability of the row's response under the LM head: what the reward does not see."""
+    ids = torch.tensor([row["ids"]], device=model.get_input_embeddings().weight.device)
+    first = max(row["start"], 1)
+    with evaluating(model), _outside_autocast(model):
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
+    logps = out.lm_logits[0, first - 1 : -1].double().log_softmax(-1)
+    return float(logps.gather(1, ids[0, first:, None].to(logps.device)).sum())

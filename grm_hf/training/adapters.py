@@ -61,6 +61,9 @@ def for_reward_model(peft_config, model: GRMForSequenceClassification):
     settings = copy.deepcopy(peft_config)
     if getattr(settings, "target_modules", "none") is None or _has_experts(model.lm):
         _aim_as_on(model.lm, settings)
+    if isinstance(settings.target_modules, (list, set)) and "score" in settings.target_modules:
+        settings.target_modules = sorted(set(settings.target_modules) - {"score"})
+        logger.warning("The reward head `score` is trained in full; it gets no adapter beside that.")
     settings.task_type = settings.task_type or "SEQ_CLS"
     settings.modules_to_save = list(dict.fromkeys([*(settings.modules_to_save or []), "score"]))
     return settings
@@ -88,10 +91,10 @@ def _aim_as_on(lm, settings):
         asked.init_lora_weights = True  # the others need weights
     with torch.device("meta"):
         bare = type(lm)(copy.deepcopy(lm.config))
-    found = get_peft_model(bare, asked).peft_config["default"]
+    resolved = get_peft_model(bare, asked).peft_config["default"]
     for name in ("target_modules", "feedforward_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
-        if getattr(found, name, None):
-            setattr(settings, name, getattr(found, name))
+        if getattr(resolved, name, None):
+            setattr(settings, name, getattr(resolved, name))
 
 
 def clone_template(model, tokenizer, args, peft_config):
@@ -121,7 +124,7 @@ def give_a_folder(model, args, tokenizer, always: bool) -> None:
 
     An adapter that named the raw language model instead would load as a classifier with a random head.
     """
-    if model.name_or_path and not always and args.chat_template_path is None:
+    if model.name_or_path and not always:
         return
     folder = Path(args.output_dir) / "base"
     with args.main_process_first(desc="saving the untrained reward model"):

@@ -11,7 +11,7 @@ EXTREMES: dict[str, tuple[Callable, Callable]] = {
     "min_reward": (torch.amin, torch.minimum),
     "max_reward": (torch.amax, torch.maximum),
 }
-MEANS = ("accuracy", "margin", "pair_loss", "text_loss", "implicit_accuracy")  # over pairs
+MEANS = ("accuracy", "margin", "pair_loss", "text_loss", "aux_loss", "implicit_accuracy")  # over pairs
 
 
 class Averages:
@@ -25,8 +25,8 @@ class Averages:
     >>> averages = Averages()
     >>> averages.add({"chosen": torch.tensor([1.0, 2.0]), "rejected": torch.tensor([0.0, 3.0])})
     >>> averages.add({"chosen": torch.tensor([4.0]), "rejected": torch.tensor([2.0])})
-    >>> found = averages.take()
-    >>> round(found["accuracy"], 4), round(found["margin"], 4), found["min_reward"]
+    >>> logged = averages.take()
+    >>> round(logged["accuracy"], 4), round(logged["margin"], 4), logged["min_reward"]
     (0.6667, 0.6667, 0.0)
     >>> averages.take()
     {}
@@ -44,7 +44,7 @@ class Averages:
         Args:
             columns (`dict[str, torch.Tensor]`):
                 Of each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`, `text_loss`,
-                `implicit_accuracy`, `nll` and `nll_tokens`.
+                `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`.
             gather (`Callable`, *optional*):
                 Gives the rows of all processes, without those that a sampler repeats. Without it, processes are put
                 together by [`~Averages.take`].

@@ -94,10 +94,11 @@ def why_adapter_off_is_not_the_start(trainer) -> str | None:
             start = trainer.response_logps(model, batch)
         with model.disable_adapter():
             off = trainer.response_logps(model, batch)
-            reached = off.requires_grad and torch.autograd.grad(off.sum(), trained, allow_unused=True)
+            still = [parameter for parameter in trained if parameter.requires_grad]  # peft stops those of the adapter
+            reached = torch.autograd.grad(off.sum(), still, allow_unused=True) if off.requires_grad and still else ()
     if not torch.equal(off, start):
         return "it changes the model already at the start (it has been trained before, or begins with other weights)"
-    if reached and any(gradient is not None for gradient in reached):
+    if any(gradient is not None for gradient in reached):
         return "weights outside of the adapter are trained as well (for instance bias='all')"
     return None
 

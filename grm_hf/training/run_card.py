@@ -147,9 +147,9 @@ def _metrics(row, prefix, pairs):
         metrics[0] = ("accuracy", f"{row[f'{prefix}_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})")
         bias = length_bias(chosen, rejected, chosen_length, rejected_length)
         sides = ", ".join(
-            f"{bias[f'accuracy_chosen_{kind}']:.3f} where the chosen answer is {kind}"
-            for kind in ("longer", "shorter")
-            if f"accuracy_chosen_{kind}" in bias
+            f"{bias[f'accuracy_chosen_{length}']:.3f} where the chosen answer is {length}"
+            for length in ("longer", "shorter")
+            if f"accuracy_chosen_{length}" in bias
         )
         if sides:
             metrics.append(("accuracy by length", sides))
@@ -257,5 +257,5 @@ def _hub_ids(dataset) -> list[str]:
     if isinstance(dataset, dict):
         return sorted({id for part in dataset.values() for id in _hub_ids(part)})
     sources = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = (re.match(r"hf://datasets/([\w.-]+/[\w.-]+?)@", url) for url in sources)
-    return sorted({match[1] for match in found if match})
+    matches = (re.match(r"hf://datasets/([\w.-]+/[\w.-]+?)@", url) for url in sources)
+    return sorted({match[1] for match in matches if match})

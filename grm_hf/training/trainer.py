@@ -132,7 +132,8 @@ class GRMRewardTrainer(RewardTrainer):
         if peft_config is not None and not is_peft_model(model):
             peft_config = adapters.for_reward_model(peft_config, base)
             peft_config = adapters.clone_template(base, processing_class, args, peft_config)
-            adapters.give_a_folder(base, args, processing_class, always=bool(hub))
+            elsewhere = bool(hub) or given_args.chat_template_path is not None  # than the model's name says
+            adapters.give_a_folder(base, args, processing_class, always=elsewhere)
         if args.text_loss == "none" and args.world_size > 1:
             base.freeze_lm_head()
         if args.freeze_backbone:
@@ -174,11 +175,17 @@ class GRMRewardTrainer(RewardTrainer):
         if args.disable_dropout:
             _disable_functional_dropout(self.model)
         if self._groups_by_length and self._columns(self.train_dataset):
-            lengths = [len(c) + len(r) for c, r in self.train_dataset.select_columns(["chosen_ids", "rejected_ids"])]
+            sides = (self.train_dataset[f"{side}_ids"] for side in ("chosen", "rejected"))
+            lengths = [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, lengths)
 
         # Without a text loss the numbers are TRL's, to the last bit: a layout that rounds otherwise must be asked for.
-        wanted = "padded" if args.layout == "auto" and args.text_loss == "none" else args.layout
+        wanted, routers = args.layout, getattr(config.text_config, "output_router_logits", False)
+        self._router_weight = base.router_aux_loss_coef if routers else 0.0
+        if wanted == "auto" and args.text_loss == "none":
+            wanted = "padded"
+        elif wanted == "auto" and routers:
+            wanted = "packed"  # the auxiliary loss is an average over tokens: a shared prefix would count once
         self.layout = resolve_layout(wanted, self.model)
         if data_collator is None:
             self.data_collator = PairCollator(
@@ -254,7 +261,7 @@ class GRMRewardTrainer(RewardTrainer):
                 dataset_name,
                 args.dataset_num_proc,
                 starts_required=args.text_loss != "none",
-                whole=dataset_name != "train",  # an evaluation has an end, and each of its rows counts once
+                whole=bool(self.data_counts),  # all but the first: an evaluation has an end, each row counts once
                 **self._limits,
             )
         self.data_counts[dataset_name] = counts
@@ -282,6 +289,8 @@ class GRMRewardTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [*reference.COLUMNS, "margin", "ref_chosen_logps", "ref_rejected_logps"]
+            if self._groups_by_length:
+                self._signature_columns.append(self.args.length_column_name)
 
     # ------------------------------------------------------------------------------------------------------------ loss
 
@@ -291,8 +300,11 @@ class GRMRewardTrainer(RewardTrainer):
         return torch.cat([sums.view(2, -1) for sums in logps], dim=1).flatten()
 
     def _forward(self, model, inputs, lm_fn):
+        kwargs = model_kwargs(inputs)
+        if self._router_weight:
+            kwargs.pop("output_rows", None)  # the auxiliary loss is an average over all tokens of every layer
         with layout_attention(model, self.layout):
-            return model(**model_kwargs(inputs), use_cache=False, lm_fn=lm_fn)
+            return model(**kwargs, use_cache=False, lm_fn=lm_fn)
 
     def training_step(self, model, inputs, *args, **kwargs):
         parts = _parts(inputs)
@@ -359,11 +371,16 @@ class GRMRewardTrainer(RewardTrainer):
             text = text_loss(responses, args.beta)
             columns = {"text_loss": text, **_text_columns(responses)}
             loss = losses.total_loss(loss, text.mean(), args.alpha)
+        total = losses.total_loss(pair, text, args.alpha)
+        if outputs.aux_loss is not None:  # of experts, where the configuration says `output_router_logits`
+            aux = self._router_weight * outputs.aux_loss.to(loss.device)
+            loss, total = loss + aux, total + aux
+            columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
 
         chosen_tokens, rejected_tokens = _lengths(inputs).chunk(2)
         columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
         columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
-        return loss, columns | {"loss": losses.total_loss(pair, text, args.alpha)}
+        return loss, columns | {"loss": total}
 
     def _pair_loss(self, inputs):
         """Name of the loss on the rewards of this batch: an evaluation set without margins is measured without."""
@@ -641,11 +658,12 @@ def _embedded_positions(model):
 
 
 def _disable_functional_dropout(model):
-    """TRL sets `nn.Dropout` modules to 0; some families drop by a number in another module (OPT, Bloom, ...)."""
-    for module in model.modules():
-        for name, value in vars(module).items():
+    """TRL sets `nn.Dropout` modules to 0; some families drop by a number of another module (OPT, Bloom, ...) or of the
+    configuration (Falcon)."""
+    for owner in (*model.modules(), _unwrapped(model).config.text_config):
+        for name, value in list(vars(owner).items()):
             if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+                setattr(owner, name, 0.0)
 
 
 def _last_complete_checkpoint(folder):
