@@ -1,4 +1,4 @@
-"""The reward model of this project, `models/grm-smollm2-135m`: a LoRA adapter and a reward head on SmolLM2-135M-Instruct.
+"""The reward model of this project, `models/grm-smollm2-135m`: a LoRA adapter and a head on SmolLM2-135M-Instruct.
 
     python benchmarks/published_model.py CANDIDATE    # train one of `CANDIDATES`, judge it on the validation pairs
     python benchmarks/published_model.py --list       # what the candidates reached

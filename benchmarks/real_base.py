@@ -4,6 +4,7 @@ each method, from the same pairs in the same order, and tested in and out of dis
     python benchmarks/real_base.py               # every unit that has no file yet, the most informative first
     python benchmarks/real_base.py --workers 2   # two at a time
     python benchmarks/real_base.py --list        # what there is, and what is left
+    python benchmarks/real_base_page.py          # the section of docs/results.md, from what there is
 
 A unit is one run and one small JSON file, named by a digest of its settings. Interrupt it when you like: what has no
 file is done again. Each unit is a process of its own, with one thread and a low priority.
@@ -222,6 +223,26 @@ def test_rows(test: str) -> list[dict]:
     return rows[:count]
 
 
+def about_tests() -> dict:
+    """What the page needs to know of each row of each test set, without its text: the prompt, as a number; characters
+    of the two responses; of RM-Bench the domain and the styles of the two (0 concise, 1 detailed, 2 Markdown)."""
+    about = {}
+    for test in TESTS:
+        rows = test_rows(test)
+        numbers = {turn: i for i, turn in enumerate(dict.fromkeys(map(first_user_turn, rows)))}
+        about[test] = {
+            "prompts": [numbers[first_user_turn(row)] for row in rows],
+            **{side: [len(row[side][0]["content"]) for row in rows] for side in ("chosen", "rejected")},
+        }
+        if test == "rm_bench":
+            meta = [json.loads(row["meta"]) for row in rows]
+            about[test] |= {
+                "domains": [row["subset"] for row in rows],
+                "styles": [f"{m['chosen_style']}{m['rejected_style']}" for m in meta],
+            }
+    return about
+
+
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
@@ -420,6 +441,7 @@ def main() -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 sys.exit(f"Another process works in {results}.")
+            write(results / "tests.json", about_tests())
             work(base.origin(folder), folder, results, args.workers)
 
 

@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     demo = commands.add_parser(
-        "demo", help="train a Bradley-Terry model and GRM on real pairs, and compare what they know and say (no network)"
+        "demo", help="train a Bradley-Terry model and GRM on real pairs, and compare what they know and say"
     )
     demo.add_argument("--output", default="runs/demo", help="folder for results (default: runs/demo)")
     demo.add_argument("--pairs", type=int, default=240, help="pairs to train on (default: 240)")

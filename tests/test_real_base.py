@@ -1,1 +1,215 @@
-"""The study on a real base: its units, its data, and one unit of each kind at toy size."""
+"""The study on a real base: which units there are and when they can be named, what a unit is trained and tested on,
+one unit of each kind at toy size, and the page against results whose differences are known."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import chatml_tokenizer, tiny_lm
+
+
+pytest.importorskip("trl", reason="training extra")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import real_base  # noqa: E402
+import real_base_page as page  # noqa: E402
+from results_page import PAGE  # noqa: E402
+
+
+ORIGIN = "a base"
+
+
+def row(prompt, chosen, rejected, **more):
+    return {
+        "id": f"{prompt}/{chosen}/{rejected}",
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+        "subset": "chat",
+        "meta": json.dumps({"chosen_style": 0, "rejected_style": 1}),
+        **more,
+    }
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    """Ten prompts of each file with two pairs each, in the place of shared/data."""
+
+    def rows(name):
+        return [row(f"{name} {i}?", f"yes {j}", f"no, no {j}") for i in range(10) for j in range(2)]
+
+    monkeypatch.setattr(real_base, "short_rows", rows)
+    monkeypatch.setattr(real_base, "TRAIN", {name: (file, 4) for name, (file, _) in real_base.TRAIN.items()})
+    real_base.test_rows.cache_clear()
+    yield rows
+    real_base.test_rows.cache_clear()
+
+
+def test_every_unit_has_a_file_of_its_own():
+    units = [real_base.run_unit(method, data, 1e-5, ORIGIN) for method, data in real_base.plan()]
+    units += [unit for method in real_base.METHODS for unit in real_base.selection_units(method, ORIGIN)]
+    names = {real_base.digest(unit) for unit in [*units, real_base.base_unit(ORIGIN)]}
+    assert len(names) == len(units) + 1
+    seeds = {}
+    for method, data in real_base.plan():
+        seeds.setdefault((data["train"], data["pairs"], data["flipped"], method), set()).add(data["seed"])
+    assert {method: len(seeds["rmb", 600, 0.0, method]) for method in real_base.METHODS} == {
+        "none": 8, "sft": 8, "dpo_noref": 8, "linear": 5, "dpo": 5
+    }
+    assert len(seeds["rmb", 600, 0.25, "sft"]) == len(seeds["pandalm", 500, 0.0, "none"]) == 8
+    assert len(seeds["rmb", 1200, 0.0, "sft"]) == 5
+
+
+def test_a_method_waits_for_its_learning_rate(tmp_path):
+    def kinds():
+        return [unit["kind"] for unit in real_base.units(ORIGIN, tmp_path)]
+
+    assert set(kinds()) == {"base", "select"}
+    losses = dict(zip(real_base.RATES, (0.70, 0.65, 0.66), strict=True))
+    for unit in real_base.selection_units("sft", ORIGIN):
+        found = {"held_out": {"log_loss": losses[unit["learning_rate"]]}}
+        real_base.write(real_base.file_of(unit, tmp_path), found)
+    assert real_base.chosen_rate("sft", ORIGIN, tmp_path) == real_base.RATES[1]
+    assert real_base.chosen_rate("none", ORIGIN, tmp_path) is None
+    named = [unit for unit in real_base.units(ORIGIN, tmp_path) if unit["kind"] == "run"]
+    assert {unit["method"] for unit in named} == {"sft"} and {unit["learning_rate"] for unit in named} == {3e-5}
+    assert len(named) == sum(method == "sft" for method, _ in real_base.plan())
+
+
+def test_pairs_of_a_run(few_pairs):
+    first = real_base.training_rows("rmb", 12, 0.0, 3)
+    assert first == real_base.training_rows("rmb", 12, 0.0, 3) != real_base.training_rows("rmb", 12, 0.0, 4)
+    flipped = real_base.training_rows("rmb", 12, 0.25, 3)
+    both = list(zip(first, flipped, strict=True))
+    turned = [a["chosen"] == b["rejected"] and a["rejected"] == b["chosen"] for a, b in both]
+    assert sum(turned) == 3 and all(a == b for (a, b), t in zip(both, turned, strict=True) if not t)
+    with pytest.raises(ValueError, match="16 pairs to train on, 100 wanted"):
+        real_base.training_rows("rmb", 100, 0.0, 3)
+
+    train, held = real_base.split("rmb")
+    turns = [{real_base.first_user_turn(row) for row in rows} for rows in (train, held)]
+    assert (len(train), len(held)) == (16, 4) and not turns[0] & turns[1]
+    assert {real_base.first_user_turn(row) for row in real_base.test_rows("pandalm")} == {
+        real_base.first_user_turn(row) for row in real_base.split("pandalm")[1]
+    }
+
+
+def test_no_test_prompt_is_trained_on(few_pairs, monkeypatch):
+    monkeypatch.setattr(
+        real_base, "short_rows", lambda name: [row(f"{i}?", "yes", "no") for i in range(len(name), len(name) + 30)]
+    )
+    trained = {real_base.first_user_turn(row) for train in real_base.TRAIN for row in real_base.split(train)[0]}
+    for test in real_base.TESTS:
+        assert not trained & {real_base.first_user_turn(row) for row in real_base.test_rows(test)}, test
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = chatml_tokenizer()
+    tiny_lm("llama_tied", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.trainer
+def test_units_at_toy_size(few_pairs, tiny_base, tmp_path):
+    base = real_base.do(real_base.base_unit(ORIGIN), tiny_base)
+    assert base["perplexity"] > 1 and len(base["written"]) == len(real_base.PROMPTS)
+    data = {"train": "rmb", "pairs": 8, "flipped": 0.25, "seed": 0}
+    found = {}
+    for method in real_base.METHODS:
+        unit = real_base.run_unit(method, data, 1e-3, ORIGIN)
+        found[method] = real_base.do(unit, tiny_base)
+        path = real_base.file_of(unit, tmp_path)
+        real_base.write(path, found[method])
+        assert json.loads(path.read_text()) == found[method] and path.stat().st_size < 60_000
+        for test, scores in found[method]["tests"].items():
+            assert scores["pairs"] == len(scores["chosen"]) == len(real_base.test_rows(test)), test
+            right = np.mean(np.sign(np.array(scores["chosen"]) - scores["rejected"]) / 2 + 0.5)
+            assert scores["accuracy"] == pytest.approx(right, abs=0.05)
+    # one head and one order within a seed: before the first step the methods agree
+    rewards = {method: found[method]["tests"]["rmb"]["chosen"] for method in found}
+    assert len({tuple(each) for each in rewards.values()}) == len(rewards)
+    selected = real_base.do(
+        {**real_base.selection_units("none", ORIGIN)[0], "pairs": 8, "learning_rate": 1e-3}, tiny_base
+    )
+    assert selected["held_out"]["pairs"] == 4 and "tests" not in selected
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def synthetic(folder, better, seeds=8):
+    """Results in which sft wins `better` more rows of every test set than none, in each of `seeds` seeds."""
+    count = 60
+    rows = {"prompts": list(range(count)), "chosen": [9] * count, "rejected": [5] * count}
+    about = {test: dict(rows) for test in real_base.TESTS}
+    about["rm_bench"] |= {"domains": ["chat"] * count, "styles": ["01", "10", "00"] * (count // 3)}
+    folder.mkdir()
+    real_base.write(folder / "tests.json", about)
+
+    def save(unit, **result):
+        real_base.write(real_base.file_of(unit, folder), {"settings": unit, "processor_seconds": 60, **result})
+
+    save(real_base.base_unit(ORIGIN), perplexity=14.0, written=["I am"] * 5, versions={"torch": "2"})
+    for method in ("none", "sft"):
+        for unit in real_base.selection_units(method, ORIGIN):
+            save(unit, held_out={"log_loss": unit["learning_rate"], "pairs": 200})
+        for seed in range(seeds):
+            right = 36 + seed % 3 + (better if method == "sft" else 0)
+            scores = {
+                "pairs": count, "accuracy": right / count, "log_loss": 0.6, "length": 0.1,
+                "chosen": [1.0] * right + [0.0] * (count - right), "rejected": [0.0] * right + [1.0] * (count - right),
+            }
+            data = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": seed}
+            unit = real_base.run_unit(method, data, 1e-5, ORIGIN)
+            save(unit, tests=dict.fromkeys(real_base.TESTS, scores), perplexity=15.0 + seed, written=["I | am"] * 5)
+    return folder
+
+
+def test_the_page_says_what_the_intervals_say(tmp_path):
+    text = page.section(synthetic(tmp_path / "a", better=12))
+    planned = len(real_base.plan())
+    assert f"16 of {planned} runs are done" in text
+    assert "| 600 RMB pairs | RMB | 8 | +20.0 | +20.0 to +20.0 |" in text and "| better |" in text
+    assert "| 600 RMB pairs | the 6 other test sets, averaged | 8 | +20.0 |" in text
+    assert "| 1,200 RMB pairs | RMB | 0 | | | | too few seeds yet |" in text
+    assert "sft 1e-05 (0.0000 at 1e-05" in text and "Not chosen yet: linear, dpo_noref, dpo." in text
+    assert "perplexity on HHH's chosen answers is 14.0 before training, 18.50 ± 2.05 after" in text
+    text = page.section(synthetic(tmp_path / "b", better=0))
+    assert "| 600 RMB pairs | RMB | 8 | +0.0 | +0.0 to +0.0 | +0.0 to +0.0 | no difference shown |" in text
+
+
+def test_the_page_with_hardly_any_results(tmp_path):
+    text = page.section(synthetic(tmp_path / "a", better=3, seeds=1))
+    assert "Nothing can be said yet of the accuracy elsewhere." in text and "| too few seeds yet |" in text
+    page.draw(tmp_path / "a", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_test_set_counts_the_same_in_an_average(tmp_path):
+    folder = synthetic(tmp_path / "a", better=12)
+    runs, _, _, about = page.load(folder)
+    for run in runs.values():
+        run["tests"] = dict(run["tests"])
+        run["tests"]["hhh"] = {"chosen": [1.0, 1.0], "rejected": [0.0, 0.0]}
+    about["hhh"] = {"prompts": [0, 1], "chosen": [1, 1], "rejected": [2, 2]}
+    found = page.difference(runs, about, ("rmb", 600, 0.0), "sft", ["rmb", "hhh"], 0.95)
+    assert found["mean"] == pytest.approx((20.0 + 0.0) / 2)
+
+
+def test_power_is_that_of_students_test():
+    # 8 runs, level 0.95: t(7) = 2.3646; 5 runs: t(4) = 2.7764
+    assert page.detectable(1.0, 8, 0.95) == pytest.approx((2.3646 + 0.8416) / math.sqrt(8), rel=1e-3)
+    assert page.detectable(2.0, 5, 0.95) == pytest.approx(2 * (2.7764 + 0.8416) / math.sqrt(5), rel=1e-3)
+
+
+def test_the_published_section_is_made_from_the_published_results():
+    text = f"<!-- real_base: begin -->\n{page.section().strip()}\n<!-- real_base: end -->"
+    assert text in PAGE.read_text(encoding="utf-8")

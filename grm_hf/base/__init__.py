@@ -1,4 +1,4 @@
-"""The real base of this project: SmolLM2-135M-Instruct as a folder that needs no network, and real preference pairs."""
+"""The real base of this project, SmolLM2-135M-Instruct, as a folder that needs no network; and real pairs."""
 
 from .shipped import load_pairs
 from .smollm2 import MODEL_ID, folder, origin

@@ -149,7 +149,7 @@ def _autocast():
 
 
 def _test_pairs(source: str, tests: int):
-    rows = base.load_pairs("test", (source,))
+    rows = base.load_pairs("test", (source,)).shuffle(seed=0)
     return rows.select(range(min(tests, len(rows))))
 
 
@@ -333,8 +333,8 @@ def report(results: dict, output: Path) -> str:
         )
     lines += [
         "",
-        "Intervals are 95 %, over test prompts; the difference is paired. They say nothing about other seeds: the study "
-        "in docs/results.md has eight.",
+        "Intervals are 95 %, over test prompts; the difference is paired. They say nothing about other seeds: the "
+        "study in docs/results.md has eight.",
         "",
         "## The LM head",
         "",
