@@ -673,6 +673,6 @@ if __name__ == "__main__":
         run_history=False,
         enable_monitoring=False,
         state_session_capacity=1,  # there is no state: it would keep what visitors typed
-        app_kwargs={"middleware": [Middleware(Guard, most=MAX_BODY, uploads=UPLOADS)]},
+        app_kwargs={"middleware": [Middleware(Guard, most=MAX_BODY, values=1000, uploads=UPLOADS)]},
         ssr_mode=False,
     )

@@ -485,5 +485,11 @@ if __name__ == "__main__":
         run_history=False,
         enable_monitoring=False,
         state_session_capacity=1,  # there is no state: it would keep what visitors typed
-        app_kwargs={"middleware": [Middleware(Guard, most=MAX_BODY, uploads=Path(os.environ["GRADIO_TEMP_DIR"]))]},
+        app_kwargs={
+            "middleware": [
+                Middleware(
+                    Guard, most=MAX_BODY, values=4 * MAX_ROWS + 1000, uploads=Path(os.environ["GRADIO_TEMP_DIR"])
+                )
+            ]
+        },
     )

@@ -1,10 +1,10 @@
 """A wall before the routes of a page: what any visitor may send, and who is still there.
 
-    demo.launch(app_kwargs={"middleware": [Middleware(Guard, most=2_000_000, uploads=FOLDER)]})
+    demo.launch(app_kwargs={"middleware": [Middleware(Guard, most=2_000_000, values=1000, uploads=FOLDER)]})
 
-A body that is too long, too slow or nested too deeply is refused before anything parses it. All bodies that are read
-at one time stay within a bound, and so do uploaded files and open requests. A client that waits for a result holds a
-stream open: `listening` says whether one is there.
+A body that is too long, too slow, nested too deeply, or of too many values is refused before anything parses it. All
+bodies that are read at one time stay within a bound, and so do uploaded files and open requests. A client that waits
+for a result holds a stream open: `listening` says whether one is there.
 """
 
 import asyncio
@@ -41,11 +41,12 @@ class Guard:
     Args:
         app: What it stands before.
         most: Bytes of one body.
+        values: Most that the lists and objects of one body may hold together.
         uploads: Folder of uploaded files.
     """
 
-    def __init__(self, app, most: int, uploads: Path | None = None):
-        self.app, self.most, self.uploads = app, most, uploads
+    def __init__(self, app, most: int, values: int, uploads: Path | None = None):
+        self.app, self.most, self.values, self.uploads = app, most, values, uploads
         self.together = self.open = 0
 
     async def __call__(self, scope, receive, send):
@@ -93,8 +94,12 @@ class Guard:
                             raise Refused(503, "This page gets too much at this moment. Try again in a minute.")
             except TimeoutError:
                 raise Refused(408, f"Nothing more came for {MAX_SECONDS} seconds.") from None
-            if b"multipart/" not in headers.get(b"content-type", b"") and too_deep(body):
-                raise Refused(400, f"What you sent is no JSON, or nested more than {MAX_DEPTH} levels deep.")
+            if b"multipart/" not in headers.get(b"content-type", b""):
+                rest = STRING.sub(b"", body)
+                if rest.count(b",") >= self.values:
+                    raise Refused(413, f"What you sent has more than {self.values:,} values; this page takes no more.")
+                if too_deep(rest):
+                    raise Refused(400, f"What you sent is no JSON, or nested more than {MAX_DEPTH} levels deep.")
             whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
             body.clear()
             return await self.app(scope, lambda: again(whole, receive), send)
@@ -132,8 +137,9 @@ def session_of(scope) -> str | None:
     return found["event"] or named
 
 
-def too_deep(body: bytes) -> bool:
-    rest = STRING.sub(b"", body).translate(None, NO_BRACKETS)
+def too_deep(rest: bytes) -> bool:
+    """Of JSON without its strings."""
+    rest = rest.translate(None, NO_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not rest:
             return False
