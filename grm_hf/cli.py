@@ -108,14 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a reward model over HTTP to trainers and engines' clients",
-        description="Serve a reward model on the routes of docs/serving.md, without vLLM: /score, /classify, /pooling, "
-        "/get_reward (OpenRLHF), /v1/score/evaluation (LLaMA-Factory), /slime, /predict (TEI), /health, /metrics, "
-        "/v1/models. Texts that arrive together are scored together. Ctrl-C or SIGTERM: requests in work are answered.",
+        description="Serve a reward model on the routes of docs/serving.md, without vLLM: /score, /classify, "
+        "/pooling, /get_reward (OpenRLHF), /v1/score/evaluation (LLaMA-Factory), /slime, /predict (TEI), /health, "
+        "/metrics, /v1/models. Texts that arrive together are scored together. At Ctrl-C or SIGTERM it answers what "
+        "is in work, then it stops.",
     )
     serve.add_argument("model", help="Hub id or folder of a reward model or an adapter")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    serve.add_argument("--route", action="append", metavar="NAME", help="offer this route; several times (default: all)")
+    serve.add_argument("--route", action="append", metavar="NAME", help="offer this route; repeatable (default: all)")
     serve.add_argument("--name", help="what the model is called in replies (default: as given)")
     serve.add_argument("--api-key", help="required of requests, and for any address but loopback (or GRM_API_KEY)")
     serve.add_argument("--max-tokens-per-batch", type=int, default=8192, help="most tokens of a batch (default: 8192)")
@@ -166,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="write a reward model in a layout that transformers, vLLM and SGLang know",
         description="Write a linear head as the native sequence classifier of its body, an MLP head on a Llama or "
-        "Qwen2 body as Qwen2ForRewardModel: the same function, checked on the golden rows, or refused. The text head "
-        "stays behind. The card in the folder says how to serve it.",
+        "Qwen body as the engines' reward model: the same function, checked on the golden rows, or refused. The LM "
+        "head stays behind. The card in the folder says how to serve it.",
     )
     export.add_argument("model", help="Hub id or folder of a reward model")
     export.add_argument("output", help="folder to write")

@@ -5,7 +5,6 @@ import base64
 import http.client
 import json
 import math
-import os
 import re
 import signal
 import socket
@@ -17,7 +16,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -217,7 +215,7 @@ def test_transforms_by_name(served, scorer, rewards):
     assert "reference: " in refused(f"{served}/score?transform=clip&reference=x", given)[1]
 
 
-# ------------------------------------------------------------------------------------------------------------ the client
+# ---------------------------------------------------------------------------------------------------------- the client
 
 
 @pytest.mark.parametrize("path", ["", *PROTOCOLS])
@@ -234,7 +232,8 @@ def test_the_client_scores_through_every_route(served, folder, scorer, path):
 def test_transforms_of_the_client(served, folder):
     prompts, completions = [QUESTION], [[{"role": "assistant", "content": "Rhine"}]]
     expected = grm_reward_func(folder, transform="standardize")(prompts, completions)
-    assert grm_reward_func(f"{served}/classify", folder, transform="standardize")(prompts, completions) == close(expected)
+    remote = grm_reward_func(f"{served}/classify", folder, transform="standardize")
+    assert remote(prompts, completions) == close(expected)
     assert grm_reward_func(f"{served}/score?transform=standardize")(prompts, completions) == close(expected)
 
 
@@ -308,7 +307,7 @@ def test_addresses_that_are_none(folder):
         RemoteScorer("http://host/classify", folder).score([[{"role": "assistant", "content": "a"}]])
 
 
-# ------------------------------------------------------------------------------------------- what must not stop a server
+# ----------------------------------------------------------------------------------------- what must not stop a server
 
 
 BAD = {
@@ -324,7 +323,7 @@ BAD = {
     "a row of nothing": ({"chats": [{"a": 1}]}, 400, "text 0: a row with keys ['a']"),
     "a completion that is a number": ({"chats": [{"prompt": QUESTION, "completion": 3}]}, 400, "text 0"),
     "a completion of numbers": ({"chats": [{"prompt": QUESTION, "completion": [3]}]}, 400, "text 0"),
-    "template settings that are none": ({"chats": [{"messages": chat("a"), "chat_template_kwargs": 3}]}, 400, "text 0"),
+    "no template settings": ({"chats": [{"messages": chat("a"), "chat_template_kwargs": 3}]}, 400, "text 0"),
     "ids beyond the vocabulary": ({"chats": [{"ids": [10**6]}]}, 400, "whole numbers from 0 to"),
     "ids that are none": ({"chats": [{"ids": "abc"}]}, 400, "whole numbers from 0 to"),
     "too many": ({"chats": ["a"] * 1025}, 413, "at most 1024"),
@@ -344,7 +343,8 @@ def test_bad_ids_for_classify(served):
     assert "at most 400 are read" in refused(f"{served}/classify", {"input": [1] * 401})[1]
     assert refused(f"{served}/classify", {"input": [1] * 401})[0] == 413
     assert "either `input`" in refused(f"{served}/classify", {})[1]
-    assert "truncate_prompt_tokens: Extra" in refused(f"{served}/classify", {"input": "a", "truncate_prompt_tokens": 3})[1]
+    cut = {"input": "a", "truncate_prompt_tokens": 3}
+    assert "truncate_prompt_tokens: Extra" in refused(f"{served}/classify", cut)[1]
     assert refused(f"{served}/nowhere", {})[0] == 404
 
 
@@ -451,7 +451,7 @@ def test_the_token_budget(scorer):
     asyncio.run(check())
 
 
-# ------------------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------------- the command
 
 
 def test_other_addresses_need_a_key(folder, capsys, monkeypatch):
