@@ -5,6 +5,7 @@ import base64
 import http.client
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -551,8 +553,57 @@ def test_templates_that_do_not_write_the_ids_of_training():
     assert not template_is_exact(llama_tokenizer(), config)
 
 
-def test_the_page(served, scorer, folder, rewards):
-    """Each request of docs/serving.md gets the reply that stands below it, and every command is one of ours."""
-    pytest.skip("written with the page")
+PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
+EXAMPLE = re.compile(r"```text\nPOST (\S+)\n(.*?)\n```\n```json\n(.*?)\n```", re.DOTALL)
 
 
+def as_printed(value):
+    """A reply with numbers of four digits, and without what differs from one request to the next."""
+    if isinstance(value, dict):
+        fixed = {key: f"{item.split('-')[0]}-..." if key == "id" else item for key, item in value.items()}
+        return {key: 0 if key == "created" else as_printed(item) for key, item in fixed.items()}
+    if isinstance(value, list):
+        return [as_printed(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def test_each_request_of_the_page_gets_the_reply_below_it(served):
+    """GRM_WRITE=1 writes the replies."""
+    text = PAGE.read_text(encoding="utf-8")
+    examples = EXAMPLE.findall(text)
+    assert {path for path, _, _ in examples} == {route.path for route in ROUTES.values()}
+    for path, request, expected in examples:
+        reply = as_printed(post(served + path, json.loads(request)))
+        if os.environ.get("GRM_WRITE"):
+            text = text.replace(f"{request}\n```\n```json\n{expected}\n", f"{request}\n```\n```json\n{json.dumps(reply)}\n")
+        else:
+            assert alike(reply, json.loads(expected)), (path, json.dumps(reply))
+    if os.environ.get("GRM_WRITE"):
+        PAGE.write_text(text, encoding="utf-8")
+
+
+def alike(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one == pytest.approx(other, abs=1e-3) if isinstance(one, float) else one == other
+
+
+def test_the_page_names_what_there_is(capsys):
+    import tomllib
+
+    text = PAGE.read_text(encoding="utf-8")
+    with open(PAGE.parents[1] / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    plugins = project["entry-points"]["vllm.endpoint_plugins"]
+    table = re.findall(r"^\| (?:name|route) \| (.*) \|$", text, re.MULTILINE)
+    names, paths = ([cell.strip("` ") for cell in row.split("|")] for row in table[-2:])
+    assert sorted(names) == sorted(plugins)
+    assert paths == [ROUTES[name.removeprefix("grm_")].path for name in names]
+    assert {"serve", "vllm"} <= project["optional-dependencies"].keys()
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    options = capsys.readouterr().out
+    for option in ("--host", "--port", "--route", "--api-key", "--max-body", "--max-texts", "--max-queue"):
+        assert option in options and option in text
