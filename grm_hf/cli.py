@@ -101,7 +101,29 @@ def _parser() -> argparse.ArgumentParser:
         "Ends with 1 if token ids differ, or a reward does by more than rounding.",
     )
     verify.add_argument("model", help="Hub id or folder of a reward model or an adapter")
+    verify.add_argument("--url", help="ask the server at this address instead of loading the weights")
+    verify.add_argument("--api-key", help="of that server")
     verify.set_defaults(run=_verify)
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve a reward model over HTTP to trainers and engines' clients",
+        description="Serve a reward model on the routes of docs/serving.md, without vLLM: /score, /classify, "
+        "/pooling, /get_reward (OpenRLHF), /v1/score/evaluation (LLaMA-Factory), /slime, /predict (TEI), /health, "
+        "/metrics, /v1/models. Texts that arrive together are scored together. At Ctrl-C or SIGTERM it answers what "
+        "is in work, then it stops.",
+    )
+    serve.add_argument("model", help="Hub id or folder of a reward model or an adapter")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    serve.add_argument("--route", action="append", metavar="NAME", help="offer this route; repeatable (default: all)")
+    serve.add_argument("--name", help="what the model is called in replies (default: as given)")
+    serve.add_argument("--api-key", help="required of requests, and for any address but loopback (or GRM_API_KEY)")
+    serve.add_argument("--max-tokens-per-batch", type=int, default=8192, help="most tokens of a batch (default: 8192)")
+    serve.add_argument("--max-body", type=int, default=16 * 2**20, help="most bytes of a request (default: 16 MiB)")
+    serve.add_argument("--max-texts", type=int, default=1024, help="most texts of a request (default: 1024)")
+    serve.add_argument("--max-queue", type=int, default=8192, help="most texts that wait (default: 8192)")
+    serve.set_defaults(run=_serve)
 
     merge = commands.add_parser("merge", help="merge an adapter into a standalone reward model")
     merge.add_argument("adapter", help="folder of an adapter (a checkpoint of a LoRA run)")
@@ -145,8 +167,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="write a reward model in a layout that transformers, vLLM and SGLang know",
         description="Write a linear head as the native sequence classifier of its body, an MLP head on a Llama or "
-        "Qwen2 body as Qwen2ForRewardModel: the same function, checked on the golden rows, or refused. The text head "
-        "stays behind. The card in the folder says how to serve it.",
+        "Qwen body as the engines' reward model: the same function, checked on the golden rows, or refused. The LM "
+        "head stays behind. The card in the folder says how to serve it.",
     )
     export.add_argument("model", help="Hub id or folder of a reward model")
     export.add_argument("output", help="folder to write")
@@ -426,11 +448,38 @@ def _verify(args):
     from .scoring import GoldenError, verify
 
     try:
-        print(verify(args.model))
+        if args.url is None:
+            if args.api_key is not None:
+                raise ValueError("--api-key belongs to --url.")
+            print(verify(args.model))
+        else:
+            from .serving.verify import verify_served
+
+            print(verify_served(args.model, args.url, args.api_key))
     except GoldenError as error:
         summary, table = str(error).split("\n", 1)
         print(table)
         raise ValueError(summary) from error
+
+
+def _serve(args):
+    try:
+        from .serving.server import ROUTES, Limits, serve
+    except ImportError as error:
+        raise ImportError(f"`grm serve` needs the extra: pip install 'grm-hf[serve]' ({error})") from error
+
+    if unknown := sorted(set(args.route or ()) - set(ROUTES)):
+        raise ValueError(f"there is no route {unknown[0]!r}; the routes are {', '.join(ROUTES)}.")
+    serve(
+        args.model,
+        host=args.host,
+        port=args.port,
+        routes=args.route or tuple(ROUTES),
+        api_key=args.api_key or os.environ.get("GRM_API_KEY"),
+        name=args.name,
+        limits=Limits(body=args.max_body, texts=args.max_texts, queue=args.max_queue),
+        max_tokens_per_batch=args.max_tokens_per_batch,
+    )
 
 
 def _merge(args):

@@ -1,5 +1,5 @@
-"""Exported reward models as transformers loads them: the native sequence classifiers, and `Qwen2ForRewardModel`, the
-layout for MLP heads that vLLM and SGLang have and transformers lacks.
+"""Exported reward models as transformers loads them: the native sequence classifiers, and the layouts for MLP heads
+that engines have and transformers lacks, `Qwen2ForRewardModel` (vLLM and SGLang) and `Qwen3ForRewardModel` (SGLang).
 """
 
 import copy
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, Qwen2Config
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
 from .modeling_grm import last_token_positions
 
@@ -19,13 +20,15 @@ from .modeling_grm import last_token_positions
 POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
 
 
-class Qwen2ForRewardModel(Qwen2PreTrainedModel):
-    """The layout of that name in vLLM and SGLang, which transformers lacks: a Qwen2 decoder, and `score` of Linear,
-    ReLU and Linear, all but the last as wide as the decoder. Here it is read at the last token of the mask."""
+class _ForRewardModel:
+    """A decoder, and `score` of Linear, ReLU and Linear, all but the last as wide as the decoder. Here it is read at
+    the last token of the mask."""
+
+    body: type
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = Qwen2Model(config)
+        self.model = self.body(config)
         width = config.hidden_size
         self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
         self.post_init()
@@ -39,16 +42,35 @@ class Qwen2ForRewardModel(Qwen2PreTrainedModel):
         return SequenceClassifierOutputWithPast(logits=self.score(hidden[rows, last_token_positions(attention_mask)]))
 
 
+class Qwen2ForRewardModel(_ForRewardModel, Qwen2PreTrainedModel):
+    """The layout of that name in vLLM and SGLang."""
+
+    body = Qwen2Model
+
+
+class Qwen3ForRewardModel(_ForRewardModel, Qwen3PreTrainedModel):
+    """The layout of that name in SGLang."""
+
+    body = Qwen3Model
+
+
+REWARD_MODELS: dict[str, Any] = {kind.__name__: kind for kind in (Qwen2ForRewardModel, Qwen3ForRewardModel)}
+# What SGLang's classifiers read and transformers' lack, so that zeros are written for it (`grm export`).
+ZERO_BIAS = "score.bias"
+
+
 def load_export(folder: str | Path, **kwargs):
     """An exported model, loaded without remote code; refuses one with weights missing. `.logits` is `(B, 1)`."""
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
     loader: Any = AutoModelForSequenceClassification
-    if config.architectures == [Qwen2ForRewardModel.__name__]:
-        config, loader = as_qwen2_config(config), Qwen2ForRewardModel
+    if (architecture := (config.architectures or [""])[0]) in REWARD_MODELS:
+        loader = REWARD_MODELS[architecture]
+        config = as_qwen2_config(config) if loader is Qwen2ForRewardModel else config
     kwargs = {"dtype": "auto", **kwargs, "config": config, "output_loading_info": True}
     model, info = loader.from_pretrained(folder, **kwargs)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])})
+    left = set(info["unexpected_keys"]) - {ZERO_BIAS}
+    wrong = sorted({*info["missing_keys"], *left, *map(str, info["mismatched_keys"])})
     if wrong:
         raise ValueError(f"'{folder}' does not fit its config.json: {wrong[:5]}. Export the model again.")
     return model.eval()

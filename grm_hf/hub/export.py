@@ -1,9 +1,9 @@
 """A reward model in the layout of others, for tools that know nothing of this package: `grm export`.
 
 A linear head becomes the native `...ForSequenceClassification` of the body's family. An MLP head on a Llama or Qwen2
-body becomes `Qwen2ForRewardModel`, which vLLM and SGLang have: its head is as wide as the body, so ours is filled up
-with units of zeros. Both are the same function, or the export is refused; and before the folder appears it has been
-loaded again and has scored the golden rows. The language-model head stays behind.
+body becomes `Qwen2ForRewardModel`, which vLLM and SGLang have, on a Qwen3 body SGLang's `Qwen3ForRewardModel`: their
+head is as wide as the body, so ours is filled up with zero units. It is the same function, or the export is refused;
+and before the folder appears it has been loaded again and has scored the golden rows. The LM head stays behind.
 
 The engines choose a class by `architectures` alone. A Llama body therefore keeps `model_type: llama`: beside `qwen2`,
 transformers 5.23 makes a Qwen2Tokenizer of any tokenizer, which splits texts otherwise.
@@ -28,7 +28,15 @@ from transformers.utils import logging
 from ..configuration_grm import as_in_transformers_4
 from ..encoding import Encoder
 from ..modeling_grm import GRMForSequenceClassification
-from ..native import POLICIES, Qwen2ForRewardModel, as_qwen2_config, load_export
+from ..native import (
+    POLICIES,
+    REWARD_MODELS,
+    ZERO_BIAS,
+    Qwen2ForRewardModel,
+    Qwen3ForRewardModel,
+    as_qwen2_config,
+    load_export,
+)
 from ..scoring.golden import CHATS, FILE, GoldenError, save_golden, tolerance
 from ..scoring.scorer import GRMScorer
 from .folders import new_folder
@@ -41,6 +49,8 @@ logger = logging.get_logger(__name__)
 ROPES = ("default", "linear", "llama3")
 # Families of which SGLang has a sequence classifier (docs/formats.md says from when that is).
 SGLANG = ("llama", "qwen2", "qwen3", "gemma2")
+# Those of them whose `score` has a bias, which starts at random where the file has none.
+SGLANG_BIAS = ("qwen2", "qwen3")
 # Where tokenizers differ: contractions, digits, blanks, line breaks, scripts.
 PROBE = "It's 12345 things, DON'T\n\n\t  count   them: 3.14159 / 2\r\n élan, Ελλάς, 東京 — 🙂 __init__(x=1)\n"
 # Written by the template where the original had it: a second BOS, and an EOS for turns that have no end.
@@ -101,13 +111,16 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
             _require_pad(tokenizer, out, config)
         served = _serving(tokenizer, model.config, config)
         native = _classifier(model, config) if linear else _reward_model(model, config)
-        native.save_pretrained(out)
+        state = native.state_dict()
+        if linear and config.model_type in SGLANG_BIAS:
+            state[ZERO_BIAS] = torch.zeros(1, dtype=torch.float32)
+        native.save_pretrained(out, state_dict=state)
         _mark(out / FILE, config.architectures[0])
         _tell_transformers_4(out / "config.json")
         tokenizer.padding_side = "right"  # native classes with absolute positions know no other
         tokenizer.save_pretrained(out)
         temperature = model.config.reward_temperature
-        del model, native
+        del model, native, state
         difference = _check(out, probe)
         text = _card(Path(output).name, config, tokenizer, out, served, temperature, difference)
         (out / "README.md").write_text(text, encoding="utf-8")
@@ -123,7 +136,7 @@ def _config(model, tokenizer):
     ours, text = model.config, model.config.text_config
     config = copy.deepcopy(text)
     if ours.head_type != "linear":
-        _require_qwen2(ours, text)
+        _require_layout(ours, text)
         config.head_hidden_size = ours.head_hidden_size
         # There is no language-model head in the file for a loader to tie.
         config.tied_lm_head, config.tie_word_embeddings = text.tie_word_embeddings, False
@@ -165,26 +178,30 @@ def _classifier(model, config):
     return native
 
 
-def _require_qwen2(ours, text):
-    """Refuse what `Qwen2ForRewardModel` does not compute."""
-    if text.model_type not in ("llama", "qwen2"):
+def _require_layout(ours, text):
+    """Refuse what `Qwen2ForRewardModel` and `Qwen3ForRewardModel` do not compute."""
+    if text.model_type not in ("llama", "qwen2", "qwen3"):
         raise ValueError(
-            "An MLP head can be exported on Llama and Qwen2 bodies alone, which Qwen2ForRewardModel computes; "
-            f"this one is '{text.model_type}'. No other layout of vLLM and SGLang has an MLP head. Serve the model "
-            "with this package, or train one with head_type='linear'."
+            "An MLP head can be exported on Llama, Qwen2 and Qwen3 bodies alone, for which engines have a reward "
+            f"model; this one is '{text.model_type}'. vLLM serves the model as it is with the plugin of grm_hf, and "
+            "`grm serve` does without an engine (docs/serving.md); or train one with head_type='linear'."
         )
     if ours.head_num_layers != 1:
-        raise ValueError(f"Qwen2ForRewardModel has one hidden layer in its head; this one has {ours.head_num_layers}.")
+        raise ValueError(
+            f"The engines' reward models have one hidden layer in their head; this one has {ours.head_num_layers}. "
+            "vLLM serves it as it is with the plugin of grm_hf (docs/serving.md)."
+        )
     if ours.head_hidden_size > text.hidden_size:
         raise ValueError(
-            f"Qwen2ForRewardModel has a head as wide as its body, {text.hidden_size}; this one has "
-            f"head_hidden_size={ours.head_hidden_size}, and units cannot be left out."
+            f"The engines' reward models have a head as wide as the body, {text.hidden_size}; this one has "
+            f"head_hidden_size={ours.head_hidden_size}, and units cannot be left out. vLLM serves it as it is with "
+            "the plugin of grm_hf (docs/serving.md)."
         )
     if text.hidden_act != "silu":
-        raise ValueError(f"Qwen2 in vLLM and SGLang has silu in its layers; this body has {text.hidden_act!r}.")
-    if text.model_type == "qwen2":
+        raise ValueError(f"The engines' Qwen2 and Qwen3 have silu in their layers; this body has {text.hidden_act!r}.")
+    if text.model_type != "llama":
         if text.use_sliding_window:
-            raise ValueError("This body has a sliding window, which vLLM and SGLang do not compute alike for Qwen2.")
+            raise ValueError("This body has a sliding window, which vLLM and SGLang do not compute alike.")
         return
     if text.head_dim != (width := text.hidden_size // text.num_attention_heads):
         raise ValueError(
@@ -200,7 +217,10 @@ def _require_qwen2(ours, text):
 
 def _reward_model(model, config):
     with torch.device("meta"):
-        native = Qwen2ForRewardModel(as_qwen2_config(config))
+        if config.model_type == "qwen3":
+            native = Qwen3ForRewardModel(config)
+        else:
+            native = Qwen2ForRewardModel(as_qwen2_config(config))
     state = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
     for name, part in native.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and name not in state:
@@ -339,7 +359,8 @@ def _check(folder: Path, probe: list[int]) -> float:
 def _card(name, config, tokenizer, folder: Path, served: dict, temperature, difference) -> str:
     """The README.md of an export."""
     row = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"][0]
-    linear = config.architectures != [Qwen2ForRewardModel.__name__]
+    architecture = config.architectures[0]
+    linear = architecture not in REWARD_MODELS
     metadata: dict = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     if config.base_model:
         metadata["base_model"] = config.base_model
@@ -403,19 +424,20 @@ def _card(name, config, tokenizer, folder: Path, served: dict, temperature, diff
             f"{example!r}) has reward {row['score']:.4f}.\n"
         ]
     body = json.dumps({"model": name, **given, **({"use_activation": False} if linear else {})})
-    lines += [
-        "## Serve\n",
-        "From the documentation of the engines; neither was run when this card was written. Compare with the reward "
-        "above before relying on it.\n",
-        "### vLLM\n",
-        f"```bash\nvllm serve {name} --runner pooling{length}",
-        f"curl localhost:8000/{'classify' if linear else 'pooling'} -H 'Content-Type: application/json' -d "
-        f"'{_quoted(body)}'\n```\n",
-        "The reward is `data[0].probs[0]`. Before 0.11.2 `use_activation` was `activation`.\n"
-        if linear
-        else "The answer has a number for each token: the reward is the last, `data[0].data[-1]`.\n",
-    ]
-    lines.append("### SGLang\n")
+    lines += ["## Serve\n", "### vLLM\n"]
+    if architecture == Qwen3ForRewardModel.__name__:
+        lines.append("It has no such class. It serves the GRM that this was made from, with grm_hf's plugin.\n")
+    else:
+        lines += [
+            "The tests of grm_hf run this layout in vLLM on a CPU.\n",
+            f"```bash\nvllm serve {name} --runner pooling{length}",
+            f"curl localhost:8000/{'classify' if linear else 'pooling'} -H 'Content-Type: application/json' -d "
+            f"'{_quoted(body)}'\n```\n",
+            "The reward is `data[0].probs[0]`. Before 0.11.2 `use_activation` was `activation`.\n"
+            if linear
+            else "The answer has a number for each token: the reward is the last, `data[0].data[-1]`.\n",
+        ]
+    lines.append("### SGLang\n\nFrom its source: it needs a GPU, and was not run. Compare with the reward above.\n")
     if linear and config.model_type not in SGLANG:
         lines.append(f"It has no sequence classifier for bodies of type '{config.model_type}', as far as we know.")
     elif served["text"] is None:

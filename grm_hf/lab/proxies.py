@@ -126,7 +126,7 @@ def _kept(settings: Settings) -> set[str]:
 
 def score_candidates(scorer, output: Path, settings: Settings) -> dict[str, np.ndarray]:
     """Rewards of the candidates of each set, `(prompts, samples)`."""
-    from ..rewards.adapters import Rendered
+    from ..rewards.rollouts import Rendered
 
     result = {}
     for key in settings.sets:

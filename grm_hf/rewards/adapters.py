@@ -4,113 +4,42 @@ below it, which gives every text that a policy can write the number that the rew
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from ..devices import own_device
-from ..encoding import Encoded, OverlengthError
+from ..encoding import Encoded
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring import GRMScorer
+from .remote import RemoteScorer, is_address
+from .rollouts import Rendered, Rollout, RolloutEncoder
 from .selftest import check_scorer
 from .transforms import Transform
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """
-    What a policy wrote to a prompt: messages and messages, or text and text.
-
-    Attributes:
-        prompt (`str` or `list[dict]`): The prompt. Text is text, as in training, not a user's message.
-        completion (`str` or `list[dict]`): The answer, without special tokens. It may be empty.
-        tools, template_kwargs: For the chat template.
-    """
-
-    prompt: str | list[dict]
-    completion: str | list[dict]
-    tools: list | str | None = None
-    template_kwargs: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """
-    Prompt and answer as the policy saw and wrote them: already rendered by the chat template, special tokens included.
-
-    Attributes:
-        ids (`list[int]`): Token ids of the reward model's vocabulary, with or without end of turn, without padding.
-    """
-
-    ids: list[int]
-
-
 class PolicyScorer(GRMScorer):
     """
-    A [`GRMScorer`] for what policies write. It takes [`Rollout`] and [`Rendered`] besides chats, scores answers
-    without text as well (a policy that learns will write some), and puts the end of turn where the reward model was
-    trained to read, whether or not the policy got that far.
+    A [`GRMScorer`] for what policies write. It takes [`Rollout`] and [`Rendered`] besides chats.
 
     Attributes:
-        opening: What the chat template writes in front of an answer; empty if it writes nothing, or there is none.
+        rollouts ([`RolloutEncoder`]): What turns them into token ids.
         source: Hub id or folder that a model or an adapter was loaded from, with the revision; `None` for a live one.
     """
 
     def __init__(self, model, tokenizer=None, source: tuple[str, str | None] | None = None, **kwargs):
         super().__init__(model, tokenizer, **kwargs)
         self.source = source
-        self.opening, self._chat_end = "", []
-        if self.tokenizer.chat_template:
-            user = [{"role": "user", "content": "a"}]
-            render = self.encoder.render
-            with_opening, without = (render(user, None, {}, add_generation_prompt=on) for on in (True, False))
-            if with_opening.startswith(without):
-                self.opening = with_opening.removeprefix(without).strip()
-            # What two conversations with different answers have in common at their ends.
-            one, other = (self.encoder.encode(user, answer).ids for answer in ("a", "b"))
-            same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
-            self._chat_end = one[len(one) - same :]
+        self.rollouts = RolloutEncoder(self.encoder)
+
+    @property
+    def opening(self) -> str:
+        """What the chat template writes in front of an answer; empty if it writes nothing, or there is none."""
+        return self.rollouts.opening
 
     def encode(self, chat) -> Encoded:
-        if isinstance(chat, Rendered):
-            return self.encoder.fit(self._ended(chat.ids), 0)
-        if not isinstance(chat, Rollout):
-            return super().encode(chat)
-        try:
-            return self.encoder.encode(chat.prompt, chat.completion, chat.tools, **chat.template_kwargs)
-        except OverlengthError:
-            raise
-        except ValueError:
-            if not self._is_blank(chat.completion):
-                raise
-        encoder, prompt = self.encoder, chat.prompt
-        if isinstance(prompt, str):
-            text = f"{prompt}{chat.completion}{self.tokenizer.eos_token}"
-            return encoder.fit(*encoder.tokenize(text, len(prompt), special_tokens=True))
-        blank = chat.completion if isinstance(chat.completion, str) else _content(chat.completion[-1])
-        messages = [*prompt, {"role": "assistant", "content": blank}]
-        return encoder.fit(*encoder.encode_messages(messages, chat.tools, chat.template_kwargs))
-
-    def _is_blank(self, completion) -> bool:
-        """Whether an answer holds no text: nothing, white space, or nothing but special tokens."""
-        if not isinstance(completion, str):
-            if len(completion) != 1 or completion[0].get("tool_calls"):
-                return False
-            completion = _content(completion[0])
-        ids = self.tokenizer(completion, add_special_tokens=False).input_ids
-        return not self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """`ids` with all that the reward model expects behind an answer, of which they may hold the beginning."""
-        eos = self.tokenizer.eos_token_id
-        chat = self._chat_end and self.opening in self.tokenizer.decode(ids, skip_special_tokens=False)
-        end = self._chat_end if chat else [eos]
-        there = next(n for n in range(len(end), -1, -1) if n == 0 or ids[-n:] == end[:n])
-        if there == 0 and ids[-1:] == [eos]:
-            ids = ids[:-1]  # the policy ends with EOS, the reward model's turns with something else
-        return [*ids, *end[there:]]
+        return self.rollouts.encode(chat) if isinstance(chat, (Rollout, Rendered)) else super().encode(chat)
 
 
 def grm_reward_func(
@@ -135,7 +64,8 @@ def grm_reward_func(
     Args:
         model (`str`, [`GRMForSequenceClassification`], [`GRMScorer`] or [`RewardEnsemble`]):
             Hub id or folder (of a model or an adapter), a live reward model, one with its tokenizer, or an ensemble. A
-            model loaded here goes to this process's accelerator; a live one stays where it is.
+            model loaded here goes to this process's accelerator; a live one stays where it is. Or the address of a
+            served one, `"http://host:8000"`, or several: see [`RemoteScorer`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The reward model's. Loaded from the same place if left out.
         transform (`str` or `Callable`, *optional*):
@@ -149,7 +79,8 @@ def grm_reward_func(
         check (`bool`, *optional*, defaults to `True`):
             Score the golden rows of a model that is loaded here, and refuse it if a reward is not the stored one.
         **load_kwargs:
-            For `from_pretrained`: `dtype`, `revision`, `quantization_config`, ...
+            For `from_pretrained`: `dtype`, `revision`, `quantization_config`, ...; with an address for
+            [`RemoteScorer`]: `api_key`, `timeout`, `retries`.
 
     Returns:
         [`GRMRewardFunction`].
@@ -164,7 +95,10 @@ def grm_reward_func(
     trainer = GRPOTrainer(model=policy, reward_funcs=grm_reward_func("my-grm"), train_dataset=prompts)
     ```
     """
-    scorer = policy_scorer(model, tokenizer, max_tokens_per_batch, check, load_kwargs)
+    if is_address(model):
+        scorer = RemoteScorer(model, tokenizer, **load_kwargs)
+    else:
+        scorer = policy_scorer(model, tokenizer, max_tokens_per_batch, check, load_kwargs)
     return GRMRewardFunction(scorer, transform, reference, name)
 
 
@@ -261,8 +195,3 @@ def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, 
     if check and source:
         check_scorer(scorer)
     return scorer
-
-
-def _content(message: dict) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

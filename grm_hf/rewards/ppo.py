@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .adapters import Rendered, Rollout, policy_scorer
+from .adapters import policy_scorer
+from .rollouts import Rendered, Rollout
 from .transforms import Transform
 
 

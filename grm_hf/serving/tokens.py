@@ -1,9 +1,7 @@
 """Whether an engine that renders messages by the chat template alone gets the token ids of training."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from ..encoding import Encoder
 from ..scoring.golden import CHATS
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from ..configuration_grm import GRMConfig
 
 
-def template_is_exact(tokenizer: PreTrainedTokenizerBase, config: "GRMConfig") -> bool:
+def template_is_exact(tokenizer: Any, config: "GRMConfig") -> bool:
     """Compares, on the chats of the golden rows, `apply_chat_template` with the encoder of the reward model. `False`
     without a chat template."""
     if not tokenizer.chat_template:

@@ -1,8 +1,12 @@
-"""What vLLM calls by entry point (pyproject.toml). `register` runs in every process of vLLM, possibly several times, and
-imports nothing that starts a device; the model class is named by a string and imported where it is built.
+"""What vLLM calls by entry point (pyproject.toml). `register` runs in every process of vLLM, possibly several times,
+and imports nothing that starts a device; the model class is named by a string and imported where it is built.
 """
 
+import asyncio
 import logging
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -86,3 +90,67 @@ def tell_what_to_send(model_config: Any) -> None:
             "(VLLM_PLUGINS=grm,grm_score) are exact.",
             name,
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- routes
+
+
+class Routes:
+    """An endpoint plugin of vLLM: one route of `grm_hf.serving.routes` on vLLM's own server. Loaded only where
+    VLLM_PLUGINS names it, and `grm` beside it."""
+
+    required_tasks = ("classify",)
+
+    def __init__(self, route: str):
+        self.name, self.route = f"grm_{route}", route
+
+    def attach_router(self, app: Any) -> None:
+        from .routes import router
+
+        app.include_router(router((self.route,), lambda request: request.app.state.grm_engine))
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        if not hasattr(state, "grm_engine"):
+            state.grm_engine = VLLMEngine(engine_client)
+
+
+score_routes, openrlhf_routes, llamafactory_routes, slime_routes, tei_routes = (
+    partial(Routes, route) for route in ("score", "openrlhf", "llamafactory", "slime", "tei")
+)
+
+
+class VLLMEngine:
+    """What computes behind the routes on a vLLM server (see `routes.Engine`)."""
+
+    max_texts = 4096
+
+    def __init__(self, client: Any):
+        from transformers import AutoTokenizer
+
+        from ..encoding import Encoder
+        from ..rewards.rollouts import RolloutEncoder
+
+        settings = client.vllm_config.model_config
+        self.client, self.config = client, settings.hf_config
+        if getattr(self.config, "model_type", None) != "grm":
+            raise ValueError(f"'{settings.model}' is no GRM folder, and the routes of grm_hf serve nothing else.")
+        self.name = settings.served_model_name
+        self.vocab_size = settings.get_vocab_size()
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer, revision=settings.tokenizer_revision)
+        self.rollouts = RolloutEncoder(Encoder.from_config(tokenizer, self.config))
+        self._tokenise = ThreadPoolExecutor(1, "tokenise")
+
+    async def encode(self, encode):
+        return await asyncio.get_running_loop().run_in_executor(self._tokenise, encode, self.rollouts)
+
+    async def rewards(self, ids: list[list[int]]) -> list[float]:
+        return await asyncio.gather(*map(self._reward, ids))
+
+    async def _reward(self, ids: list[int]) -> float:
+        from vllm import PoolingParams
+
+        params = PoolingParams(task="classify", use_activation=False)
+        prompt, request_id = {"prompt_token_ids": ids}, f"grm-{uuid.uuid4().hex}"
+        async for output in self.client.encode(prompt, params, request_id):
+            reward = output.outputs.data
+        return float(reward)

@@ -1,0 +1,229 @@
+"""The client of a served reward model: rewards over HTTP, from `grm serve`, from vLLM with this package's plugin, or
+from any server that speaks one of the protocols below. It needs no weights here, and nothing but the standard library.
+"""
+
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from transformers import AutoConfig, AutoTokenizer
+
+from ..encoding import Encoder
+from ..scoring import Score
+from .rollouts import Rendered, Rollout, RolloutEncoder
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    What is sent to a route, and how its reply is read.
+
+    Attributes:
+        sends (`str`): `"chats"`, which the server renders; `"ids"` or `"texts"`, which are made here.
+        request (`Callable`): From a batch of these to the JSON of a request.
+        reply (`Callable`): From the JSON of a reply to the rewards.
+        at_once (`int`): Most of them in one request.
+    """
+
+    sends: str
+    request: Callable[[list], Any]
+    reply: Callable[[Any], list[float]]
+    at_once: int = 64
+
+
+PROTOCOLS = {
+    "/score": Protocol("chats", lambda chats: {"chats": chats}, lambda reply: reply["rewards"]),
+    "/classify": Protocol(
+        "ids",
+        lambda ids: {"input": ids, "use_activation": False},
+        lambda reply: [row["probs"][-1] for row in sorted(reply["data"], key=lambda row: row["index"])],
+    ),
+    "/pooling": Protocol(
+        "ids",
+        lambda ids: {"input": ids, "use_activation": False},
+        lambda reply: [_number(row["data"]) for row in sorted(reply["data"], key=lambda row: row["index"])],
+    ),
+    "/get_reward": Protocol(
+        "texts", lambda texts: {"query": texts, "prompts": [], "labels": []}, lambda reply: reply["rewards"]
+    ),
+    "/v1/score/evaluation": Protocol(
+        "texts", lambda texts: {"model": "model", "messages": texts}, lambda reply: reply["scores"]
+    ),
+    "/slime": Protocol(
+        "texts", lambda texts: {"prompt": "", "response": texts[0], "label": None}, lambda reply: [reply], at_once=1
+    ),
+    "/predict": Protocol(
+        "texts",
+        lambda texts: {"inputs": [[text] for text in texts], "raw_scores": True, "truncate": True,
+                       "truncation_direction": "Left"},
+        lambda reply: [labels[0]["score"] for labels in reply],
+    ),
+}  # fmt: skip
+AGAIN = (408, 425, 429, 500, 502, 503, 504)
+
+
+class RemoteScorer:
+    """
+    Scores chats and rollouts by a served reward model.
+
+    Args:
+        urls (`str` or `list[str]`):
+            One address, or several of the same model, which share the work. The path names the route: none is
+            `/score`, the route of this package, to which chats are sent as they are; the others are `PROTOCOLS`. The
+            query (`?transform=standardize`) goes with each request.
+        tokenizer (`str`, *optional*):
+            Hub id or folder of the reward model. Its tokenizer and its configuration are read, not its weights. Needed
+            for every route but `/score`.
+        api_key (`str`, *optional*):
+            Sent as a bearer token. A password in the address (`http://:KEY@host:8000`) does the same.
+        timeout (`float`, *optional*, defaults to `180`):
+            Seconds that one request may take.
+        retries (`int`, *optional*, defaults to `5`):
+            How often a request is sent again, to the next address, after a failure that may pass.
+
+    Raises:
+        `ValueError`: an address is none, a server refuses a request, or a reply is not one number for each text;
+        `ConnectionError`: no server answered.
+    """
+
+    def __init__(self, urls, tokenizer=None, api_key=None, timeout=180.0, retries=5):
+        urls = [urls] if isinstance(urls, str) else list(urls)
+        if not urls:
+            raise ValueError("There is no address. Give one, such as http://localhost:8000.")
+        self.timeout, self.retries = timeout, retries
+        self.places = [_place(url, api_key) for url in urls]
+        paths = {path for _, path, _ in self.places}
+        if len(paths) > 1 or not paths <= PROTOCOLS.keys():
+            raise ValueError(f"The addresses name the routes {sorted(paths)}; give one of {sorted(PROTOCOLS)} to all.")
+        [self.route] = paths
+        self.protocol = PROTOCOLS[self.route]
+        self.source = urls[0].split("?")[0], None
+        self.model, self.tokenizer, self.rollouts = None, None, None
+        if tokenizer is not None:
+            config = AutoConfig.from_pretrained(tokenizer)
+            self.model = SimpleNamespace(config=config)  # where `Transform` finds the stored mean
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self.rollouts = RolloutEncoder(Encoder.from_config(self.tokenizer, config))
+        elif self.protocol.sends != "chats":
+            raise ValueError(
+                f"{self.route} takes {self.protocol.sends}, which are made here: pass `tokenizer`, the Hub id or "
+                "folder of the reward model (its weights are not loaded). Or name the route /score, to which chats "
+                "are sent as they are."
+            )
+
+    def score(self, chats: Iterable) -> list[float]:
+        """Rewards of chats and rollouts, in the order given."""
+        return [score.score for score in self.stream(chats)]
+
+    def stream(self, chats: Iterable) -> Iterator[Score]:
+        """As [`~RemoteScorer.score`], with the number of tokens (0 where only the server knows)."""
+        named = [self._sent(number, chat) for number, chat in enumerate(chats)]
+        size = self.protocol.at_once
+        batches = [named[start : start + size] for start in range(0, len(named), size)]
+        with ThreadPoolExecutor(max_workers=8 * len(self.places)) as pool:
+            replies = list(pool.map(self._ask, range(len(batches)), [[sent for sent, _, _ in b] for b in batches]))
+        rewards = chain.from_iterable(replies)
+        return (Score(reward, tokens, cut) for reward, (_, tokens, cut) in zip(rewards, named, strict=True))
+
+    def _sent(self, number: int, chat) -> tuple[Any, int, bool]:
+        """What is sent of a chat, its number of tokens, and whether it was cut."""
+        if self.protocol.sends == "chats":
+            return _json(chat), 0, False
+        try:
+            encoded = self.rollouts.encode(chat)
+        except ValueError as error:
+            raise ValueError(f"chat {number}: {error}") from error
+        ids = list(encoded.ids)
+        if self.protocol.sends == "ids":
+            return ids, len(ids), encoded.truncated
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if list(self.tokenizer(text, add_special_tokens=False).input_ids) != ids:
+            raise ValueError(
+                f"chat {number}: its token ids, written as text for {self.route}, come back as other ids. Use the "
+                "route /score or /classify."
+            )
+        return text, len(ids), encoded.truncated
+
+    def _ask(self, number: int, batch: list) -> list[float]:
+        body = json.dumps(self.protocol.request(batch)).encode()
+        for attempt in range(self.retries + 1):
+            url, _, headers = self.places[(number + attempt) % len(self.places)]
+            try:
+                reply = self._post(url, body, headers)
+                break
+            except urllib.error.HTTPError as error:
+                said = _message(error.read())
+                if error.code not in AGAIN:
+                    raise ValueError(f"{url} answers {error.code}: {said}") from error
+                failure, wait = f"it answers {error.code}: {said}", error.headers.get("Retry-After")
+            except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, cut off
+                failure, wait = str(error), None
+            if attempt == self.retries:
+                raise ConnectionError(f"{url} gave no reward in {attempt + 1} attempts; {failure}")
+            time.sleep(float(wait) if wait and wait.isdecimal() else min(0.25 * 2**attempt, 8.0))
+        try:
+            rewards = [_number(reward) for reward in self.protocol.reply(reply)]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{url} gives another reply than {self.route} has: {str(reply)[:200]}") from error
+        if len(rewards) != len(batch):
+            raise ValueError(f"{url} gives {len(rewards)} rewards for {len(batch)} texts.")
+        if not all(map(math.isfinite, rewards)):
+            raise ValueError(f"{url} gives rewards that are not numbers: {rewards[:5]}.")
+        return rewards
+
+    def _post(self, url: str, body: bytes, headers: dict) -> Any:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            return json.load(response)
+
+
+def is_address(model: Any) -> bool:
+    """Whether `model` is an address, or several, of a served reward model."""
+    urls = model if isinstance(model, (list, tuple)) else [model]
+    return bool(urls) and all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in urls)
+
+
+def _place(url: str, api_key: str | None) -> tuple[str, str, dict]:
+    """An address as it is called, its path, and the headers that go with it."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"'{url}' is no address. Give one such as http://localhost:8000/score.")
+    path = parts.path.rstrip("/") or "/score"
+    key = api_key or parts.password
+    address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, parts.query, ""))
+    # A route may lie behind the prefix of a gateway.
+    route = next((name for name in PROTOCOLS if path.endswith(name)), path)
+    return address, route, {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _json(chat: Any) -> Any:
+    if isinstance(chat, Rollout):
+        more = {"tools": chat.tools, "chat_template_kwargs": chat.template_kwargs}
+        sent = {"prompt": chat.prompt, "completion": chat.completion}
+        return {**sent, **{name: value for name, value in more.items() if value}}
+    return {"ids": list(chat.ids)} if isinstance(chat, Rendered) else chat
+
+
+def _number(value: Any) -> float:
+    """A number, also where it stands in lists of one."""
+    while isinstance(value, list):
+        [value] = value
+    return float(value)
+
+
+def _message(body: bytes) -> str:
+    """The sentence of an error reply, in the form of vLLM and of FastAPI."""
+    try:
+        found = json.loads(body)
+        return found["error"]["message"] if "error" in found else str(found["detail"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode("utf-8", "replace")[:300]

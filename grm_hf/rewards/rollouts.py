@@ -1,0 +1,127 @@
+"""What policies write, as the token ids that the reward model was trained on. Nothing here needs the weights of the
+reward model, so a client and a server use it too.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, field, replace
+
+from ..encoding import Encoded, Encoder, OverlengthError
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    What a policy wrote to a prompt: messages and messages, or text and text.
+
+    Attributes:
+        prompt (`str` or `list[dict]`): The prompt. Text is text, as in training, not a user's message.
+        completion (`str` or `list[dict]`): The answer, without special tokens. It may be empty.
+        tools, template_kwargs: For the chat template.
+    """
+
+    prompt: str | list[dict]
+    completion: str | list[dict]
+    tools: list | str | None = None
+    template_kwargs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """
+    Prompt and answer as the policy saw and wrote them: already rendered by the chat template, special tokens included.
+
+    Attributes:
+        ids (`list[int]`): Token ids of the reward model's vocabulary, with or without end of turn, without padding.
+    """
+
+    ids: list[int]
+
+
+class RolloutEncoder:
+    """
+    Encodes [`Rollout`], [`Rendered`] and chats. Answers without text are encoded as well (a policy that learns will
+    write some), and the end of turn stands where the reward model was trained to read, whether or not the policy got
+    that far.
+
+    Args:
+        encoder ([`Encoder`]):
+            The reward model's.
+
+    Attributes:
+        opening: What the chat template writes in front of an answer; empty if it writes nothing, or there is none.
+    """
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
+        self.opening, self._chat_end = "", []
+        if self.tokenizer.chat_template:
+            user = [{"role": "user", "content": "a"}]
+            with_opening, without = (encoder.render(user, None, {}, add_generation_prompt=on) for on in (True, False))
+            if with_opening.startswith(without):
+                self.opening = with_opening.removeprefix(without).strip()
+            # What two conversations with different answers have in common at their ends.
+            one, other = (encoder.encode(user, answer).ids for answer in ("a", "b"))
+            same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
+            self._chat_end = one[len(one) - same :]
+
+    def encode(self, chat) -> Encoded:
+        """Token ids of a rollout, of rendered ids, or of a chat as [`GRMScorer.score`] takes it."""
+        if isinstance(chat, Rendered):
+            return self.encoder.fit(self._ended(chat.ids), 0)
+        if not isinstance(chat, Rollout):
+            if isinstance(chat, dict) and isinstance(chat.get("prompt"), str) and self.tokenizer.chat_template:
+                chat = {**chat, "prompt": [{"role": "user", "content": chat["prompt"]}]}
+            return self.encoder.encode_chat(chat)
+        try:
+            return self.encoder.encode(chat.prompt, chat.completion, chat.tools, **chat.template_kwargs)
+        except OverlengthError:
+            raise
+        except ValueError:
+            if not self._is_blank(chat.completion):
+                raise
+        encoder, prompt = self.encoder, chat.prompt
+        if isinstance(prompt, str):
+            text = f"{prompt}{chat.completion}{self.tokenizer.eos_token}"
+            return encoder.fit(*encoder.tokenize(text, len(prompt), special_tokens=True))
+        blank = chat.completion if isinstance(chat.completion, str) else _content(chat.completion[-1])
+        messages = [*prompt, {"role": "assistant", "content": blank}]
+        tools = json.loads(chat.tools) if isinstance(chat.tools, str) else chat.tools
+        return encoder.fit(*encoder.encode_messages(messages, tools, chat.template_kwargs))
+
+    def with_max_length(self, max_length: int) -> "RolloutEncoder":
+        """The same, with another limit."""
+        other = copy.copy(self)
+        other.encoder = replace(self.encoder, max_length=max_length)
+        return other
+
+    def rendered(self, text: str, special_tokens: bool = False) -> Rendered:
+        """A text with its special tokens in it; with `special_tokens`, BOS is added where it is missing."""
+        if special_tokens:
+            return Rendered(self.encoder.tokenize(text, 0, special_tokens=True)[0])
+        return Rendered(list(self.tokenizer(text, add_special_tokens=False).input_ids))
+
+    def _is_blank(self, completion) -> bool:
+        """Whether an answer holds no text: nothing, white space, or nothing but special tokens."""
+        if not isinstance(completion, str):
+            message = completion[0] if isinstance(completion, list) and len(completion) == 1 else None
+            if not isinstance(message, dict) or message.get("tool_calls"):
+                return False
+            completion = _content(message)
+        ids = self.tokenizer(completion, add_special_tokens=False).input_ids
+        return not str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """`ids` with all that the reward model expects behind an answer, of which they may hold the beginning."""
+        eos = self.tokenizer.eos_token_id
+        chat = self._chat_end and self.opening in str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        end = self._chat_end if chat else [eos]
+        there = next(n for n in range(len(end), -1, -1) if n == 0 or ids[-n:] == end[:n])
+        if there == 0 and ids[-1:] == [eos]:
+            ids = ids[:-1]  # the policy ends with EOS, the reward model's turns with something else
+        return [*ids, *end[there:]]
+
+
+def _content(message: dict) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

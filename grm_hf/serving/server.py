@@ -1,0 +1,332 @@
+"""`grm serve`: the routes of `grm_hf.serving.routes` from a [`GRMScorer`], on FastAPI and uvicorn. Texts that arrive
+together are scored together, so that answers to one prompt share it whoever sent them.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import secrets
+import signal
+import socket
+import time
+from base64 import b64decode
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from ..encoding import Encoded
+from ..rewards.rollouts import RolloutEncoder
+from ..scoring import GRMScorer
+from .routes import ROUTES, router, sentence
+
+
+KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "TooLargeError"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    What one request and all of them together may ask for.
+
+    Attributes:
+        body (`int`): Most bytes of a request.
+        texts (`int`): Most texts of a request.
+        queue (`int`): Most texts that wait; beyond it requests are sent away with 503, to come again.
+    """
+
+    body: int = 16 * 2**20
+    texts: int = 1024
+    queue: int = 8192
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Texts of one request that wait to be scored, and what is told of their rewards."""
+
+    ids: list[list[int]]
+    future: asyncio.Future = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.ids))
+
+
+class Batcher:
+    """
+    The engine of `grm serve`: one thread tokenises, one computes. The second takes whatever waits, up to the token
+    budget of the scorer, and what one request sent stays together.
+
+    Args:
+        scorer ([`GRMScorer`]):
+            The reward model. Nobody else may use it at the same time.
+        name (`str`):
+            What the model is called in replies.
+        limits ([`Limits`], *optional*):
+            See there.
+    """
+
+    def __init__(self, scorer: GRMScorer, name: str, limits: Limits | None = None):
+        self.scorer, self.name, self.limits = scorer, name, limits or Limits()
+        self.config, self.rollouts = scorer.model.config, RolloutEncoder(scorer.encoder)
+        self.max_texts = self.limits.texts
+        self.vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
+        self.waiting: deque[_Waiting] = deque()
+        self.scored_texts = self.scored_tokens = 0
+        self._arrived = asyncio.Event()
+        self._tokenise, self._compute = ThreadPoolExecutor(1, "tokenise"), ThreadPoolExecutor(1, "compute")
+
+    @property
+    def queued(self) -> int:
+        """Texts that wait."""
+        return sum(len(item.ids) for item in self.waiting)
+
+    async def encode(self, encode: Callable[[RolloutEncoder], list[Encoded]]) -> list[Encoded]:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenise, encode, self.rollouts)
+
+    async def rewards(self, ids: list[list[int]]) -> list[float]:
+        if self.queued + len(ids) > self.limits.queue:
+            full = f"{self.queued} texts wait already, and the queue holds {self.limits.queue}."
+            raise HTTPException(503, full, {"Retry-After": "1"})
+        item = _Waiting(ids, asyncio.get_running_loop().create_future())
+        self.waiting.append(item)
+        self._arrived.set()
+        try:
+            return await item.future
+        finally:
+            with contextlib.suppress(ValueError):  # cancelled while it waited: nobody computes it
+                self.waiting.remove(item)
+
+    async def run(self) -> None:
+        """Scores what arrives, until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while batch := self._next_batch():
+                ids = [row for item in batch for row in item.ids]
+                try:
+                    rewards = await loop.run_in_executor(self._compute, self.scorer.rewards_of_ids, ids)
+                    self._tell(batch, rewards)
+                except Exception:  # one of them spoils the others: each alone, so that only its own sender hears of it
+                    for item in batch:
+                        await self._alone(item)
+
+    def _next_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        room = self.scorer.max_tokens_per_batch
+        while self.waiting and (not batch or self.waiting[0].tokens <= room):
+            batch.append(self.waiting.popleft())
+            room -= batch[-1].tokens
+        return batch
+
+    async def _alone(self, item: _Waiting) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._tell([item], await loop.run_in_executor(self._compute, self.scorer.rewards_of_ids, item.ids))
+        except Exception as error:
+            if not item.future.done():
+                item.future.set_exception(error)
+
+    def _tell(self, batch: list[_Waiting], rewards: list[float]) -> None:
+        start = 0
+        for item in batch:
+            if not item.future.done():  # its sender may have gone away
+                item.future.set_result(rewards[start : start + len(item.ids)])
+            start += len(item.ids)
+            self.scored_texts += len(item.ids)
+            self.scored_tokens += item.tokens
+
+    def close(self) -> None:
+        for pool in (self._tokenise, self._compute):
+            pool.shutdown(cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------------- application
+
+
+def make_app(scorer: GRMScorer, name: str, routes=tuple(ROUTES), api_key=None, limits=None) -> FastAPI:
+    """
+    The application that `grm serve` runs.
+
+    Args:
+        scorer ([`GRMScorer`]):
+            The reward model.
+        name (`str`):
+            What it is called in replies.
+        routes (`tuple[str, ...]`, *optional*):
+            Names in `ROUTES`; all of them by default.
+        api_key (`str`, *optional*):
+            Required of each request, as a bearer token or as the password of basic authentication.
+        limits ([`Limits`], *optional*):
+            See there.
+    """
+    engine = Batcher(scorer, name, limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        work = asyncio.create_task(engine.run())
+        yield
+        work.cancel()
+        engine.close()
+
+    app = FastAPI(title=f"grm serve {name}", lifespan=lifespan)
+    app.state.engine = engine
+    app.include_router(router(tuple(routes), lambda request: engine))
+    app.add_exception_handler(StarletteHTTPException, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _failed)
+    registry = CollectorRegistry()
+    app.add_middleware(_Gate, api_key=api_key, limits=engine.limits, registry=registry)
+    _gauges(engine, registry)
+
+    @app.get("/health")
+    async def health():
+        return Response()
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models():
+        longest = engine.config.max_sequence_length
+        card = {"id": name, "object": "model", "owned_by": "grm_hf", "max_model_len": longest}
+        return {"object": "list", "data": [card]}
+
+    return app
+
+
+def _gauges(engine: Batcher, registry: CollectorRegistry) -> None:
+    for key, text, value in (
+        ("grm_queued_texts", "Texts that wait", lambda: engine.queued),
+        ("grm_scored_texts", "Texts scored since the start", lambda: engine.scored_texts),
+        ("grm_scored_tokens", "Tokens scored since the start, shared prompts counted each time",
+         lambda: engine.scored_tokens),
+    ):  # fmt: skip
+        Gauge(key, text, registry=registry).set_function(value)
+
+
+def _error(status: int, message: str, headers=None) -> JSONResponse:
+    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+    return _error(400, f"{where}: {first['msg']}")
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return _error(500, f"{type(error).__name__}: {sentence(error)}")
+
+
+class _Gate:
+    """ASGI middleware: who may come in, with how much, and what is counted. Starlette has no limit on a body."""
+
+    def __init__(self, app, api_key: str | None, limits: Limits, registry: CollectorRegistry):
+        self.app, self.api_key, self.limits = app, api_key, limits
+        self.requests = Counter("grm_requests", "Requests answered", ["route", "status"], registry=registry)
+        self.seconds = Histogram("grm_request_seconds", "From request to reply", ["route"], registry=registry)
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, read = time.perf_counter(), 0
+        known = {route.path for route in ROUTES.values()} | {"/health", "/metrics", "/v1/models"}
+        route = scope["path"] if scope["path"] in known else "other"
+
+        async def counted(message):
+            if message["type"] == "http.response.start":
+                self.requests.labels(route, message["status"]).inc()
+                self.seconds.labels(route).observe(time.perf_counter() - start)
+            await send(message)
+
+        async def limited():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read <= self.limits.body:
+                return message
+            while message.get("more_body") and read <= 8 * self.limits.body:  # a sender that still sends hears nothing
+                message = await receive()
+                read += len(message.get("body", b""))
+            raise StarletteHTTPException(413, f"The request is larger than {self.limits.body} bytes.")
+
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        app = self.app
+        if scope["path"] != "/health" and not self._may(headers.get(b"authorization", b"")):
+            app = _error(401, "The API key is missing or wrong: send `Authorization: Bearer KEY`.")
+        await app(scope, limited, counted)
+
+    def _may(self, header: bytes) -> bool:
+        if self.api_key is None:
+            return True
+        kind, _, value = header.partition(b" ")
+        if kind.lower() == b"basic":
+            with contextlib.suppress(ValueError):
+                value = b64decode(value, validate=True).partition(b":")[2]
+        elif kind.lower() != b"bearer":
+            return False
+        return secrets.compare_digest(value.strip(), self.api_key.encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` is this machine's own."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except OSError as error:
+        raise ValueError(f"'{host}' is no address of this machine. ({error})") from error
+    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+
+
+def serve(
+    model, host="127.0.0.1", port=8000, routes=tuple(ROUTES), api_key=None, name=None, limits=None, **scorer_settings
+) -> None:
+    """
+    Serves a reward model until the process is told to stop (SIGINT, SIGTERM): requests that are in work are answered.
+
+    Args:
+        model (`str`):
+            Hub id or folder.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`), port (`int`, *optional*, defaults to 8000):
+            Where to listen.
+        api_key (`str`, *optional*):
+            Required for any address that others can reach.
+        routes, name, limits:
+            See [`make_app`].
+        **scorer_settings:
+            Of [`GRMScorer`].
+
+    Raises:
+        `ValueError`: another address than loopback without `api_key`; a folder that holds no reward model.
+    """
+    if not api_key and not is_loopback(host):
+        raise ValueError(
+            f"'{host}' can be reached from other machines, so an API key is required: --api-key KEY, or the "
+            "environment variable GRM_API_KEY."
+        )
+    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        app = make_app(GRMScorer(model, **scorer_settings), name or str(model), routes, api_key or None, limits)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
+        print(f"grm serve: {app.state.engine.name} on http://{host}:{port} ({', '.join(routes)})", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has stopped
+            server.run([listener])

@@ -1,0 +1,52 @@
+"""`grm verify FOLDER --url ...`: the golden rows of a folder, asked of a running server."""
+
+import json
+from pathlib import Path
+
+from transformers.utils.hub import cached_file
+
+from ..rewards.remote import PROTOCOLS, RemoteScorer
+from ..rewards.rollouts import Rendered
+from ..scoring.golden import FILE, TOLERANCES, GoldenError
+
+
+def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str:
+    """
+    Ask a server for the rewards of a folder's golden rows, and compare.
+
+    Args:
+        path (`str` or `Path`):
+            Hub id or folder with golden rows. No weights are read.
+        url (`str`):
+            Address of the server: `grm serve`, or vLLM with the plugin. Without a path, `/classify` is asked, which
+            both have, with the token ids that are stored; with a path, that route is, with the chats.
+        api_key (`str`, *optional*):
+            Of the server.
+
+    Returns:
+        `str`: a table of the rows.
+
+    Raises:
+        [`GoldenError`]: a reward differs by more than rounding.
+        `ValueError`: there are no golden rows, or the server refuses them; `ConnectionError`: it does not answer.
+    """
+    path, bare = str(path), url.rstrip("/")
+    content = json.loads(Path(str(cached_file(path, FILE))).read_text(encoding="utf-8"))
+    named = any(bare.split("?")[0].endswith(route) for route in PROTOCOLS)
+    remote = RemoteScorer(bare if named else f"{bare}/classify", tokenizer=path, api_key=api_key)
+    sent = [row["chat"] if named else Rendered(row["ids"]) for row in content["rows"]]
+    dtype = content["saved_with"]["dtype"]
+    limit = TOLERANCES.get(dtype, 5e-2)
+    lines, wrong = ["row  tokens      stored      served  difference"], []
+    for number, (row, served) in enumerate(zip(content["rows"], remote.score(sent), strict=True)):
+        difference = abs(served - row["score"]) / max(1.0, abs(row["score"]))
+        holds = difference <= limit
+        mark = "" if holds else "  DIFFERS"
+        lines.append(f"{number:3}  {len(row['ids']):6} {row['score']:11.6f} {served:11.6f}     {difference:.1e}{mark}")
+        if not holds:
+            wrong.append(number)
+    lines.append(f"a difference, relative to max(1, |reward|), may be {limit:.0e} (saved in {dtype})")
+    table = "\n".join(lines)
+    if wrong:
+        raise GoldenError(f"'{url}': golden rows {wrong} of {len(lines) - 2} do not hold.\n{table}")
+    return table

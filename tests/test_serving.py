@@ -1,0 +1,609 @@
+"""`grm serve` on loopback: each route as its trainer calls it, the client, and what must not stop the server."""
+
+import asyncio
+import base64
+import http.client
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm
+
+from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf.cli import main
+from grm_hf.rewards import grm_reward_func
+from grm_hf.scoring import GoldenError, save_golden
+
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`")
+import uvicorn  # noqa: E402
+
+from grm_hf.rewards.remote import PROTOCOLS, RemoteScorer  # noqa: E402
+from grm_hf.serving.routes import ROUTES, sentence  # noqa: E402
+from grm_hf.serving.server import Batcher, Limits, is_loopback, make_app, serve  # noqa: E402
+from grm_hf.serving.tokens import template_is_exact  # noqa: E402
+
+
+QUESTION = [{"role": "user", "content": "Name a river."}]
+ANSWERS = ["The Danube.", "Rhine", "I do not know of any river, sorry.", ""]
+
+
+def saved(folder, tokenizer, **config):
+    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=40).eval()
+    with torch.no_grad():
+        for part in model.score.parameters():
+            part += 0.3 * torch.randn_like(part)
+    for name, value in {"reward_mean": 0.25, "reward_std": 2.0, "max_sequence_length": 400, **config}.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_golden(model, tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    return saved(tmp_path_factory.mktemp("model") / "grm", llama_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def scorer(folder):
+    return GRMScorer(folder)
+
+
+@contextmanager
+def running(scorer, **settings):
+    """A server on a free port of this machine; gives its application and its address."""
+    app = make_app(scorer, "grm", **settings)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield app, f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def served(scorer):
+    with running(scorer) as (_, url):
+        yield url
+
+
+def post(url, body, **headers):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+def refused(url, body, **headers):
+    """Status and sentence of a refusal."""
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(url, body, **headers)
+    error = json.load(caught.value)["error"]
+    assert error["code"] == caught.value.code and "\n" not in error["message"]
+    return caught.value.code, error["message"]
+
+
+def chat(answer):
+    return [*QUESTION, {"role": "assistant", "content": answer}]
+
+
+def rendered(scorer, answer):
+    return scorer.tokenizer.apply_chat_template(chat(answer), tokenize=False)
+
+
+@pytest.fixture(scope="module")
+def rewards(scorer):
+    return scorer.score([chat(answer) for answer in ANSWERS[:3]])
+
+
+def close(expected):
+    return pytest.approx(expected, abs=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- trainers' requests
+
+
+def test_openrlhf(served, scorer, rewards):
+    """As its `remote_rm_fn` posts and its actors read."""
+    queries = [rendered(scorer, answer) for answer in ANSWERS[:3]]
+    reply = post(f"{served}/get_reward", {"query": queries, "prompts": ["p"] * 3, "labels": [None] * 3})
+    assert torch.tensor(reply["rewards"]).tolist() == close(rewards)
+    assert reply["scores"] == close([1 / (1 + math.exp(-reward)) for reward in rewards])
+    assert reply["extra_logs"] == {}
+
+
+def test_a_policy_that_did_not_end_its_turn(served, scorer, rewards):
+    query = rendered(scorer, ANSWERS[0]).removesuffix("<|eot|>")
+    assert post(f"{served}/get_reward", {"query": [query]})["rewards"] == close(rewards[:1])
+
+
+def test_llama_factory(served, scorer, rewards):
+    messages = [rendered(scorer, answer) for answer in ANSWERS[:3]]
+    reply = post(f"{served}/v1/score/evaluation", {"model": "model", "messages": messages})
+    assert reply["scores"] == close(rewards) and reply["object"] == "score.evaluation" and reply["model"] == "model"
+    cut = post(f"{served}/v1/score/evaluation", {"messages": messages, "max_length": 16})["scores"]
+    ids = [scorer.encode(chat(answer)).ids for answer in ANSWERS[:3]]
+    assert cut == close(scorer.rewards_of_ids([[row[0], *row[-15:]] for row in ids]))
+
+
+def test_slime(served, scorer, rewards):
+    start = rendered(scorer, ANSWERS[0]).split(ANSWERS[0])[0]
+    assert post(f"{served}/slime", {"prompt": start, "response": ANSWERS[0], "label": "x"}) == close(rewards[0])
+    assert post(f"{served}/slime", {"prompt": QUESTION, "response": ANSWERS[1], "label": None}) == close(rewards[1])
+
+
+def test_tei(served, scorer, rewards):
+    texts = [rendered(scorer, answer).removeprefix("<s>") for answer in ANSWERS[:3]]
+    one = post(f"{served}/predict", {"inputs": texts[0], "raw_scores": True})
+    assert one == [{"score": close(rewards[0]), "label": "REWARD"}]
+    many = post(f"{served}/predict", {"inputs": [[text] for text in texts], "raw_scores": True, "truncate": True})
+    assert [row[0]["score"] for row in many] == close(rewards)
+    squashed = post(f"{served}/predict", {"inputs": texts[0]})[0]["score"]  # as TEI without `raw_scores`
+    assert squashed == close(1 / (1 + math.exp(-rewards[0])))
+    assert refused(f"{served}/predict", {"inputs": [["a", "b"]]})[1].startswith("a pair of texts")
+    long = {"inputs": "x" * 500}
+    assert "`truncate`" in refused(f"{served}/predict", long)[1]
+    assert "cuts the answer" in refused(f"{served}/predict", {**long, "truncate": True})[1]
+    left = post(f"{served}/predict", {**long, "truncate": True, "truncation_direction": "Left", "raw_scores": True})
+    assert left[0]["score"] == close(scorer.score(["x" * 500])[0])
+
+
+def test_verl_and_the_rest_of_classify(served, scorer, rewards):
+    """verl posts one rendered text without its BOS, and reads the last of `probs`."""
+    text = rendered(scorer, ANSWERS[0]).removeprefix("<s>")
+    reply = post(f"{served}/classify", {"model": "grm", "input": text, "use_activation": False})
+    assert reply["data"][-1]["probs"][-1] == close(rewards[0])
+    assert reply["data"][0] == {"index": 0, "label": "REWARD", "probs": [close(rewards[0])], "num_classes": 1}
+    ids = [list(scorer.encode(chat(answer)).ids) for answer in ANSWERS[:3]]
+    assert reply["usage"]["prompt_tokens"] == len(ids[0])
+    for given in (ids, [rendered(scorer, answer) for answer in ANSWERS[:3]]):  # a BOS that is there is not doubled
+        reply = post(f"{served}/classify", {"input": given})
+        assert [row["probs"][0] for row in reply["data"]] == close(rewards)
+    assert post(f"{served}/classify", {"input": ids[1]})["data"][0]["probs"] == close(rewards[1:2])
+    assert post(f"{served}/classify", {"messages": chat(ANSWERS[2])})["data"][0]["probs"] == close(rewards[2:])
+    pooled = post(f"{served}/pooling", {"input": ids, "task": "classify"})
+    assert [row["data"][0] for row in pooled["data"]] == close(rewards) and pooled["data"][2]["index"] == 2
+
+
+def test_score(served, scorer, rewards):
+    given = [
+        chat(ANSWERS[0]),
+        {"prompt": QUESTION[0]["content"], "response": ANSWERS[1]},
+        {"messages": chat(ANSWERS[2])},
+        "plain text",
+        {"prompt": "plain ", "completion": "text"},  # of a data set: text is text
+        {"prompt": QUESTION, "completion": ""},  # a policy that learns writes nothing now and then
+        {"ids": list(scorer.encode(chat(ANSWERS[0])).ids)[:-1]},
+        "y" * 500,
+    ]
+    reply = post(f"{served}/score", {"chats": given})
+    assert reply["rewards"][:3] == close(rewards) and reply["rewards"][6] == close(rewards[0])
+    assert reply["rewards"][3] == close(reply["rewards"][4]) == close(scorer.score(["plain text"])[0])
+    assert reply["truncated"] == [False] * 7 + [True] and reply["tokens"][7] == 400
+
+
+def test_transforms_by_name(served, scorer, rewards):
+    given = {"chats": [chat(answer) for answer in ANSWERS[:3]]}
+    z = [(reward - 0.25) / 2.0 for reward in rewards]
+    assert post(f"{served}/score?transform=standardize", given)["rewards"] == close(z)
+    expected = [-math.log1p(math.exp(0.1 - reward)) for reward in rewards]
+    assert post(f"{served}/score?transform=log_sigmoid&reference=0.1", given)["rewards"] == close(expected)
+    assert "must be one of" in refused(f"{served}/score?transform=square", given)[1]
+    assert "apply it in the trainer" in refused(f"{served}/score?transform=length_residual", given)[1]
+    assert "reference: " in refused(f"{served}/score?transform=clip&reference=x", given)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- the client
+
+
+@pytest.mark.parametrize("path", ["", *PROTOCOLS])
+def test_the_client_scores_through_every_route(served, folder, scorer, path):
+    """As a function of TRL's trainers: what `grm_reward_func` gives with the model in this process."""
+    tokenizer = None if path in ("", "/score") else folder
+    remote, local = grm_reward_func(served + path, tokenizer), grm_reward_func(folder)
+    prompts = [QUESTION] * 4 + ["plain "]
+    completions = [[{"role": "assistant", "content": answer}] for answer in ANSWERS] + ["text"]
+    assert remote(prompts, completions) == close(local(prompts, completions))
+    assert remote.__name__ == ("grm" if path == "" else path.rpartition("/")[2]) or path == ""
+
+
+def test_transforms_of_the_client(served, folder):
+    prompts, completions = [QUESTION], [[{"role": "assistant", "content": "Rhine"}]]
+    expected = grm_reward_func(folder, transform="standardize")(prompts, completions)
+    remote = grm_reward_func(f"{served}/classify", folder, transform="standardize")
+    assert remote(prompts, completions) == close(expected)
+    assert grm_reward_func(f"{served}/score?transform=standardize")(prompts, completions) == close(expected)
+
+
+def test_several_addresses_share_the_work_and_order_is_kept(scorer, served):
+    chats = [{"prompt": QUESTION, "response": "x" * (number % 97 + 1)} for number in range(300)]
+    expected = scorer.score(chats)
+    with running(scorer) as (app, second):
+        assert RemoteScorer([served, second]).score(chats) == close(expected)
+        assert 0 < app.state.engine.scored_texts < 300
+    # One of them is gone: the other does its part.
+    assert RemoteScorer([second, served]).score(chats) == close(expected)
+    with pytest.raises(ConnectionError, match="gave no reward in 2 attempts"):
+        RemoteScorer(second, retries=1).score(chats[:1])
+
+
+class Flaky(threading.Thread):
+    """A server that answers each connection by the next of `replies`."""
+
+    def __init__(self, *replies):
+        super().__init__(daemon=True)
+        self.replies, self.listener = replies, socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.start()
+
+    def run(self):
+        for status, body in self.replies:
+            connection, _ = self.listener.accept()
+            with connection:
+                connection.recv(65536)
+                if status:
+                    head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                    connection.sendall(head.encode() + body.encode())
+
+
+def test_retries_and_replies_that_are_none():
+    good = '{"rewards": [1.5]}'
+    flaky = Flaky((503, "busy"), (None, ""), (200, '{"rewards": [1'), (200, good))
+    assert RemoteScorer(flaky.url).score(["a"]) == [1.5]
+    for body, words in (
+        ('{"rewards": [1, 2]}', "2 rewards for 1 texts"),
+        ('{"rewards": [NaN]}', "not numbers"),
+        ('{"scores": [1]}', "another reply than /score has"),
+        ('{"rewards": ["x"]}', "another reply than /score has"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            RemoteScorer(Flaky((200, body)).url).score(["a"])
+    with pytest.raises(ValueError, match="answers 400: no such thing"):
+        RemoteScorer(Flaky((400, '{"error": {"message": "no such thing"}}')).url).score(["a"])
+
+
+def test_a_server_that_never_answers_is_left_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match="timed out"):
+            RemoteScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3, retries=1).score(["a"])
+        assert time.monotonic() - start < 10
+
+
+def test_addresses_that_are_none(folder):
+    for urls, words in (
+        ("ftp://host", "is no address"),
+        ("http://", "is no address"),
+        ([], "There is no address"),
+        ("http://host/v2", "the routes"),
+        (["http://a/score", "http://b/slime"], "the routes"),
+        ("http://host/classify", "pass `tokenizer`"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            RemoteScorer(urls)
+    with pytest.raises(ValueError, match="no message before"):
+        RemoteScorer("http://host/classify", folder).score([[{"role": "assistant", "content": "a"}]])
+
+
+# ----------------------------------------------------------------------------------------- what must not stop a server
+
+
+BAD = {
+    "no JSON": (b"{", 400, "JSON"),
+    "nothing": (b"", 400, "Field required"),
+    "a list": ([], 400, ""),
+    "no chats": ({}, 400, "chats: Field required"),
+    "none": ({"chats": []}, 400, "chats"),
+    "a number": ({"chats": [3]}, 400, "chats.0"),
+    "an unknown field": ({"chats": ["a"], "temperature": 1}, 400, "temperature: Extra inputs"),
+    "no answer": ({"chats": ["a", QUESTION]}, 400, "text 1: the last message has role 'user'"),
+    "no role": ({"chats": [[{"content": "a"}]]}, 400, "text 0: message 0 has no role"),
+    "a row of nothing": ({"chats": [{"a": 1}]}, 400, "text 0: a row with keys ['a']"),
+    "a completion that is a number": ({"chats": [{"prompt": QUESTION, "completion": 3}]}, 400, "text 0"),
+    "a completion of numbers": ({"chats": [{"prompt": QUESTION, "completion": [3]}]}, 400, "text 0"),
+    "no template settings": ({"chats": [{"messages": chat("a"), "chat_template_kwargs": 3}]}, 400, "text 0"),
+    "ids beyond the vocabulary": ({"chats": [{"ids": [10**6]}]}, 400, "whole numbers from 0 to"),
+    "ids that are none": ({"chats": [{"ids": "abc"}]}, 400, "whole numbers from 0 to"),
+    "too many": ({"chats": ["a"] * 1025}, 413, "at most 1024"),
+    "too large": (b"[" + b" " * (17 * 2**20), 413, "larger than"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence(served, case):
+    body, status, words = BAD[case]
+    code, message = refused(f"{served}/score", body)
+    assert code == status and words in message
+    assert post(f"{served}/score", {"chats": ["a"]})["rewards"]
+
+
+def test_bad_ids_for_classify(served):
+    assert "at most 400 are read" in refused(f"{served}/classify", {"input": [1] * 401})[1]
+    assert refused(f"{served}/classify", {"input": [1] * 401})[0] == 413
+    assert "either `input`" in refused(f"{served}/classify", {})[1]
+    cut = {"input": "a", "truncate_prompt_tokens": 3}
+    assert "truncate_prompt_tokens: Extra" in refused(f"{served}/classify", cut)[1]
+    assert refused(f"{served}/nowhere", {})[0] == 404
+
+
+def test_a_body_that_grows_beyond_the_limit(served):
+    """Sent in chunks, without its length."""
+    connection = http.client.HTTPConnection(served.removeprefix("http://"))
+    chunk = b" " * 2**20
+    connection.request("POST", "/score", iter([chunk] * 17), {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    assert post(f"{served}/score", {"chats": ["a"]})["rewards"]
+
+
+def test_two_hundred_at_once_among_cancelled_and_bad_ones(scorer):
+    """Nothing is lost, nobody else is stopped, and texts that arrive together are computed together."""
+    answers = [f"{'river ' * (number % 7)}{number}" for number in range(200)]
+    expected = scorer.score([chat(answer) for answer in answers])
+    calls = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(scorer, name)
+
+        def rewards_of_ids(self, ids):
+            calls.append(len(ids))
+            return scorer.rewards_of_ids(ids)
+
+    def cancelled(url, number):
+        connection = http.client.HTTPConnection(url.removeprefix("http://"))
+        connection.request("POST", "/score", json.dumps({"chats": [f"gone {number}"] * 20}))
+        connection.close()
+
+    with running(Counting()) as (app, url):
+        with ThreadPoolExecutor(64) as pool:
+            noise = [pool.submit(cancelled, url, number) for number in range(20)]
+            noise += [pool.submit(refused, f"{url}/score", {"chats": [[]]}) for _ in range(20)]
+            got = list(pool.map(lambda a: post(f"{url}/score", {"chats": [chat(a)]})["rewards"][0], answers))
+            for future in noise:
+                future.result()
+        assert got == close(expected)
+        assert len(calls) < 200 and app.state.engine.queued == 0
+        metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    counts = dict(re.findall(r'grm_requests_total{route="/score",status="(\d+)"} (\d+)', metrics))
+    assert int(counts["200"]) >= 200 and int(counts["400"]) >= 20 and "500" not in counts
+    assert "grm_queued_texts 0.0" in metrics and "grm_request_seconds_sum" in metrics
+
+
+def test_a_cancelled_request_is_not_computed_and_a_full_queue_says_so(scorer):
+    async def check():
+        engine = Batcher(scorer, "grm", Limits(queue=3))
+        first = asyncio.create_task(engine.rewards([[1, 2], [3]]))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(engine.rewards([[4]]))
+        await asyncio.sleep(0)
+        assert engine.queued == 3
+        with pytest.raises(Exception, match="503.*3 texts wait already"):
+            await engine.rewards([[5]])
+        first.cancel()
+        await asyncio.sleep(0)
+        assert engine.queued == 1
+        work = asyncio.create_task(engine.run())
+        assert await second == close(scorer.rewards_of_ids([[4]])) and engine.scored_texts == 1
+        work.cancel()
+        engine.close()
+
+    asyncio.run(check())
+
+
+def test_one_that_cannot_be_computed_does_not_spoil_the_others(scorer):
+    class Touchy:
+        def __getattr__(self, name):
+            return getattr(scorer, name)
+
+        def rewards_of_ids(self, ids):
+            if [7] in ids:
+                raise RuntimeError("out of\nmemory")
+            return scorer.rewards_of_ids(ids)
+
+    async def check():
+        engine = Batcher(Touchy(), "grm")
+        tasks = [asyncio.create_task(engine.rewards([[n]])) for n in (5, 7, 9)]
+        await asyncio.sleep(0)
+        work = asyncio.create_task(engine.run())
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [found[0][0], found[2][0]] == close(scorer.rewards_of_ids([[5], [9]]))
+        assert sentence(found[1]) == "out of memory"
+        work.cancel()
+        engine.close()
+
+    asyncio.run(check())
+
+
+def test_the_token_budget(scorer):
+    async def check():
+        engine = Batcher(scorer, "grm")
+        sizes = (5000, 4000, 4192, 9000, 1)
+        for size in sizes:
+            engine.waiting.append(type("W", (), {"tokens": size})())
+        batches = []
+        while batch := engine._next_batch():
+            batches.append([item.tokens for item in batch])
+        assert batches == [[5000], [4000, 4192], [9000], [1]]
+        engine.close()
+
+    asyncio.run(check())
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_other_addresses_need_a_key(folder, capsys, monkeypatch):
+    monkeypatch.delenv("GRM_API_KEY", raising=False)
+    assert is_loopback("127.0.0.1") and is_loopback("localhost")
+    for host in ("0.0.0.0", "", "192.0.2.1"):
+        assert not is_loopback(host)
+    assert main(["serve", folder, "--host", "0.0.0.0"]) == 1
+    assert "an API key is required" in capsys.readouterr().err
+    assert main(["serve", folder, "--route", "fly"]) == 1
+    assert "there is no route 'fly'; the routes are score, openrlhf" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is no address of this machine"):
+        serve(folder, host="no.such.host.invalid")
+
+
+def test_the_key_is_asked_for(scorer):
+    with running(scorer, api_key="sesame", routes=("score",)) as (_, url):
+        body = {"chats": ["a"]}
+        assert refused(f"{url}/score", body)[0] == 401
+        assert refused(f"{url}/score", body, Authorization="Bearer sesam")[0] == 401
+        assert refused(f"{url}/score", body, Authorization="Basic !")[0] == 401
+        assert urllib.request.urlopen(f"{url}/health").status == 200
+        expected = scorer.score(["a"])
+        assert post(f"{url}/score", body, Authorization="Bearer sesame")["rewards"] == close(expected)
+        basic = base64.b64encode(b"any:sesame").decode()  # what http://any:sesame@host becomes in a trainer's client
+        assert post(f"{url}/score", body, Authorization=f"Basic {basic}")["rewards"] == close(expected)
+        assert RemoteScorer(url, api_key="sesame").score(["a"]) == close(expected)
+        assert RemoteScorer(url.replace("http://", "http://:sesame@")).score(["a"]) == close(expected)
+        assert refused(f"{url}/slime", {}, Authorization="Bearer sesame")[0] == 404
+
+
+def test_models_health_and_documentation(served):
+    [model] = json.load(urllib.request.urlopen(f"{served}/v1/models"))["data"]
+    assert model["id"] == "grm" and model["max_model_len"] == 400
+    paths = json.load(urllib.request.urlopen(f"{served}/openapi.json"))["paths"]
+    assert {route.path for route in ROUTES.values()} <= set(paths)
+
+
+def test_verify_asks_the_server(served, folder, tmp_path, capsys):
+    assert main(["verify", folder, "--url", served]) == 0
+    assert "0.0e+00" in (out := capsys.readouterr().out) or "e-0" in out
+    for route in PROTOCOLS:
+        assert main(["verify", folder, "--url", served + route]) == 0, capsys.readouterr().err
+    torch.manual_seed(3)
+    other = saved(tmp_path / "other", llama_tokenizer())
+    capsys.readouterr()
+    assert main(["verify", other, "--url", served]) == 1
+    assert "do not hold" in (found := capsys.readouterr()).err and "DIFFERS" in found.out
+    assert main(["verify", folder, "--api-key", "x"]) == 1
+    with pytest.raises(GoldenError):
+        from grm_hf.serving.verify import verify_served
+
+        verify_served(other, served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_and_stops_gracefully(folder, stop):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "grm_hf.cli", "serve", folder, "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+        url = f"http://127.0.0.1:{port}"
+        answers = RemoteScorer(url, retries=30).score(["a"])
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(post, f"{url}/score", {"chats": [f"{n} " * 150 for n in range(500)]})
+            while "grm_scored_texts 1.0" not in urllib.request.urlopen(f"{url}/metrics").read().decode():
+                time.sleep(0.05)
+            time.sleep(0.3)
+            process.send_signal(stop)
+            assert len(work.result()["rewards"]) == 500  # what was in work is answered
+        assert len(answers) == 1 and process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "grm_hf.cli", "serve", folder, "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "grm serve: " in done.stderr and "in use" in done.stderr
+
+
+def test_templates_that_do_not_write_the_ids_of_training():
+    lm = tiny_lm("llama", vocab_size=300)
+    config = GRMForSequenceClassification.from_base(lm).config
+    assert template_is_exact(llama_tokenizer(), config) and template_is_exact(chatml_tokenizer(), config)
+    assert not template_is_exact(bare_tokenizer(), config)  # its turns have no end, and training adds EOS
+    config.bos_policy = "double"
+    assert not template_is_exact(llama_tokenizer(), config)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
+EXAMPLE = re.compile(r"```text\nPOST (\S+)\n(.*?)\n```\n```json\n(.*?)\n```", re.DOTALL)
+
+
+def as_printed(value):
+    """A reply with numbers of four digits, and without what differs from one request to the next."""
+    if isinstance(value, dict):
+        fixed = {key: f"{item.split('-')[0]}-..." if key == "id" else item for key, item in value.items()}
+        return {key: 0 if key == "created" else as_printed(item) for key, item in fixed.items()}
+    if isinstance(value, list):
+        return [as_printed(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def test_each_request_of_the_page_gets_the_reply_below_it(served):
+    """GRM_WRITE=1 writes the replies."""
+    text = PAGE.read_text(encoding="utf-8")
+    examples = EXAMPLE.findall(text)
+    assert {path for path, _, _ in examples} == {route.path for route in ROUTES.values()}
+    for path, request, expected in examples:
+        reply = as_printed(post(served + path, json.loads(request)))
+        if os.environ.get("GRM_WRITE"):
+            text = text.replace(f"{request}\n```\n```json\n{expected}\n", f"{request}\n```\n```json\n{json.dumps(reply)}\n")
+        else:
+            assert alike(reply, json.loads(expected)), (path, json.dumps(reply))
+    if os.environ.get("GRM_WRITE"):
+        PAGE.write_text(text, encoding="utf-8")
+
+
+def alike(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return one == pytest.approx(other, abs=1e-3) if isinstance(one, float) else one == other
+
+
+def test_the_page_names_what_there_is(capsys):
+    import tomllib
+
+    text = PAGE.read_text(encoding="utf-8")
+    with open(PAGE.parents[1] / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    plugins = project["entry-points"]["vllm.endpoint_plugins"]
+    table = re.findall(r"^\| (?:name|route) \| (.*) \|$", text, re.MULTILINE)
+    names, paths = ([cell.strip("` ") for cell in row.split("|")] for row in table[-2:])
+    assert sorted(names) == sorted(plugins)
+    assert paths == [ROUTES[name.removeprefix("grm_")].path for name in names]
+    assert {"serve", "vllm"} <= project["optional-dependencies"].keys()
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    options = capsys.readouterr().out
+    for option in ("--host", "--port", "--route", "--api-key", "--max-body", "--max-texts", "--max-queue"):
+        assert option in options and option in text

