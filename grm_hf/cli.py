@@ -148,6 +148,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.set_defaults(run=_push)
 
+    refresh = commands.add_parser(
+        "refresh",
+        help="put this version's code files into a saved model",
+        description="Put the code files of this grm_hf into a model that was saved with an earlier one, and nothing "
+        "else. Scores its golden rows before (by the code it carries: refresh models that you trust) and after, and "
+        "writes nothing where they differ. A Hub repository gets one commit.",
+    )
+    refresh.add_argument("model", help="folder or Hub id of a reward model")
+    refresh.add_argument("--revision", help="branch of the Hub repository (default: main)")
+    refresh.set_defaults(run=_refresh)
+
     convert = commands.add_parser(
         "convert",
         help="make a reward model of a checkpoint of another layout",
@@ -480,6 +491,23 @@ def _serve(args):
         limits=Limits(body=args.max_body, texts=args.max_texts, queue=args.max_queue),
         max_tokens_per_batch=args.max_tokens_per_batch,
     )
+
+
+def _refresh(args):
+    from .hub import refresh
+    from .scoring import GoldenError
+
+    try:
+        done = refresh(args.model, revision=args.revision)
+    except GoldenError as error:
+        summary, table = str(error).split("\n", 1)
+        print(table)
+        raise ValueError(summary) from error
+    print(done.table)
+    for name, how in done.changed.items():
+        print(f"changed: {name} ({how})")
+    if done.changed:
+        print(f"refreshed: {args.model}" + (f" (revision {done.revision})" if done.revision else ""))
 
 
 def _merge(args):

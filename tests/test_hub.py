@@ -49,7 +49,7 @@ class Client:
             stderr=self.stderr.open("w"),
             text=True,
             cwd=home,
-            env={**env, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**env, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).resolve().parents[:2]))},
         )
 
     def __call__(self, name, **arguments):
@@ -719,3 +719,42 @@ def test_a_folder_that_holds_a_token_is_refused(hub, publisher, tmp_path):
     message = publisher("push_with", folder=str(tmp_path / "model"), repo_id="ann/leak")
     assert "notes.txt holds an access token" in message and STRANGER not in message
     assert files_of(hub, "ann/leak") == set()
+
+
+# -------------------------------------------------------------------------------------------------------- new code
+
+
+def do_golden(repo_id, folder):
+    """Push a model that has golden rows; its scores."""
+    import test_trainer as t
+
+    from grm_hf.hub import push_folder
+    from grm_hf.scoring import save_golden
+
+    model = t.grm(0)
+    model.save_pretrained(folder)
+    t.TOKENIZER.save_pretrained(folder)
+    save_golden(model, t.TOKENIZER, folder)
+    push_folder(folder, repo_id)
+    return scores(model)
+
+
+@pytest.mark.slow
+def test_a_repository_gets_new_code_in_one_commit_and_nothing_else(hub, publisher, reader, plain, tmp_path):
+    repo, old = "ann/refreshed", Path(__file__).parent / "data" / "shipped-0.1.0"
+    rewards = publisher("golden", repo_id=repo, folder=str(tmp_path / "model"))
+    stale = plain("commit", repo_id=repo, files={path.name: path.read_text() for path in old.glob("*.py")})
+    code, out, err = publisher("grm", command=["refresh", repo])
+    assert code == 0, err
+    main = hub.repos["models", repo].find("main")
+    before = hub.repos["models", repo].commits[stale]
+    assert main.parent == stale and main.title.startswith("Code files of grm_hf ")
+    changed = {name for name in main.files if main.files[name] != before.files.get(name)}
+    assert changed == {"configuration_grm.py", "modeling_grm.py"} and main.files.keys() == before.files.keys()
+    assert f"refreshed: {repo} (revision {main.sha})" in out and "changed: modeling_grm.py" in out
+    assert reader("score", repo_id=repo) == close(rewards)
+    since = len(hub.log)
+    code, out, _ = publisher("grm", command=["refresh", repo])
+    assert code == 0 and "those of this version already" in out and not writes(hub, since)
+    code, _, err = publisher("grm", command=["refresh", "ann/nowhere"])
+    assert code == 1 and "ann/nowhere" in err

@@ -1,10 +1,21 @@
 """What goes to the Hub: complete models (`publish.py`) and their cards (`card.py`); and other layouts, in
-(`convert.py`) and out (`export.py`)."""
+(`convert.py`) and out (`export.py`); and new code for a model that exists (`refresh.py`)."""
 
 from ..native import load_export
 from .convert import Converted, convert
 from .export import Exported, export
 from .publish import push_folder, push_model
+from .refresh import Refreshed, refresh
 
 
-__all__ = ["Converted", "Exported", "convert", "export", "load_export", "push_folder", "push_model"]
+__all__ = [
+    "Converted",
+    "Exported",
+    "Refreshed",
+    "convert",
+    "export",
+    "load_export",
+    "push_folder",
+    "push_model",
+    "refresh",
+]

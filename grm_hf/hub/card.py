@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..configuration_grm import GRMConfig
 from ..encoding import Encoder
+from ..version import __version__
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,7 @@ TAGS = ["reward-model", "grm", "generated_from_trainer"]
 BLOCK = re.compile(r"<!-- grm_hf (\w+)(?: (\w+))? -->\n(.*?)<!-- /grm_hf -->", re.DOTALL)
 RECORD = re.compile(r"<!-- grm_hf of (\S+): (.*?) -->\n")
 FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+CODE_LINE = f"The code files of this model are those of grm_hf {__version__}."
 QUESTION, ANSWERS = "What is the capital of France?", ["Paris.", "I like trains."]
 
 
@@ -106,6 +108,7 @@ def facts_of_model(config, tokenizer, name, model=None, step=None, example=(QUES
             ("maximum length", f"{limit} tokens; longer texts: {config.overlength}" if limit else "not limited"),
             ("read at", "the last token of the text, its end of turn or EOS"),
         ],
+        "code": CODE_LINE,
         "versions": ", ".join(_versions()),
     }
 
@@ -246,6 +249,22 @@ def set_field(card: str, key: str, value) -> str:
     if key in data or key in record:
         return card
     return _join({**data, key: value}, {**record, key: _digest(_dump(value))} if name else {}, name, body)
+
+
+def with_code(card: str) -> str:
+    """A card of ours that says which version of the code the model carries: this one. A line that somebody has edited
+    stays, and so does a card that is not ours."""
+    data, record, name, body = _read(card)
+    if name is None:
+        return card
+    found = next((block for block in BLOCK.finditer(body) if block[1] == "code"), None)
+    if found is None:  # before version 0.2.0 there was no such block
+        last = list(BLOCK.finditer(body))[-1:]
+        at = last[0].end() if last else len(body)
+        body = f"{body[:at].rstrip()}\n\n{_block('code', CODE_LINE)}{body[at:]}"
+    elif found[2] == _digest(found[3]):
+        body = body[: found.start()] + _block("code", CODE_LINE) + body[found.end() :]
+    return _join(data, record, name, body)
 
 
 def rename(card: str, name: str) -> str:

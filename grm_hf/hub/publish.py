@@ -324,7 +324,7 @@ def commit(
         if tag is not None:
             _tag(api, repo_id, tag, done.oid)
     except HfHubHTTPError as error:
-        raise _explained(error, repo_id) from error
+        raise explained(error, repo_id) from error
     except (ValueError, OSError):
         raise
     except Exception as error:  # that of the HTTP library, another one in other versions of huggingface_hub
@@ -394,7 +394,8 @@ def _tag(api, repo_id, tag, oid):
         )
 
 
-def _explained(error, repo_id):
+def explained(error: HfHubHTTPError, repo_id: str) -> Exception:
+    """What the Hub's answer means, in words."""
     status = error.response.status_code
     if status == 401:
         return ValueError(

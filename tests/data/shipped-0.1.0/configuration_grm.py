@@ -1,0 +1,236 @@
+"""Configuration of a Generalizable Reward Model: the base's own text configuration, the reward head, and every policy
+that a score depends on (beginning and end tokens, maximum length, scale), so that one folder gives one number.
+
+This file is shipped to the Hub as it is: it imports transformers and nothing else.
+"""
+
+import copy
+import os
+
+import transformers
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_grm.GRMConfig",
+    "AutoModel": "modeling_grm.GRMForSequenceClassification",
+    "AutoModelForSequenceClassification": "modeling_grm.GRMForSequenceClassification",
+}
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # what rewardbench loads a model with
+CHECKED_ON_4 = (
+    *("bloom", "cohere", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
+    *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3"),
+)
+HEAD_TYPES = ("mlp", "linear")
+BOS_POLICIES = ("single", "double")
+
+
+def _text_property(name):
+    """A property of the wrapper that reads and writes the same name of `text_config`."""
+
+    def get(self):
+        return getattr(self.text_config, name)
+
+    def set(self, value):
+        setattr(self.text_config, name, value)
+
+    return property(get, set, doc=f"`text_config.{name}`.")
+
+
+def as_in_transformers_4(fields):
+    """The fields of a text configuration as transformers 4 reads them. What transformers 5 writes about rotary
+    embeddings and kinds of layers, 4 does not know: it would go on with a default, to another number without a word.
+    `ValueError` where it cannot be told, or where nobody has checked."""
+    fields = dict(fields)
+    kind, layers = fields["model_type"], fields.get("layer_types") or []
+    rope = fields.pop("rope_parameters", None) or {}
+    period = {"gemma2": 2, "gemma3_text": 6}.get(kind, 1)
+    usual = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(layers))]
+    if rope.keys() == {"full_attention", "sliding_attention"} and kind == "gemma3_text":
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        known = rope["sliding_attention"]["rope_type"] == "default"
+        rope = rope["full_attention"]
+    else:
+        known = not any(isinstance(value, dict) for value in rope.values())
+    rope = dict(rope)
+    known = known and rope.get("rope_type", "default") in ("default", "linear", "dynamic", "yarn", "llama3")
+    if rope.get("rope_type") == "yarn":
+        longest = rope.get("original_max_position_embeddings", 0) * rope["factor"]  # some releases of 4 assume that
+        known = known and rope.get("truncate", True) and longest == fields.get("max_position_embeddings")
+    if kind not in CHECKED_ON_4 or layers != usual or fields.get("use_sliding_window") or not known:
+        raise ValueError(
+            f"transformers {transformers.__version__} is not known to compute this model as transformers 5 does (type "
+            f"{kind!r}, layers {sorted(set(layers))}, rotary embedding {rope}). Load it with transformers 5."
+        )
+    if rope:
+        for name, of_neox in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+            if name in rope:
+                fields[of_neox if kind == "gpt_neox" else name] = rope.pop(name)
+        fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return fields
+
+
+class GRMConfig(PretrainedConfig):
+    r"""
+    Configuration of [`GRMForSequenceClassification`].
+
+    Args:
+        text_config ([`~transformers.PretrainedConfig`] or `dict`, *optional*):
+            Configuration of the base's complete causal language model. It is copied. Defaults to that of `"llama"`.
+        head_type (`str`, *optional*, defaults to `"mlp"`):
+            Reward head: `"mlp"` (the paper's: `head_num_layers` of Linear and ReLU, then Linear to one number) or
+            `"linear"` (one bias-free Linear, what stock sequence classifiers have).
+        head_hidden_size (`int`, *optional*, defaults to `1024`):
+            Width of the MLP head.
+        head_num_layers (`int`, *optional*, defaults to `1`):
+            Number of hidden layers of the MLP head.
+        head_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout on the hidden state before the head, while training. TRL's trainers set every dropout to 0 unless
+            told otherwise (`disable_dropout=False`); the original used 0.1.
+        bos_policy (`str`, *optional*, defaults to `"single"`):
+            `"single"` never doubles the beginning-of-sequence token; `"double"` tokenises rendered chat text with
+            special tokens, as the original did: for checkpoints that were trained that way.
+        max_sequence_length (`int`, *optional*):
+            Longest token sequence that is scored, prompt and response together. Set by the trainer. `None`: no limit.
+        overlength (`str`, *optional*, defaults to `"truncate_left"`):
+            What happens to a longer one when scoring: `"truncate_left"` (the response and its terminator stay) or
+            `"error"`.
+        reward_mean (`float`, *optional*, defaults to `0.0`):
+            Mean reward over the last evaluation set (training sets it).
+        reward_std (`float`, *optional*, defaults to `1.0`):
+            Standard deviation of the reward over the last evaluation set (training sets it).
+        reward_temperature (`float`, *optional*, defaults to `1.0`):
+            Divides a difference of rewards before the sigmoid that turns it into a probability.
+        base_model (`str`, *optional*):
+            Hub id of the causal language model this reward model was made from. Never a path.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from grm_hf import GRMConfig
+
+    >>> config = GRMConfig(LlamaConfig(hidden_size=64, vocab_size=100), head_hidden_size=32)
+    >>> config.hidden_size, config.head_type, config.num_labels
+    (64, 'mlp', 1)
+
+    ```
+    """
+
+    model_type = "grm"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "lm_logits", "lm_output", "hidden_states", "attentions"]
+
+    # What rewardbench, TRL, PEFT and DeepSpeed read (and write) on a model's top-level configuration. Explicit
+    # properties: a `__getattr__` would make the base class act on the child's attributes while it initialises.
+    vocab_size = _text_property("vocab_size")
+    hidden_size = _text_property("hidden_size")
+    num_hidden_layers = _text_property("num_hidden_layers")
+    num_attention_heads = _text_property("num_attention_heads")
+    max_position_embeddings = _text_property("max_position_embeddings")
+    pad_token_id = _text_property("pad_token_id")
+    bos_token_id = _text_property("bos_token_id")
+    eos_token_id = _text_property("eos_token_id")
+    use_cache = _text_property("use_cache")
+
+    def __init__(
+        self,
+        text_config=None,
+        head_type="mlp",
+        head_hidden_size=1024,
+        head_num_layers=1,
+        head_dropout=0.0,
+        bos_policy="single",
+        max_sequence_length=None,
+        overlength="truncate_left",
+        reward_mean=0.0,
+        reward_std=1.0,
+        reward_temperature=1.0,
+        base_model=None,
+        **kwargs,
+    ):
+        if head_type not in HEAD_TYPES:
+            raise ValueError(f"`head_type` is {head_type!r}; it must be one of {HEAD_TYPES}.")
+        if bos_policy not in BOS_POLICIES:
+            raise ValueError(f"`bos_policy` is {bos_policy!r}; it must be one of {BOS_POLICIES}.")
+        if overlength not in ("truncate_left", "error"):
+            raise ValueError(f"`overlength` is {overlength!r}; to score it must be 'truncate_left' or 'error'.")
+        if head_type == "mlp" and (head_num_layers < 1 or head_hidden_size < 1):
+            raise ValueError(
+                f"An MLP head needs at least one layer of at least one unit, found `head_num_layers={head_num_layers}`"
+                f" and `head_hidden_size={head_hidden_size}`. For a head without hidden layer use head_type='linear'."
+            )
+        if text_config is None:
+            text_config = AutoConfig.for_model("llama")
+        elif isinstance(text_config, dict):
+            fields = dict(text_config)
+            if "model_type" not in fields:
+                raise ValueError(
+                    "`text_config` has no `model_type`. Pass the complete configuration of the base's causal language "
+                    "model, as `AutoConfig.from_pretrained(base)` returns it."
+                )
+            if TRANSFORMERS_4:
+                fields = as_in_transformers_4(fields)
+            text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:
+            # The base class pushes its own attention setting into sub-configurations: hand the child's on, and work
+            # on a copy, or a live language model would lose its causal mask (transformers 5.23).
+            kwargs.setdefault("attn_implementation", text_config._attn_implementation)
+            text_config = copy.deepcopy(text_config)
+        labels = kwargs.pop("num_labels", None) or len(kwargs.get("id2label") or [0])
+        if labels != 1:
+            raise ValueError(f"A reward model gives one number, found {labels} labels. Leave `num_labels` at 1.")
+        if not kwargs.get("id2label"):
+            kwargs.update(id2label={0: "REWARD"}, label2id={"REWARD": 0})
+        # "regression" is what keeps the text-classification pipeline and vLLM from putting a sigmoid on the reward.
+        kwargs["problem_type"] = kwargs.get("problem_type") or "regression"
+        # sentence-transformers' CrossEncoder reads this, and would put a sigmoid on the reward.
+        kwargs.setdefault("sentence_transformers", {"activation_fn": "torch.nn.modules.linear.Identity"})
+        kwargs["dtype"] = kwargs.get("dtype") or getattr(text_config, "dtype", None)
+        auto_map = dict(kwargs.pop("auto_map", None) or {})
+
+        self.text_config = text_config
+        self.head_type = head_type
+        self.head_hidden_size = head_hidden_size
+        self.head_num_layers = head_num_layers
+        self.head_dropout = head_dropout
+        self.bos_policy = bos_policy
+        self.max_sequence_length = max_sequence_length
+        self.overlength = overlength
+        self.reward_mean = reward_mean
+        self.reward_std = reward_std
+        self.reward_temperature = reward_temperature
+        self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 4 makes what it does not get None
+            kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+        # One class can be registered for one Auto class only: the map names all three. The files it names are saved
+        # beside it; a repository that the model was loaded from is not asked for them again.
+        self.auto_map = {**auto_map, **AUTO_MAP}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """The configuration file of a reward model; a `ValueError` for that of any other model, which would otherwise
+        become the default configuration: a language model of 7 billion random weights."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        path, model_type = pretrained_model_name_or_path, config.get("model_type")
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"'{path}' holds a model of type {model_type!r}, not a reward model of type 'grm': it has no reward "
+                f"head. To make a reward model from it, use `GRMForSequenceClassification.from_base('{path}')` and "
+                "train it."
+            )
+        if not config.get("text_config"):
+            raise ValueError(
+                f"The config.json of '{path}' has no `text_config`, the configuration of the base's language model. "
+                "Restore the file as `save_pretrained` wrote it."
+            )
+        return config, kwargs
+
+    def to_dict(self):
+        """The configuration as a dictionary, without the path the base was loaded from."""
+        output = super().to_dict()
+        if isinstance(output.get("text_config"), dict):
+            output["text_config"].pop("_name_or_path", None)
+        return output
