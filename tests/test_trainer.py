@@ -809,7 +809,7 @@ def test_a_peft_model_of_the_users_own(tmp_path):
     assert scores_here(again) == pytest.approx(scores_here(run.model), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------ what happened silently in version 0.1.0
+# --------------------------------------------------------------------------- what happened silently in version 0.1.0
 
 
 @pytest.mark.parametrize("kind", ["none", "sft"])
