@@ -69,8 +69,8 @@ class GRMRewardTrainer(RewardTrainer):
             that are left out, and experts, are those that peft knows for the body.
 
     Attributes:
-        data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set; of a streaming one, when
-            training ends.
+        data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set. Those of a streaming
+            training set are complete when training ends.
         eval_pairs (`dict[tuple[str, int], np.ndarray]`): of each evaluation, by its prefix and step: rewards of the
             chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
 
