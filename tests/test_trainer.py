@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # no
 from transformers.utils import is_bitsandbytes_available  # noqa: E402
 from trl import RewardConfig, RewardTrainer  # noqa: E402
 
-from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer  # noqa: E402
+from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer, losses  # noqa: E402
 from grm_hf.scoring import verify  # noqa: E402
 from grm_hf.training import merge_adapter, reference  # noqa: E402
 from grm_hf.training.trainer import _last_complete_checkpoint  # noqa: E402
@@ -36,7 +36,7 @@ from grm_hf.training.trainer import _last_complete_checkpoint  # noqa: E402
 pytestmark = pytest.mark.trainer
 
 TOKENIZER = chatml_tokenizer()
-TEXT_LOSSES = ["sft", "sft_nll", "sft_token_mean", "dpo_noref", "dpo"]
+TEXT_LOSSES = list(losses.TEXT_LOSSES)
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
@@ -239,7 +239,8 @@ def test_every_parameter_moves(tmp_path, kind):
     still = [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])]
     assert still == (["lm.lm_head.weight"] if kind == "none" else [])
     assert all(math.isfinite(loss) for loss in logged(run, "loss"))
-    assert ("implicit_accuracy" in run.state.log_history[0]) == kind.startswith("dpo")
+    both = kind != "none" and losses.TEXT_LOSSES[kind].sides == "both"
+    assert ("implicit_accuracy" in run.state.log_history[0]) == both
     assert ("perplexity" in run.state.log_history[0]) == (kind != "none")
 
 
@@ -809,7 +810,7 @@ def test_a_peft_model_of_the_users_own(tmp_path):
     assert scores_here(again) == pytest.approx(scores_here(run.model), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------ what happened silently in version 0.1.0
+# --------------------------------------------------------------------------- what happened silently in version 0.1.0
 
 
 @pytest.mark.parametrize("kind", ["none", "sft"])

@@ -173,7 +173,7 @@ def test_the_command_with_an_adapter(tmp_path, capsys):
     )
     assert main(["train", "--config", str(tmp_path / "reward.yaml")]) == 0, capsys.readouterr().err
     saved = GRMForSequenceClassification.from_pretrained(tmp_path / "run")
-    assert {"q_proj", "v_proj"} == {name.split(".")[-3] for name, _ in saved.named_parameters() if "lora_A" in name}
+    assert {"q_proj", "v_proj"} == {name.split(".")[-4] for name, _ in saved.named_parameters() if "lora_A" in name}
 
 
 # --------------------------------------------------------------------------------------------------------- differences

@@ -52,10 +52,11 @@ class GRMRewardTrainer(RewardTrainer):
     Takes what [`~trl.RewardTrainer`] takes. The differences:
 
     Args:
-        model (`str` or [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
-            A reward model, one wrapped by PEFT, or the Hub id or folder of a reward model or of a causal language
-            model, from which a reward model is made (`args.model_init_kwargs` may hold `head_type`,
-            `head_hidden_size`, `head_num_layers`, `head_dropout`).
+        model (`str` or `Path` or [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
+            A reward model, one wrapped by PEFT, or the Hub id or folder of a reward model, of an adapter of one (which
+            is trained further) or of a causal language model, from which a reward model is made
+            (`args.model_init_kwargs` may hold `head_type`, `head_hidden_size`, `head_num_layers`, `head_dropout`; its
+            `revision`, `subfolder`, `token`, ... hold for the tokenizer, too).
         args ([`GRMRewardConfig`], *optional*):
             Settings. If `None`, the defaults.
         train_dataset, eval_dataset:
@@ -64,10 +65,12 @@ class GRMRewardTrainer(RewardTrainer):
         compute_metrics (`Callable`, *optional*):
             Is given predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter. The reward head is always trained and saved in full with it (`modules_to_save=["score"]`).
+            Adapter. The reward head is always trained and saved in full with it (`modules_to_save=["score"]`). Targets
+            that are left out, and experts, are those that peft knows for the body.
 
     Attributes:
-        data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set.
+        data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set. Those of a streaming
+            training set are complete when training ends.
         eval_pairs (`dict[tuple[str, int], np.ndarray]`): of each evaluation, by its prefix and step: rewards of the
             chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
 
