@@ -2,6 +2,7 @@
 official formats that they came from."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from grm_hf.evaluation.rewardbench import LANGUAGES, SUBSETS
 from grm_hf.metrics import REWARDBENCH
 
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real rows are not here ({DATA.name})")
+# Beside the repository, or where GRM_DATA says.
+DATA = Path(os.environ.get("GRM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real rows (shared/data) are not here")
 
 
 def user(text):
@@ -211,7 +213,7 @@ def write(folder, files):
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------ real rows
+# ----------------------------------------------------------------------------------------------------------- real rows
 
 
 def table(name):
@@ -299,6 +301,10 @@ def real_gsm8k():
 
 
 REAL = {
-    "rm-bench": real_rm_bench, "rmb": real_rmb, "hhh": real_hhh, "contrast": real_contrast, "rewardmath": real_gsm8k,
+    "rm-bench": real_rm_bench,
+    "rmb": real_rmb,
+    "hhh": real_hhh,
+    "contrast": real_contrast,
+    "rewardmath": real_gsm8k,
 }
 WEIGHTS = {name: weight for members in REWARDBENCH.values() for name, weight in members.items()}

@@ -98,7 +98,10 @@ def interval(examples: Sequence[Example], parts: dict[str, Part], **options) -> 
         return None
     strata = [name for name, part in parts.items() for _ in part.values]
     values = [value for part in parts.values() for value in part.values]
-    return strata_interval(values, strata, {name: part.weight for name, part in parts.items()}, groups, **options)
+    weights = {name: part.weight for name, part in parts.items()}
+    low, high = strata_interval(values, strata, weights, groups, **options)
+    score = headline(parts)
+    return min(low, score), max(high, score)  # rounding must not push the interval off the score
 
 
 def aggregate_with(suite: Suite, examples: Sequence[Example], scores: Iterable) -> dict[str, float]:
