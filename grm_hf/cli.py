@@ -368,8 +368,9 @@ def _accelerator():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     from accelerate import Accelerator
+    from torch.accelerator import is_available
 
-    return Accelerator()
+    return Accelerator(cpu=not is_available())  # left to itself it takes processes on CPUs for one
 
 
 def _open(path):

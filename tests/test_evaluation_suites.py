@@ -419,7 +419,7 @@ def test_subsets_and_limits(tmp_path):
     assert len(together) == 6 and len({e.group for e in together}) == 2  # an item keeps its languages
 
 
-# ------------------------------------------------------------------------------------------- figures that are published
+# ------------------------------------------------------------------------------------------ figures that are published
 
 
 def published(name):

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..scoring import Score
 from . import scorers
@@ -21,7 +20,8 @@ from .suite import Suite, aggregate_with, headline, interval
 from .suites import SUITES
 
 
-logger = logging.get_logger(__name__)
+# All of so many prompts say the same of two equal models in less than 5 % of cases: 2 * 0.5**6.
+FEWEST_DIFFERING = 6
 
 
 @dataclass
@@ -391,11 +391,11 @@ def _taken_up(path, results, examples, order, ends):
             raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
         return header, [], 0
     kept = _header(first, path)
-    for name, what in (("suite", "suite"), ("model_digest", "model"), ("rows_digest", "rows")):
+    for name, what in (("suite", "another suite"), ("model_digest", "another model"), ("rows_digest", "other rows")):
         if kept.get(name) != header[name]:
             raise ValueError(
-                f"{path} holds results of another {what} ({what} of this run: {header[name][:12]}, there: "
-                f"{str(kept.get(name))[:12]}). Choose another `output`."
+                f"{path} holds results of {what}: {name} is {str(kept.get(name))[:12]} there and {header[name][:12]} "
+                "in this run. Choose another `output`."
             )
     rows = []
     for place, line in enumerate(lines[: len(order)]):
@@ -457,7 +457,9 @@ def compare(a: Results, b: Results) -> dict[str, Any]:
 
     Returns:
         `dict`: `score_a`, `score_b`, `difference`, `low`, `high` (95 %; the difference itself where there is a single
-        prompt), and `verdict`: which one is better, or "no difference shown".
+        prompt), `differing` (prompts on which the two do not count the same), and `verdict`: which one is better, or
+        "no difference shown". A difference is shown where its interval does not hold 0 and at least six prompts
+        differ: fewer that all say the same are no rare event among equals (sign test).
     """
     if a.suite != b.suite or a.rows_digest != b.rows_digest:
         raise ValueError(f"these are results of {a.suite} and {b.suite} on different rows; equal rows are required.")
@@ -469,10 +471,16 @@ def compare(a: Results, b: Results) -> dict[str, Any]:
     }
     difference = headline(parts)
     low, high = interval(a.examples, parts) or (difference, difference)
-    shown = low > 0 or high < 0
+    if not difference:
+        low, high = min(low, -high), max(high, -low)  # of equals
+    differing = {
+        a.examples[owner].group
+        for part in parts.values()
+        for value, owner in zip(part.values, part.owners, strict=True)
+        if value
+    }
     better = a.model if difference > 0 else b.model
-    if len({example.group for example in a.examples}) < 2:
-        shown = False  # one prompt shows nothing
+    shown = (low > 0 or high < 0) and len(differing) >= FEWEST_DIFFERING
     return {
         "suite": a.suite,
         "model_a": a.model,
@@ -482,5 +490,6 @@ def compare(a: Results, b: Results) -> dict[str, Any]:
         "difference": difference,
         "low": low,
         "high": high,
+        "differing": len(differing),
         "verdict": f"{better} is better" if shown else "no difference shown",
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..metrics import pair_wins, pairwise_metrics, strata_interval
+from ..metrics import pair_wins, pairwise_metrics, strata_interval, wilson_interval
 from .examples import Example, Row, Skipped, Source
 
 
@@ -91,16 +91,18 @@ def headline(parts: dict[str, Part]) -> float:
     return sum(part.weight * part.mean for part in parts.values()) / sum(part.weight for part in parts.values())
 
 
-def interval(examples: Sequence[Example], parts: dict[str, Part], **options) -> tuple[float, float] | None:
-    """Of the headline, from groups of examples (prompts) drawn with replacement; `None` for a single group."""
+def interval(examples: Sequence[Example], parts: dict[str, Part]) -> tuple[float, float] | None:
+    """95 % interval of the headline, from groups of examples (prompts) drawn with replacement; `None` for one."""
     groups = [examples[owner].group for part in parts.values() for owner in part.owners]
     if len(set(groups)) < 2:
         return None
     strata = [name for name, part in parts.items() for _ in part.values]
     values = [value for part in parts.values() for value in part.values]
     weights = {name: part.weight for name, part in parts.items()}
-    low, high = strata_interval(values, strata, weights, groups, **options)
+    low, high = strata_interval(values, strata, weights, groups)
     score = headline(parts)
+    if set(values) in ({0.0}, {1.0}):  # drawing again from equal values shows no spread: Wilson's, for as many prompts
+        low, high = wilson_interval(score * len(set(groups)), len(set(groups)))
     return min(low, score), max(high, score)  # rounding must not push the interval off the score
 
 

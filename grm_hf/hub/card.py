@@ -64,7 +64,7 @@ def add_results(folder: str | Path, rows: list[dict[str, Any]]) -> list[str]:
     text = readme.read_text(encoding="utf-8") if readme.is_file() else card_of_folder(folder, folder.resolve().name)
     data, record, name, body = _read(text)
     index = data.get("model-index") or []
-    new = [
+    new: list[dict[str, Any]] = [
         {
             "task": {"type": "text-classification", "name": "preference"},
             "dataset": {"name": row["suite"], "type": row["dataset"] or row["suite"]},
