@@ -311,41 +311,30 @@ def test_the_digest_of_a_model_knows_weights_policies_tokenizer_and_combination(
 @needs_data
 @pytest.mark.parametrize("suite", official_files.REAL)
 def test_real_rows_killed_in_the_middle_and_taken_up_again(folder, tmp_path, suite):
-    """The command itself, killed (SIGKILL) while it writes, on real rows in their official form."""
+    """A process that is killed (SIGKILL) while it writes, on real rows in their official form."""
     place = write(tmp_path / "data", official_files.REAL[suite]())
-    limit = {"rm-bench": "16", "rmb": "32"}.get(suite, "48")
-    command = ["eval", folder, "--suite", suite, "--data", str(place), "--limit", limit, "--output"]
-    code = f"""
-import sys; sys.path.insert(0, {str(TESTS)!r})
-import conftest, torch
-from functools import partial
-import grm_hf.evaluation.run as run
-import grm_hf.evaluation as e
-e.evaluate = partial(run.evaluate, window=16)
-from grm_hf import cli
-sys.exit(cli.main(sys.argv[1:]))
-"""
-    arguments = [sys.executable, "-c", code, *command]
-    whole = subprocess.run([*arguments, str(tmp_path / "whole")], capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr[-2000:]
+    options = {"limit": {"rm-bench": 16, "rmb": 32}.get(suite, 48), "window": 16}
+    whole = evaluate(folder, suite, place, output=tmp_path / "whole", **options)
     expected = (tmp_path / "whole" / f"{suite}.jsonl").read_bytes()
     path = tmp_path / "cut" / f"{suite}.jsonl"
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    killed = subprocess.Popen([*arguments, str(tmp_path / "cut")], **silent)
-    deadline = time.time() + 120
+    code = (
+        "import sys; from grm_hf.evaluation import evaluate\n"
+        f"evaluate(*sys.argv[1:4], output=sys.argv[4], **{options})"
+    )
+    arguments = [sys.executable, "-c", code, folder, suite, str(place), str(path.parent)]
+    killed = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
     while (not path.is_file() or path.stat().st_size < len(expected) // 4) and killed.poll() is None:
         assert time.time() < deadline
-        time.sleep(0.005)
+        time.sleep(0.002)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     if path.stat().st_size == len(expected):  # it was quicker than we
         path.write_bytes(expected[: len(expected) // 2])
-    done = subprocess.run([*arguments, str(tmp_path / "cut")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert path.read_bytes() == expected
-    results = json.loads((tmp_path / "cut" / "results.json").read_text())["results"][0]
-    assert results["summary"]["complete"] == 0.0 and results["summary"]["score_low"] < results["summary"]["score_high"]
-    assert "a part of the suite" in done.stdout
+    again = evaluate(folder, suite, place, output=path.parent, **options)
+    assert path.read_bytes() == expected and again.summary == whole.summary
+    assert again.summary["complete"] == 0.0 and "a part of the suite" in terminal([again])
+    assert again.summary["score_low"] < again.summary["score"] < again.summary["score_high"]
 
 
 @pytest.mark.slow

@@ -84,6 +84,21 @@ def sentence(comparison: dict[str, Any]) -> str:
     )
 
 
+def suites_table() -> str:
+    """The table of docs/evaluation.md."""
+    head = ["suite", "measures", "rows", "headline", "two equal scores", "licence of the data", "command"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, suite in SUITES.items():
+        rows = " or ".join(f"{count:,}" for count in suite.rows)
+        title = f"[{name}]({suite.url})" if suite.url else name
+        data = f"--suite {name}" + ("" if suite.hub else f" --data data/{name}")
+        if not suite.url:
+            data = "--data my_pairs.jsonl"
+        cells = [title, suite.measures, rows, suite.headline, suite.ties, suite.licence, f"`grm eval MODEL {data}`"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def as_csv(runs: Sequence[Results]) -> str:
     """One line for each figure: suite, model, name, value."""
     text = io.StringIO()
