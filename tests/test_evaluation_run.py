@@ -569,7 +569,26 @@ def test_importing_needs_no_extra():
     assert done.stdout == "1.0\n", done.stderr[-2000:]
 
 
+def test_docstring_examples():
+    import doctest
+
+    from grm_hf.evaluation import run
+
+    assert doctest.testmod(run).failed == 0
+
+
 def test_an_example_is_plain_data():
     example = Example(prompt="p", responses=["a", "b"], correct=[0])
     assert (example.subset, example.id, example.meta, example.pairs) == ("", "", {}, [(0, 1)])
     assert example.chat(1) == {"prompt": "p", "response": "b"}
+
+
+def test_the_benchmark_of_speed_works_and_its_sides_agree(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["evaluation.py", "--small"])
+    import evaluation
+
+    evaluation.main()
+    printed = capsys.readouterr().out
+    assert "| best of 4 (4) | 16 |" in printed
+    assert "benchmarks/evaluation.py" in (ROOT / "Makefile").read_text()
