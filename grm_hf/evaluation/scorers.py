@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations.peft import find_adapter_config_file
 
+from ..devices import evaluating, own_device
 from ..rewards.adapters import PolicyScorer, Rollout, policy_scorer
 from ..scoring import GRMScorer, Score
-from ..scoring.scorer import evaluating, own_device
 
 
 VOLATILE = ("_name_or_path", "architectures", "auto_map", "base_model", "dtype", "torch_dtype", "transformers_version")

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

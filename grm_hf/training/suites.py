@@ -2,9 +2,9 @@
 
 from transformers import TrainerCallback
 
+from ..devices import is_whole
 from ..evaluation import evaluate
 from ..scoring import GRMScorer
-from ..scoring.scorer import is_whole
 
 
 class SuiteCallback(TrainerCallback):
