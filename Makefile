@@ -35,6 +35,7 @@ lint: .venv/dev.done
 bench: .venv/dev.done
 	.venv/bin/python benchmarks/training.py
 	.venv/bin/python benchmarks/scoring.py
+	.venv/bin/python benchmarks/evaluation.py
 
 .venv/bin/python .venv-ppo/bin/python .venv-rewardbench/bin/python .venv-vllm/bin/python:
 	$(PYTHON) -m venv $(@D)/..

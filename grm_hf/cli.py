@@ -72,6 +72,32 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--output", help="JSONL file to write (default: standard output)")
     score.set_defaults(run=_score)
 
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a reward model on benchmarks, or on your own pairs",
+        description="Score one or more suites with a reward model (a GRM, an adapter of one, or any sequence "
+        "classifier with one label) and give the official figures. Suites: docs/evaluation.md. With --output an "
+        "interrupted evaluation goes on where it stopped. Several processes: `accelerate launch -m grm_hf.cli eval`.",
+    )
+    evaluation.add_argument("model", help="Hub id or folder of a reward model or an adapter")
+    evaluation.add_argument(
+        "--suite", help="names, with commas between them (default: own, the pairs or lists in --data)"
+    )
+    evaluation.add_argument("--data", help="file or folder in the official format, or Hub id (default: the suite's)")
+    evaluation.add_argument("--subset", action="append", help="subset to keep; several times: several")
+    evaluation.add_argument("--limit", type=int, help="most rows of each suite, from all over it")
+    evaluation.add_argument("--output", help="folder for rows, report.html, results.csv and results.json")
+    evaluation.add_argument(
+        "--compare", nargs="+", default=[], metavar="RESULTS", help="outputs of other models on the same rows"
+    )
+    evaluation.add_argument("--member", action="append", default=[], help="a further member: an ensemble (their mean)")
+    evaluation.add_argument(
+        "--card", action="store_true", help="put the results on the card in the model's folder, beside what is there"
+    )
+    evaluation.add_argument("--revision", help="branch, tag or commit of the data on the Hub")
+    evaluation.add_argument("--trust-remote-code", action="store_true", help="run code of a model that is no GRM")
+    evaluation.set_defaults(run=_eval)
+
     compare = commands.add_parser("compare", help="compare two answers to one prompt")
     compare.add_argument("prompt")
     compare.add_argument("answer_a")
@@ -353,8 +379,9 @@ def _accelerator():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     from accelerate import Accelerator
+    from torch.accelerator import is_available
 
-    return Accelerator()
+    return Accelerator(cpu=not is_available())  # left to itself it takes processes on CPUs for one
 
 
 def _open(path):
@@ -453,6 +480,58 @@ def _answer(line):
     except json.JSONDecodeError:
         return line
     return value if isinstance(value, str) else line
+
+
+def _eval(args):
+    from .evaluation import compare, evaluate, read_results
+    from .evaluation.report import terminal, write_report
+    from .evaluation.scorers import as_scorer
+    from .rewards import RewardEnsemble
+
+    if not args.suite and not args.data:
+        raise ValueError("nothing to evaluate on: pass --suite, or your own pairs by --data.")
+    suites = (args.suite or "own").split(",")
+    if args.compare and not args.output:
+        raise ValueError("--compare needs --output: rows are compared one by one, and they are kept there.")
+    if args.card and not Path(args.model).is_dir():
+        raise ValueError(f"--card writes into a folder, and {args.model!r} is none.")
+    accelerator = _accelerator()
+    if args.member:
+        scorer = RewardEnsemble([args.model, *args.member])
+    else:
+        scorer = as_scorer(args.model, accelerator=accelerator, trust_remote_code=args.trust_remote_code)
+    runs, comparisons = [], []
+    for suite in suites:
+        found = evaluate(
+            scorer, suite, args.data, subset=args.subset, limit=args.limit, output=args.output,
+            accelerator=accelerator, progress=True, revision=args.revision,
+        )
+        others = [read_results(path, found) for path in args.compare]
+        runs += [found, *others]
+        comparisons += [compare(found, other) for other in others]
+    if accelerator is not None and not accelerator.is_main_process:
+        return
+    if args.output:
+        write_report(args.output, runs, comparisons)
+    print(terminal(runs, comparisons))
+    if args.output:
+        print(f"\nreport: {Path(args.output) / 'report.html'}")
+    if args.card:
+        _evaluated(args.model, runs[:: 1 + len(args.compare)])
+
+
+def _evaluated(folder, runs):
+    """Put results on the card of a model's folder, and say so."""
+    from .evaluation.report import card_rows
+    from .hub.card import add_results
+
+    rows, left_out = card_rows(runs)
+    if left_out:
+        print(f"not on the card, being no whole benchmark: {', '.join(left_out)}")
+    if rows:
+        for suite in add_results(folder, rows):
+            print(f"not on the card, where somebody has written another result: {suite}")
+        print(f"card: {Path(folder) / 'README.md'}")
 
 
 def _verify(args):

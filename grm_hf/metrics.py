@@ -386,6 +386,53 @@ def bootstrap_interval(
     return _percentiles(total / n, level)
 
 
+def strata_interval(
+    values: Any,
+    strata: Iterable[Hashable],
+    weights: Mapping[Any, float],
+    groups: Iterable[Hashable] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """
+    Percentile interval for a weighted mean of the strata's means, such as a benchmark's score over its subsets.
+
+    Whole groups are drawn with replacement, each with all its values in whatever strata they lie. The sizes of the
+    strata are held fixed: what varies is the sum of `weight / size * (value - mean of the stratum)`. An end beyond the
+    least or the greatest value, which few groups can bring about, is moved there.
+
+    Args:
+        values (`Sequence[float]`):
+            For example the output of [`pair_wins`].
+        strata (`Iterable[Hashable]`):
+            The stratum of each value.
+        weights (`Mapping[Hashable, float]`):
+            Of each stratum. They are divided by their sum.
+        groups, level, resamples, seed:
+            As in [`bootstrap_interval`].
+
+    Returns:
+        `tuple[float, float]`: lower and upper end.
+
+    >>> strata_interval([1.0, 0.0] * 50 + [1.0] * 100, ["a"] * 100 + ["b"] * 100, {"a": 1, "b": 3})
+    (0.85, 0.89875)
+    """
+    values = _numbers("values", values)
+    codes, names = _codes("strata", strata, len(values))
+    clusters, _ = _codes("groups", groups, len(values))
+    if missing := [name for name in names if name not in weights]:
+        raise ValueError(f"`weights` has no weight for {missing}; it has {sorted(map(str, weights))}.")
+    sizes = np.bincount(codes)
+    means = np.bincount(codes, weights=values) / sizes
+    shares = np.array([float(weights[name]) for name in names])
+    shares /= shares.sum()
+    moves = (shares / sizes)[codes] * (values - means[codes])
+    drawn = _bootstrap_sums(moves[:, None], clusters, resamples, seed)[:, 0]
+    drawn = np.clip(float(shares @ means) + drawn, values.min(), values.max())
+    return _percentiles(drawn, level)
+
+
 def _sign_test(a: int, b: int) -> float:
     """Exact two-sided p-value of `a` against `b` when each of the `a + b` is a fair coin."""
     n, k = a + b, min(a, b)
@@ -609,9 +656,21 @@ def rewardbench2_ties(ids: Sequence[str], scores: Sequence[Any], num_correct: Se
     >>> round(rewardbench2_ties(["ref:1", "tied:1"], [[3.0, 0.0], [3.0, 2.5, 0.0]], [1, 2]), 6)
     1.009993
     """
+    return float(rewardbench2_tie_shares(ids, scores, num_correct).sum())
+
+
+def rewardbench2_tie_shares(ids: Sequence[str], scores: Sequence[Any], num_correct: Sequence[int]) -> np.ndarray:
+    """
+    What each row adds to [`rewardbench2_ties`], whose arguments these are; `(n,)`. What a prompt counts that has both
+    rows, the tied one adds.
+
+    >>> rewardbench2_tie_shares(["ref:1", "tied:1"], [[3.0, 0.0], [3.0, 2.5, 0.0]], [1, 2]).round(6).tolist()
+    [0.3, 0.709993]
+    """
     _require_equal_lengths(ids=ids, scores=scores, num_correct=num_correct)
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}
+    rows: list[tuple[str, str]] = []
     for i, (name, row, correct) in enumerate(zip(ids, scores, num_correct, strict=True)):
         kind, _, prompt = name.partition(":")
         if kind not in gaps or not prompt or prompt in gaps[kind]:
@@ -623,19 +682,25 @@ def rewardbench2_ties(ids: Sequence[str], scores: Sequence[Any], num_correct: Se
         gaps[kind][prompt] = right.min() - wrong.max()
         if kind == "tied" and correct > 1:
             spreads[prompt] = right.max() - right.min()
+        rows.append((kind, prompt))
     for kind, found in gaps.items():
         if not found:
             raise ValueError(f"No '{kind}' row; the score needs prompts with rows of both kinds.")
-    accurate = {kind: np.mean([gap > 0 for gap in found.values()]) for kind, found in gaps.items()}
     # (tied gap, smaller gap, spread) of the prompts that have both rows
-    both = [(gaps["tied"][p], min(gaps["ref"][p], gaps["tied"][p]), s) for p, s in spreads.items() if p in gaps["ref"]]
-    ratios = [smaller / spread for _, smaller, spread in both if spread > 0]
-    preferred = np.mean([tied > spread for tied, _, spread in both]) if both else 0.0
-    preferred_hard = np.mean([smaller > spread for _, smaller, spread in both]) if both else 0.0
-    margin = np.mean([math.tanh(ratio - 1) for ratio in ratios]) if ratios else 0.0
-    return float(
-        0.3 * accurate["tied"] + 0.3 * accurate["ref"] + 0.2 * preferred + 0.2 * preferred_hard + 0.01 * margin
-    )
+    both = {
+        p: (gaps["tied"][p], min(gaps["ref"][p], gaps["tied"][p]), spread)
+        for p, spread in spreads.items()
+        if p in gaps["ref"]
+    }
+    ratios = {p: smaller / spread for p, (_, smaller, spread) in both.items() if spread > 0}
+    shares = [0.3 * (gaps[kind][prompt] > 0) / len(gaps[kind]) for kind, prompt in rows]
+    for i, (kind, prompt) in enumerate(rows):
+        if kind == "tied" and prompt in both:
+            tied, smaller, spread = both[prompt]
+            shares[i] += (0.2 * (tied > spread) + 0.2 * (smaller > spread)) / len(both)
+        if kind == "tied" and prompt in ratios:
+            shares[i] += 0.01 * math.tanh(ratios[prompt] - 1) / len(ratios)
+    return np.array(shares)
 
 
 # --------------------------------------------------------------------------------------- rewards against a gold reward
@@ -743,6 +808,51 @@ def kendall(x: Any, y: Any) -> float:
         untied_x += np.abs(sign_x).sum()
         untied_y += np.abs(sign_y).sum()
     return float(same_order / math.sqrt(untied_x * untied_y))
+
+
+def preference_graph(margins: Any) -> dict[str, float]:
+    """
+    Agreement of scores with a graph of preferences, as IF-RewardBench counts (arXiv 2603.04738).
+
+    Args:
+        margins (`Sequence[float]`):
+            For each edge the score of the preferred response minus that of the other.
+
+    Returns:
+        `dict[str, float]`: `accuracy` (an edge whose scores are equal is wrong) and `tau_b`, `(C - D) / sqrt((C + D) *
+        (C + D + T))` for C edges in the graph's order, D in the opposite one and T tied; 0 when all are tied. On the
+        graph of a whole order this is [`kendall`].
+
+    >>> result = preference_graph([1.0, 2.0, -1.0, 0.0])
+    >>> result["accuracy"], round(result["tau_b"], 4)
+    (0.5, 0.2887)
+    """
+    margins = _numbers("margins", margins)
+    right, wrong = int((margins > 0).sum()), int((margins < 0).sum())
+    tau = (right - wrong) / math.sqrt((right + wrong) * len(margins)) if right + wrong else 0.0
+    return {"accuracy": accuracy(margins, ties=0), "tau_b": tau}
+
+
+def roc_auc(scores: Any, labels: Any) -> float:
+    """
+    Chance that a right response scores above a wrong one, of all such pairs; equal scores count half.
+
+    Args:
+        scores (`Sequence[float]`):
+            Rewards.
+        labels (`Sequence[float]`):
+            1 for right and 0 for wrong responses; both are required.
+
+    >>> roc_auc([3.0, 1.0, 2.0, 1.0], [1, 1, 0, 0])
+    0.625
+    """
+    scores, labels = _numbers("scores", scores), _numbers("labels", labels)
+    _require_equal_lengths(scores=scores, labels=labels)
+    right = labels == 1
+    if not np.isin(labels, (0, 1)).all() or right.all() or not right.any():
+        raise ValueError("`labels` must be 1 and 0, and hold both: the AUC compares right with wrong responses.")
+    count = int(right.sum())
+    return float((_ranks(scores)[right].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
 
 
 def _centred(values: np.ndarray, prompts: np.ndarray) -> np.ndarray:

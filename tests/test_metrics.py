@@ -2,19 +2,17 @@
 simulation, compared with scipy and with the `rewardbench` package where they are installed, and held to the
 invariances of a Bradley-Terry reward (no number may depend on a shift of one prompt's rewards)."""
 
-import ast
 import doctest
-import importlib.util
 import itertools
 import math
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rewardbench_package
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -373,34 +371,15 @@ def test_rewardbench_counts_mathematics_as_much_as_code():
     assert report["section_mean"] == 0.125
 
 
-def rewardbench_folder():
-    spec = importlib.util.find_spec("rewardbench")
-    if spec is None:
-        pytest.skip("the rewardbench package is not installed (`pip install --no-deps rewardbench`)")
-    return Path(spec.origin).parent
-
-
 def test_rewardbench_constants_and_arithmetic_equal_the_package():
-    folder = rewardbench_folder()  # importing the package itself needs fastchat
-    theirs = {}
-    exec((folder / "constants.py").read_text(), theirs)
+    theirs = rewardbench_package.constants()
+    (per_section,) = rewardbench_package.functions("calculate_scores_per_section")
     ours = {name: weight for members in metrics.REWARDBENCH.values() for name, weight in members.items()}
     assert {name: list(members) for name, members in metrics.REWARDBENCH.items()} == theirs["SUBSET_MAPPING"]
     assert ours == theirs["EXAMPLE_COUNTS"]
-    exec(function_source(folder / "utils.py", "calculate_scores_per_section"), theirs)
     scores = dict(zip(ours, np.random.default_rng(0).random(len(ours)).tolist(), strict=True))
-    expected = theirs["calculate_scores_per_section"](theirs["EXAMPLE_COUNTS"], theirs["SUBSET_MAPPING"], scores)
+    expected = per_section(theirs["EXAMPLE_COUNTS"], theirs["SUBSET_MAPPING"], scores)
     assert metrics.section_means(scores, metrics.REWARDBENCH) == pytest.approx(expected, rel=1e-12)
-
-
-def function_source(path, *names):
-    tree = ast.parse(path.read_text())
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
-    assert len(found) == len(names)
-    for node in found:  # annotations name what is not imported here
-        node.args.args = [ast.arg(argument.arg) for argument in node.args.args]
-        node.returns = None
-    return "\n".join(map(ast.unparse, found))
 
 
 def ties_rows(seed, prompts=8):
@@ -435,12 +414,11 @@ def test_rewardbench2_ties_by_hand():
 
 
 def test_rewardbench2_ties_equals_the_package():
-    folder = rewardbench_folder()
-    theirs = {"np": np, "math": math, "Dataset": SimpleNamespace(from_dict=lambda columns: columns)}
-    exec(function_source(folder / "utils.py", "sample_stats", "process_single_model"), theirs)
+    data = SimpleNamespace(from_dict=lambda columns: columns)
+    _, score = rewardbench_package.functions("sample_stats", "process_single_model", np=np, math=math, Dataset=data)
     for seed in range(20):
         rows = ties_rows(seed)
-        _, expected = theirs["process_single_model"](
+        _, expected = score(
             [{"id": name, "scores": scores, "num_correct": correct} for name, scores, correct in rows]
         )
         assert metrics.rewardbench2_ties(*zip(*rows, strict=True)) == pytest.approx(expected, rel=1e-12)
@@ -458,6 +436,51 @@ def test_rewardbench2_ties_equals_the_package():
 def test_rewardbench2_ties_refuses(rows, words):
     with pytest.raises(ValueError, match=words):
         metrics.rewardbench2_ties(*zip(*rows, strict=True))
+
+
+def test_strata_interval_is_the_interval_of_a_mean_and_follows_the_weights():
+    values = (draw(400, 1) > 0).astype(float)
+    groups = np.repeat(np.arange(200), 2)
+    same = metrics.strata_interval(values, ["all"] * 400, {"all": 3.0}, groups)
+    assert same == pytest.approx(metrics.bootstrap_interval(values, groups), abs=1e-12)
+    # Two strata: against the ratio of sums over drawn groups, by a plain loop.
+    strata = np.where(np.arange(400) < 100, "a", "b")
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(2000):
+        drawn = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(200, size=200)])
+        means = {s: values[drawn][strata[drawn] == s].mean() for s in "ab"}
+        found.append(0.8 * means["a"] + 0.2 * means["b"])
+    expected = np.quantile(found, [0.025, 0.975])
+    assert metrics.strata_interval(values, strata, {"a": 4, "b": 1}, groups) == pytest.approx(expected, abs=0.012)
+    with pytest.raises(ValueError, match=r"no weight for \['b'\]"):
+        metrics.strata_interval([1.0, 0.0], ["a", "b"], {"a": 1})
+
+
+@given(st.lists(st.integers(-2, 2), min_size=2, max_size=8))
+def test_preference_graph_of_a_whole_order_is_tau_b_of_scipy(scores):
+    """Kendall's tau-b of scipy, which knows ties; the accuracy by counting."""
+    stats = pytest.importorskip("scipy.stats")
+    margins = [a - b for a, b in itertools.combinations(scores, 2)]  # the first is preferred to all behind it
+    result = metrics.preference_graph(margins)
+    if len(set(scores)) > 1:
+        expected = stats.kendalltau(range(len(scores), 0, -1), scores, variant="b").statistic
+        assert result["tau_b"] == pytest.approx(expected, abs=1e-12)
+    else:
+        assert result["tau_b"] == 0
+    assert result["accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
+
+
+def test_roc_auc_equals_scikit_learn_and_counts_ties_half():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = rng.normal(size=30).round(1), rng.integers(0, 2, 30)
+        labels[:2] = (0, 1)
+        assert metrics.roc_auc(scores, labels) == pytest.approx(sklearn.roc_auc_score(labels, scores), rel=1e-12)
+    assert metrics.roc_auc([1.0, 1.0], [1, 0]) == 0.5
+    with pytest.raises(ValueError, match="hold both"):
+        metrics.roc_auc([1.0, 2.0], [1, 1])
 
 
 def test_one_to_many_by_hand():

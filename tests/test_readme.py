@@ -37,6 +37,7 @@ def place(tmp_path_factory):
     base().save_pretrained(folder / "Qwen/Qwen3-0.6B")
     TOKENIZER.save_pretrained(folder / "Qwen/Qwen3-0.6B")
     Dataset.from_list(rows(16)).to_parquet(folder / "trl-lib/ultrafeedback_binarized/train.parquet")
+    (folder / "my_pairs.jsonl").write_text('{"prompt": "one", "chosen": " two", "rejected": " three"}\n' * 2)
     (folder / "chats.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
     (folder / "reward.yaml").write_text(
         "model_name_or_path: Qwen/Qwen3-0.6B\ndataset_name: trl-lib/ultrafeedback_binarized\n"

@@ -962,3 +962,49 @@ def test_a_saved_folder_is_loaded_before_training_is_called_done(tmp_path, monke
     with pytest.raises(RuntimeError, match="does not load as the model that was trained"):
         broken.train()
     assert broken.state.global_step == 2
+
+
+# -------------------------------------------------------------------------------------------------------------- suites
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_suites_run_at_evaluations_and_choose_the_best_checkpoint(tmp_path, several):
+    from official_files import FILES, write
+
+    from grm_hf.evaluation import evaluate
+
+    write(tmp_path / "hhh", FILES["hhh"]())
+    sets = {"a": pairs(4, seed=1), "b": pairs(4, seed=2)} if several else pairs(4, seed=1)
+    run = trainer(
+        tmp_path / "out",
+        grm(),
+        pairs(16),
+        sets,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+        learning_rate=0.5,
+        eval_suites=[f"hhh={tmp_path / 'hhh'}"],
+        eval_suite_limit=6,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_hhh/score",
+    )
+    run.train()
+    logged = [(row["step"], row["eval_hhh/score"]) for row in run.state.log_history if "eval_hhh/score" in row]
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert run.state.best_metric == max(score for _, score in logged)
+    found = evaluate(run.model, "hhh", tmp_path / "hhh", tokenizer=TOKENIZER, limit=6)
+    assert found.summary["score"] == run.state.best_metric  # the model that was loaded at the end
+    step = int(run.state.best_model_checkpoint.split("-")[-1])
+    assert dict(logged)[step] == run.state.best_metric
+
+
+def test_suites_that_could_not_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`eval_suites` has \['hh'\]; there are rewardbench, "):
+        settings(tmp_path, eval_suites=["hh"], eval_strategy="steps")
+    with pytest.raises(ValueError, match="eval_strategy is 'no'"):
+        settings(tmp_path, eval_suites=["hhh"])
+    with pytest.warns(UserWarning, match="`eval_suite_limit` is ignored"):
+        settings(tmp_path, eval_suite_limit=3)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,7 @@ RECORD = re.compile(r"<!-- grm_hf of (\S+): (.*?) -->\n")
 FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 CODE_LINE = f"The code files of this model are those of grm_hf {__version__}."
 QUESTION, ANSWERS = "What is the capital of France?", ["Paris.", "I like trains."]
+BENCHMARKS = ".eval_results/grm_eval.yaml"
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -43,6 +45,71 @@ def card_of_folder(folder: str | Path, name: str, tags: list[str] | None = None)
     config = GRMConfig.from_pretrained(folder)
     facts = facts_of_model(config, _tokenizer(folder), name)
     return write_card(metadata_of(config, name, [*TAGS[:2], *(tags or [])], [], False), facts)
+
+
+def add_results(folder: str | Path, rows: list[dict[str, Any]]) -> list[str]:
+    """
+    Put results of benchmarks on the card of a model's folder: into `model-index` of its README.md, and for data sets
+    of the Hub into `.eval_results/grm_eval.yaml`. What a person wrote there stays, also where it is of the same suite.
+
+    Args:
+        folder (`str` or `Path`):
+            Of the model. Without a card, one is written first.
+        rows (`list[dict]`):
+            For each suite its name (`suite`), its data set on the Hub (`dataset`, or `None`), the `value` and what it
+            is (`headline`).
+
+    Returns:
+        `list[str]`: the suites for which `model-index` holds another result that is not ours to replace.
+    """
+    folder = Path(folder)
+    readme, results = folder / "README.md", folder / BENCHMARKS
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else card_of_folder(folder, folder.resolve().name)
+    data, record, name, body = _read(text)
+    index = data.get("model-index") or []
+    new: list[dict[str, Any]] = [
+        {
+            "task": {"type": "text-classification", "name": "preference"},
+            "dataset": {"name": row["suite"], "type": row["dataset"] or row["suite"]},
+            "metrics": [{"type": "accuracy", "value": row["value"], "name": row["headline"]}],
+        }
+        for row in rows
+    ]
+    ours = bool(name) and (not index or record.get("model-index") == _digest(_dump(index)))
+    index = index or [{"name": (name or folder.resolve().name).split("/")[-1], "results": []}]
+    index[0]["results"] = _joined(index[0].get("results", []), new, lambda entry: entry["dataset"].get("name"), ours)
+    data["model-index"] = index
+    if ours:
+        record["model-index"] = _digest(_dump(index))
+    readme.write_text(_join(data, record, name, body), encoding="utf-8")
+
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    published = [
+        {
+            "dataset": {"id": row["dataset"], "task_id": row["suite"]},
+            "value": row["value"],
+            "date": date,
+            "notes": row["headline"],
+        }
+        for row in rows
+        if row["dataset"]
+    ]
+    if published:
+        old = results.read_text(encoding="utf-8") if results.is_file() else ""
+        first, _, rest = old.partition("\n")
+        # Once a person has written in it, the file stays theirs: it gets no mark, and nothing in it is replaced.
+        untouched = not old or first == f"# grm_hf {_digest(rest)}"
+        text = _dump(_joined(yaml.safe_load(old) or [], published, lambda entry: entry["dataset"], untouched))
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(f"# grm_hf {_digest(text)}\n{text}" if untouched else text, encoding="utf-8")
+    return [entry["dataset"]["name"] for entry in new if entry not in index[0]["results"]]
+
+
+def _joined(old: list, new: list, key, replace: bool) -> list:
+    """`old` with the entries of `new` whose key it lacks; with `replace`, new ones in the place of old ones."""
+    keys = [key(entry) for entry in new]
+    kept = [new[keys.index(key(entry))] if replace and key(entry) in keys else entry for entry in old]
+    return kept + [entry for entry, name in zip(new, keys, strict=True) if name not in [key(e) for e in old]]
 
 
 @cache

@@ -46,6 +46,7 @@ OF_WEIGHTS = (
     "adapter/*",
     "golden_rows.json",
     ".eval_results/grm_hf.yaml",
+    card.BENCHMARKS,
 )
 OF_TOKENIZER = (
     "tokenizer*",

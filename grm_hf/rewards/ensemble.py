@@ -75,6 +75,9 @@ class RewardEnsemble:
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
             See [`GRMScorer`].
 
+    Attributes:
+        settings (`dict`): How members are combined: `how`, `k`, `weight`, `statistics`.
+
     Raises:
         `ValueError`: for fewer than two members, for identical ones (the ensemble would pretend to agree), and for
             members without stored statistics.
@@ -146,6 +149,8 @@ class RewardEnsemble:
     def _setup(self, scorers, activations, combination, statistics):
         self._scorers, self._activations, self._combination = scorers, activations, combination
         self._statistics = _statistics(statistics, [scorer.model.config for scorer in scorers])
+        how, k, weight = combination
+        self.settings = {"how": how, "k": k, "weight": weight, "statistics": self._statistics}
         first = scorers[0].tokenizer
         same = all(scorer.tokenizer.get_vocab() == first.get_vocab() for scorer in scorers)
         self.tokenizer = first if same else None  # rendered token ids can only be scored if all read them alike

@@ -68,6 +68,14 @@ class GRMRewardConfig(RewardConfig):
             split into as many batches as this needs, and each counts by its share of the pairs, so the loss and the
             gradient of a step stay the same: the pairs decide what is learned, the tokens what memory it takes. A
             single pair that is longer is a batch by itself. Not with FSDP and DeepSpeed.
+
+        > Parameters that control the evaluation
+
+        eval_suites (`list[str]`, *optional*):
+            Benchmarks of `grm_hf.evaluation` that run at each evaluation, such as `["hhh"]`; `"hhh=PATH"` reads its
+            files from there. Logged as `eval_hhh/score`, which `metric_for_best_model` can name.
+        eval_suite_limit (`int`, *optional*):
+            Most examples of each suite, from all over it. Default: all.
     """
 
     regularizer: str = field(
@@ -105,6 +113,13 @@ class GRMRewardConfig(RewardConfig):
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Most tokens that go through the model at once. Default: no limit."}
     )
+    eval_suites: list[str] | None = field(
+        default=None,
+        metadata={"help": "Benchmarks that run at each evaluation: names, or name=PATH. Logged as eval_NAME/score."},
+    )
+    eval_suite_limit: int | None = field(
+        default=None, metadata={"help": "Most examples of each of eval_suites. Default: all."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -127,6 +142,16 @@ class GRMRewardConfig(RewardConfig):
             raise ValueError(
                 f"`max_tokens_per_batch` is {self.max_tokens_per_batch}; it must be at least 1, or None for no limit."
             )
+        if self.eval_suites:
+            from ..evaluation import SUITES
+
+            unknown = [suite for suite in self.eval_suites if suite.partition("=")[0] not in SUITES]
+            if unknown:
+                raise ValueError(f"`eval_suites` has {unknown}; there are {', '.join(SUITES)}.")
+            if self.eval_strategy == "no":
+                raise ValueError("`eval_suites` run at evaluations, but eval_strategy is 'no'. Set it to 'steps'.")
+        elif self.eval_suite_limit is not None:
+            warnings.warn("`eval_suite_limit` is ignored: there are no `eval_suites`.", stacklevel=2)
         if self.freeze_backbone and self.text_loss != "none":
             raise ValueError(
                 f"`freeze_backbone=True` leaves nothing for the text loss {self.regularizer!r} to train. Set "

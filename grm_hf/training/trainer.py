@@ -37,6 +37,7 @@ from ..scoring import golden
 from . import adapters, loading, reference, run_card
 from .averages import Averages
 from .config import GRMRewardConfig
+from .suites import SuiteCallback
 
 
 logger = logging.get_logger(__name__)
@@ -214,6 +215,9 @@ class GRMRewardTrainer(RewardTrainer):
             logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
         self._averages = {"train": Averages(), "eval": Averages()}
         self._tokens_since, self._log_time = 0, time.perf_counter()
+
+        if args.eval_suites:
+            self.add_callback(SuiteCallback(self, args.eval_suites, args.eval_suite_limit))
 
         self._reference, self._reference_model = None, None
         if args.needs_reference:

@@ -1,0 +1,9 @@
+"""Evaluation: every reward benchmark with its official figures. A suite is a loader of the official files and an
+aggregation of scores; `evaluate` puts a model between them."""
+
+from .examples import Example
+from .run import Results, aggregate, compare, evaluate, load_examples, read_results
+from .suites import SUITES
+
+
+__all__ = ["SUITES", "Example", "Results", "aggregate", "compare", "evaluate", "load_examples", "read_results"]

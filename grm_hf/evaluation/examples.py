@@ -1,0 +1,305 @@
+"""`Example`, what every suite's rows become, and the reading of official files: fields checked, row by row, so that a
+wrong file is one sentence with the file, the row and what was expected."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+
+
+@dataclass(frozen=True)
+class Example:
+    """
+    One prompt with its responses, and which of them are right.
+
+    Attributes:
+        prompt (`str` or `list[dict]`):
+            One user message, or the messages before the response. Empty: each response is a whole text, or a whole
+            conversation.
+        responses (`list`):
+            Each a text, or the messages that follow the prompt.
+        correct (`list[int]`):
+            Indices of the right responses.
+        subset (`str`, *optional*):
+            The subset of the suite.
+        id (`str`, *optional*):
+            The row's name in the suite.
+        meta (`dict`, *optional*):
+            What the suite's aggregation needs besides: `pairs` (indices of better and worse responses, where these are
+            not all right ones against all wrong ones), `group` (rows that stand or fall together, by default those of
+            one prompt), `tools` and `chat_template_kwargs` for the chat template.
+
+    Raises:
+        `ValueError`: there is no response, or `correct` names one that does not exist.
+    """
+
+    prompt: str | list[dict]
+    responses: list
+    correct: list[int]
+    subset: str = ""
+    id: str = ""
+    meta: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        count = len(self.responses)
+        named = [*self.correct, *(index for pair in self.meta.get("pairs", []) for index in pair)]
+        if not count:
+            raise ValueError(f"example {self.id!r} has no responses.")
+        if wrong := [index for index in named if not 0 <= index < count]:
+            raise ValueError(f"example {self.id!r} has {count} responses, and indices {wrong} name none of them.")
+
+    @property
+    def wrong(self) -> list[int]:
+        """Indices of the responses that are not right."""
+        return [i for i in range(len(self.responses)) if i not in self.correct]
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Indices of a better and a worse response."""
+        if "pairs" in self.meta:
+            return [tuple(pair) for pair in self.meta["pairs"]]
+        return [(i, j) for i in self.correct for j in self.wrong]
+
+    @property
+    def group(self) -> str:
+        """What the rows have in common that stand or fall together."""
+        return self.meta.get("group") or json.dumps(self.prompt, ensure_ascii=False)
+
+    def chat(self, index: int) -> dict | str:
+        """The prompt with one of the responses, as [`GRMScorer.score`] takes it."""
+        response = self.responses[index]
+        if not self.prompt and isinstance(response, str):
+            return response
+        extras = {key: self.meta[key] for key in ("tools", "chat_template_kwargs") if self.meta.get(key)}
+        return {"prompt": self.prompt, "response": response, **extras}
+
+    def length(self, index: int) -> int:
+        """Characters of a response: the same for every model."""
+        return len(text_of(self.responses[index]))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that the suite's own rules leave out, and why. Such rows are counted and said."""
+
+    reason: str
+
+
+def text_of(response: str | list[dict]) -> str:
+    """The text of a response that is a text, or messages."""
+    if isinstance(response, str):
+        return response
+    return "\n\n".join(str(message.get("content") or "") for message in response)
+
+
+def turns(conversation: list[dict]) -> list[dict]:
+    """Messages with what a chat template reads and nothing else: data sets add languages, ids, nulls."""
+    keys = ("role", "content", "tool_calls", "tool_call_id", "name")
+    return [{key: m[key] for key in keys if m.get(key) is not None} for m in conversation]
+
+
+def split_conversations(conversations: list[list[dict]]) -> tuple[list[dict], list]:
+    """The messages that conversations begin with in common, and what follows in each: a text where that is one message
+    of the assistant, messages otherwise."""
+    conversations = [turns(conversation) for conversation in conversations]
+    shared = 0
+    while all(len(c) > shared + 1 and c[shared] == conversations[0][shared] for c in conversations):
+        shared += 1
+    rests = [conversation[shared:] for conversation in conversations]
+    single = all(len(rest) == 1 and set(rest[0]) == {"role", "content"} for rest in rests)
+    single = single and all(isinstance(rest[0]["content"], str) and shared for rest in rests)
+    return conversations[0][:shared], [rest[0]["content"] for rest in rests] if single else rests
+
+
+def digest_of(examples: list[Example]) -> str:
+    """Names the rows: equal for equal examples in an equal order."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(json.dumps(asdict(example), ensure_ascii=False, sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def spread(examples: list[Example], limit: int) -> list[Example]:
+    """About `limit` examples from all over the suite, in their order: whole groups, drawn by a hash of what they are,
+    so that a smaller limit gives a part of what a larger one gives."""
+    if limit < 1:
+        raise ValueError(f"the limit is {limit}; at least one example is required.")
+    sizes = Counter(example.group for example in examples)
+    room, chosen = limit, set[str]()
+    for group in sorted(sizes, key=lambda group: hashlib.sha256(group.encode()).hexdigest()):
+        if sizes[group] <= room or not chosen:
+            chosen.add(group)
+            room -= sizes[group]
+        if room <= 0:
+            break
+    return [example for example in examples if example.group in chosen]
+
+
+# -------------------------------------------------------------------------------------------------------------- fields
+
+
+class Kind(NamedTuple):
+    """What a field may hold."""
+
+    name: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_messages(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+TEXTS = Kind("a list of texts", lambda value: _list_of(value, str))
+NAME = Kind("text or a whole number", lambda value: isinstance(value, (str, int)) and not isinstance(value, bool))
+COUNT = Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
+NUMBER = Kind("a number", _is_number)
+NUMBERS = Kind("a list of numbers", lambda value: isinstance(value, list) and all(map(_is_number, value)))
+MESSAGES = Kind("messages with `role` and `content`", _are_messages)
+PROMPT = Kind("text or messages", lambda value: isinstance(value, str) or _are_messages(value))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
+MAPPINGS = Kind("a list of mappings", lambda value: _list_of(value, dict))
+
+
+def _list_of(value, kind) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def one_of(*choices: str) -> Kind:
+    return Kind(f"one of {list(choices)}", lambda value: value in choices)
+
+
+class Row:
+    """A row of a file: its fields, checked on the way out, and where it is."""
+
+    def __init__(self, values: dict, file: str, number: int):
+        self.values, self.file, self.number = values, file, number
+
+    def __call__(self, name: str, kind: Kind):
+        """The field `name`, which must be there and hold a `kind`. `a.b` is the field `b` of the mapping `a`."""
+        outer, _, inner = name.partition(".")
+        if inner:
+            return Row(self(outer, MAPPING), self.file, self.number)(inner, kind)
+        if name not in self.values:
+            raise self.error(f"there is no field `{name}` ({kind.name}); it has {sorted(map(str, self.values))}")
+        value = self.values[name]
+        if not kind.holds(value):
+            raise self.error(f"`{name}` is {_shown(value)}; {kind.name} is required")
+        return value
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"{self.file}, row {self.number}: {what}.")
+
+
+def _shown(value) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def read_rows(path: str | os.PathLike) -> Iterator[Row]:
+    """
+    The rows of a file (`.json`: a list, or a mapping with one; `.jsonl`, `.parquet`, `.csv`), or of all such files
+    below a folder, in the order of their names. Rows are numbered from 1, as an editor numbers lines.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not files:
+            raise ValueError(f"{path} holds no file of data: {', '.join(SUFFIXES)} are read.")
+    elif path.is_file():
+        files = [path]
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path} is no file of data: {', '.join(SUFFIXES)} are read.")
+    else:
+        raise ValueError(f"no such file or folder: {path}")
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        number = 0
+        for number, values in enumerate(_values(file), 1):
+            if not isinstance(values, dict):
+                raise ValueError(f"{name}, row {number}: {_shown(values)} is no row; a mapping of fields is required.")
+            yield Row(values, name, number)
+        if not number:
+            raise ValueError(f"{name} is empty; a file of rows is required.")
+
+
+def _values(file: Path) -> Iterable[Any]:
+    if file.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise ImportError("Parquet files need pyarrow: pip install 'grm-hf[eval]'.") from error
+        return parquet.read_table(file).to_pylist()
+    if file.suffix == ".csv":
+        return _csv(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8 text: {error}") from None
+    if file.suffix == ".jsonl":
+        return _lines(text, file.name)
+    try:
+        found = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if isinstance(found, list):
+        return found
+    raise ValueError(f"{file.name} holds {_shown(found)}; a list of rows is required.")
+
+
+def _csv(file: Path) -> Iterator[dict]:
+    import csv
+
+    with open(file, encoding="utf-8", newline="") as source:
+        yield from csv.DictReader(source)
+
+
+def _lines(text: str, name: str) -> Iterator[Any]:
+    for number, line in enumerate((line for line in text.split("\n") if line.strip()), 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name}, row {number} is not JSON: {error}") from None
+
+
+class Source(NamedTuple):
+    """A part of a suite on the Hub: repository, configuration and split, and what its rows are called."""
+
+    repo: str
+    config: str | None
+    split: str
+    name: str
+
+
+def download_rows(sources: Iterable[Source], revision: str | None = None) -> Iterator[Row]:
+    """The rows of parts on the Hub."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError("Data from the Hub needs datasets: pip install 'grm-hf[eval]'.") from error
+    for source in sources:
+        dataset = load_dataset(source.repo, source.config, split=source.split, revision=revision)
+        for number, values in enumerate(dataset, 1):
+            yield Row(values, source.name, number)
+
+
+def is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()

@@ -1,0 +1,495 @@
+"""`evaluate`: a model on a suite. Every text is computed once, results are kept row by row and taken up again from any
+byte, by the same model and for the same rows alone."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..scoring import Score
+from . import scorers
+from .examples import Example, Row, Skipped, digest_of, download_rows, is_hub_id, read_rows, spread
+from .suite import Suite, aggregate_with, headline, interval
+from .suites import SUITES
+
+
+# All of so many prompts say the same of two equal models in less than 5 % of cases: 2 * 0.5**6.
+FEWEST_DIFFERING = 6
+
+
+@dataclass
+class Results:
+    """
+    What a model reached on a suite.
+
+    Attributes:
+        suite (`str`): Name of the suite.
+        model (`str`): Name of the model.
+        summary (`dict[str, float]`): What [`aggregate`] gives: `score` is the headline.
+        examples (`list[Example]`): The rows of the suite.
+        scores (`list[list[float]]`): Of each example's responses.
+        rows (`list[dict]`): For each example its number, id and subset, and scores, tokens and truncation of each of
+            its responses.
+        model_digest (`str`): Names the model's weights, configuration and tokenizer. Empty: not computed.
+        rows_digest (`str`): Names the rows.
+        skipped (`dict[str, int]`): Rows that the suite's rules leave out, by reason.
+    """
+
+    suite: str
+    model: str
+    summary: dict[str, float]
+    examples: list[Example] = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+    model_digest: str = ""
+    rows_digest: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> list[list[float]]:
+        return [row["scores"] for row in self.rows]
+
+    @property
+    def truncated(self) -> int:
+        """Texts that were longer than the model can read, counted once for each row."""
+        return sum(sum(row["truncated"]) for row in self.rows)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether these are the rows of the official suite, all of them."""
+        return bool(self.summary["complete"])
+
+    def to_json(self) -> str:
+        """Everything but the texts, as JSON."""
+        return json.dumps(
+            {
+                "suite": self.suite,
+                "model": self.model,
+                "model_digest": self.model_digest,
+                "rows_digest": self.rows_digest,
+                "skipped": self.skipped,
+                "versions": {name: version(name) for name in ("grm-hf", "torch", "transformers")},
+                "summary": self.summary,
+                "rows": self.rows,
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+
+    def to_frame(self):
+        """The rows as a `pandas.DataFrame`."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("`to_frame` needs pandas: pip install 'grm-hf[eval]'.") from error
+        return pandas.DataFrame(self.rows)
+
+
+def suite_of(name: str) -> Suite:
+    if name not in SUITES:
+        raise ValueError(f"there is no suite {name!r}; it must be one of {', '.join(SUITES)}.")
+    return SUITES[name]
+
+
+def aggregate(suite: str, examples: Sequence[Example], scores: Iterable) -> dict[str, float]:
+    """
+    What scores add up to on a suite.
+
+    Args:
+        suite (`str`):
+            A name in `SUITES`.
+        examples (`Sequence[Example]`):
+            Rows of the suite.
+        scores (`Iterable[Sequence[float]]`):
+            For each example the scores of its responses, in their order.
+
+    Returns:
+        `dict[str, float]`: shares between 0 and 1. `score` is the suite's headline by its official rules, `score_low`
+        and `score_high` its 95 % interval (prompts drawn with replacement; left out for a single prompt), then the
+        suite's other figures (`section/...`, `subset/...`, and so on), `n` (examples), `complete` (1 where nothing of
+        the official suite is missing; otherwise the headline is over what is there), and `pairs/...`: what
+        [`pairwise_metrics`] gives for all pairs of a right and a wrong response, with the number of `ties`.
+
+    Raises:
+        `ValueError`: numbers of examples, responses and scores differ, or a score is not finite.
+
+    >>> example = Example("What is 2 + 2?", ["4", "5"], [0], "math-prm")
+    >>> aggregate("rewardbench", [example], [[1.0, 0.0]])["section/Reasoning"]
+    1.0
+    """
+    return aggregate_with(suite_of(suite), examples, scores)
+
+
+def load_examples(
+    suite: str,
+    data: str | os.PathLike | Iterable[dict] | None = None,
+    subset: Sequence[str] | None = None,
+    limit: int | None = None,
+    revision: str | None = None,
+) -> tuple[list[Example], dict[str, int]]:
+    """
+    The examples of a suite.
+
+    Args:
+        suite (`str`):
+            A name in `SUITES`.
+        data (`str`, path or rows, *optional*):
+            File or folder in the official format, Hub id of a data set, or the rows themselves. Default: the suite's
+            own place on the Hub.
+        subset (`Sequence[str]`, *optional*):
+            Names of subsets to keep, or beginnings of them that end before a `/`.
+        limit (`int`, *optional*):
+            Most examples, from all over the suite: see [`spread`].
+        revision (`str`, *optional*):
+            Branch, tag or commit of the data on the Hub.
+
+    Returns:
+        `tuple[list[Example], dict[str, int]]`: the examples, and the rows left out by the suite's rules, by reason.
+
+    Raises:
+        `ValueError`: a row is not what the suite's files hold, with the file, the row and what is expected.
+    """
+    of = suite_of(suite)
+    last: dict[str, Row] = {}
+
+    def checked(rows):
+        for row in rows:
+            if not last:
+                _require_fields(of, row)
+            last["row"] = row
+            yield row
+
+    examples: list[Example] = []
+    skipped: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    for found in of.load(checked(_rows(of, data, revision))):
+        if isinstance(found, Skipped):
+            skipped[found.reason] = skipped.get(found.reason, 0) + 1
+            continue
+        row = last["row"]
+        if found.id in seen:
+            raise row.error(f"`id` {found.id!r} is there twice, first in row {seen[found.id]}; ids must differ")
+        seen[found.id] = row.number
+        examples.append(found)
+    if not examples:
+        raise ValueError(f"the data holds no rows for the suite {suite!r}" + _said(skipped))
+    if subset:
+        names = {example.subset for example in examples}
+        for wanted in subset:
+            if not any(_is_in(name, wanted) for name in names):
+                raise ValueError(f"there is no subset {wanted!r}; there are {sorted(names)}.")
+        examples = [example for example in examples if any(_is_in(example.subset, wanted) for wanted in subset)]
+    if limit is not None:
+        examples = spread(examples, limit)
+    return examples, skipped
+
+
+def _is_in(name: str, wanted: str) -> bool:
+    return name == wanted or name.startswith(f"{wanted}/")
+
+
+def _said(skipped: dict[str, int]) -> str:
+    return "".join(f"; {count} rows left out: {reason}" for reason, count in skipped.items())
+
+
+def _rows(suite: Suite, data, revision) -> Iterable[Row]:
+    if data is None:
+        if not suite.hub:
+            raise ValueError(
+                f"the data of {suite.name} is not on the Hub. Get the files from {suite.url or 'where you have them'} "
+                "and name their folder (`--data`)."
+            )
+        return download_rows(suite.hub, revision)
+    if isinstance(data, (str, os.PathLike)):
+        if isinstance(data, str) and is_hub_id(data):
+            sources = [source._replace(repo=data) for source in suite.hub] or []
+            if not sources:
+                raise ValueError(f"{data} is no file, and {suite.name} has no form on the Hub. Name a file or folder.")
+            return download_rows(sources, revision)
+        return read_rows(data)
+    return (Row(dict(values), "data", number) for number, values in enumerate(data, 1))
+
+
+def _require_fields(suite: Suite, row: Row) -> None:
+    """Refuse a file of another schema by its first row, with what it seems to be."""
+    there = set(row.values)
+    if any(fields <= there for fields in suite.fields):
+        return
+    like = [name for name, other in SUITES.items() if name != "own" and any(f <= there for f in other.fields)]
+    wanted = " or ".join(str(sorted(fields)) for fields in suite.fields)
+    raise row.error(
+        f"a row of {suite.name} has the fields {wanted}; this one has {sorted(map(str, there))}"
+        + (f", which are those of {' or '.join(like)}" if like else "")
+    )
+
+
+def evaluate(
+    model,
+    suite: str,
+    data: str | os.PathLike | Iterable[dict] | None = None,
+    *,
+    tokenizer=None,
+    subset: Sequence[str] | None = None,
+    limit: int | None = None,
+    output: str | os.PathLike | None = None,
+    accelerator=None,
+    progress: bool = False,
+    window: int = 1024,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Results:
+    """
+    Score a suite with a model and add it up.
+
+    Args:
+        model:
+            Hub id or folder (of a model, or of a GRM's adapter), a live model, a [`GRMScorer`], a [`RewardEnsemble`],
+            or any `...ForSequenceClassification` with one label.
+        suite (`str`):
+            A name in `SUITES`.
+        data, subset, limit, revision:
+            See [`load_examples`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Of a live model that was made in memory.
+        output (`str` or path, *optional*):
+            Folder for the rows (`<suite>.jsonl`). An evaluation that was interrupted goes on there, to the same bytes;
+            rows of another model or of other data are refused.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            With several processes: each computes a part, the first one writes.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+        window (`int`, *optional*, defaults to `1024`):
+            Responses that are computed at a time, and share what they have in common; what an interruption costs.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run the code of a model that is no GRM and brings its own.
+
+    Returns:
+        [`Results`].
+
+    Raises:
+        `ValueError`: for data that is not the suite's, a model that is no reward model, or results of others in
+            `output`.
+    """
+    if window < 1:
+        raise ValueError(f"`window` is {window}; at least one response at a time is required.")
+    examples, skipped = load_examples(suite, data, subset, limit, revision)
+    scorer = scorers.as_scorer(model, tokenizer, accelerator, trust_remote_code)
+    results = Results(suite, scorers.name_of(scorer), {}, examples, [], "", digest_of(examples), skipped)
+    writes = accelerator is None or accelerator.is_main_process
+    file = None
+    order, ends = _plan(examples, window)
+    rows: list[dict] = []
+    if output is not None:
+        results.model_digest = scorers.digest_of(scorer)
+        path = Path(output) / f"{suite}.jsonl"
+        header, rows, size = _taken_up(path, results, examples, order, ends)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # all have read the file before it changes
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")
+            file.truncate(size)
+            if not size:
+                file.write(_line(header))
+            file.flush()
+    try:
+        _score(scorer, examples, order, ends, rows, file, progress and writes)
+    finally:
+        if file is not None:
+            file.close()
+    results.rows = sorted(rows, key=lambda row: row["row"])
+    results.summary = aggregate(suite, examples, results.scores)
+    return results
+
+
+def _plan(examples: list[Example], window: int) -> tuple[list[int], list[int]]:
+    """The order in which examples are scored, those of one prompt side by side, and where each window ends."""
+    first: dict[str, int] = {}
+    for number, example in enumerate(examples):
+        first.setdefault(example.group, number)
+    order = sorted(range(len(examples)), key=lambda number: (first[examples[number].group], number))
+    ends, size = [], 0
+    for place, number in enumerate(order):
+        count = len(examples[number].responses)
+        if size and size + count > window:
+            ends.append(place)
+            size = 0
+        size += count
+    return order, [*ends, len(order)]
+
+
+def _score(scorer, examples, order, ends, rows, file, shown) -> None:
+    """Score what `rows` does not hold yet, window by window, and append it to `rows` and to `file`."""
+    known: dict[str, Score] = {}
+    for row in rows:
+        for index, values in enumerate(zip(row["scores"], row["tokens"], row["truncated"], strict=True)):
+            known[_key(examples[row["row"]].chat(index))] = Score(*values)
+    done = len(rows)
+    totals = list(accumulate((len(examples[number].responses) for number in order), initial=0))
+    with tqdm(total=totals[-1], initial=totals[done], desc="Scoring", unit="text", disable=not shown) as bar:
+        for start, end in zip([0, *ends], ends, strict=False):
+            if start < done:
+                continue
+            members = order[start:end]
+            chats = {}
+            for number in members:
+                for index in range(len(examples[number].responses)):
+                    chat = examples[number].chat(index)
+                    if (key := _key(chat)) not in known:
+                        chats[key] = chat
+            try:
+                found = scorers.stream(scorer, list(chats.values()))
+            except ValueError as error:
+                raise ValueError(f"rows {min(members)} to {max(members)} cannot be scored: {error}") from error
+            known |= zip(chats, found, strict=True)
+            lines = []
+            for number in members:
+                example = examples[number]
+                scores = [known[_key(example.chat(index))] for index in range(len(example.responses))]
+                row = {
+                    "row": number,
+                    "id": example.id,
+                    "subset": example.subset,
+                    "scores": [score.score for score in scores],
+                    "tokens": [score.tokens for score in scores],
+                    "truncated": [score.truncated for score in scores],
+                }
+                rows.append(row)
+                lines.append(_line(row))
+            if file is not None:
+                file.write(b"".join(lines))
+                file.flush()
+            bar.update(totals[end] - totals[start])
+
+
+def _key(chat) -> str:
+    return json.dumps(chat, ensure_ascii=False, sort_keys=True)
+
+
+def _line(values: dict) -> bytes:
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode()
+
+
+def _taken_up(path, results, examples, order, ends):
+    """The first line of the file, the rows it holds up to the end of a window, and how many bytes those are."""
+    header = {
+        "suite": results.suite,
+        "model": results.model,
+        "model_digest": results.model_digest,
+        "rows_digest": results.rows_digest,
+    }
+    content = path.read_bytes() if path.is_file() else b""
+    first, *lines = content.split(b"\n")[:-1] or [b""]
+    if not first:
+        if content and not _line(header).startswith(content):
+            raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
+        return header, [], 0
+    kept = _header(first, path)
+    for name, what in (("suite", "another suite"), ("model_digest", "another model"), ("rows_digest", "other rows")):
+        if kept.get(name) != header[name]:
+            raise ValueError(
+                f"{path} holds results of {what}: {name} is {str(kept.get(name))[:12]} there and {header[name][:12]} "
+                "in this run. Choose another `output`."
+            )
+    rows = []
+    for place, line in enumerate(lines[: len(order)]):
+        try:
+            row = json.loads(line)
+            fits = row["row"] == order[place] and len(row["scores"]) == len(examples[order[place]].responses)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path}, line {place + 2} is not the row that belongs there. Choose another `output`.")
+        rows.append(row)
+    whole = max((end for end in [0, *ends] if end <= len(rows)), default=0)
+    size = len(first) + 1 + sum(len(line) + 1 for line in lines[:whole])
+    return header, rows[:whole], size
+
+
+def _header(line: bytes, path: Path) -> dict:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or "rows_digest" not in found:
+        raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+def read_results(path: str | os.PathLike, results: Results) -> Results:
+    """
+    Results of another model that lie in a folder (or a file), on the rows of `results`.
+
+    Raises:
+        `ValueError`: there are none, they are not finished, or they are of other rows.
+    """
+    path = Path(path)
+    path = path / f"{results.suite}.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there are no results of {results.suite} in {path}.")
+    first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+    header = _header(first, path)
+    if header["rows_digest"] != results.rows_digest:
+        raise ValueError(f"{path} holds results of other rows, which cannot be compared one by one.")
+    rows = sorted((json.loads(line) for line in lines), key=lambda row: row["row"])
+    if [row["row"] for row in rows] != list(range(len(results.examples))):
+        raise ValueError(f"{path} is not finished: {len(rows)} of {len(results.examples)} rows.")
+    found = Results(
+        results.suite, header["model"], {}, results.examples, rows, header["model_digest"], header["rows_digest"],
+        results.skipped,
+    )
+    found.summary = aggregate(results.suite, results.examples, found.scores)
+    return found
+
+
+def compare(a: Results, b: Results) -> dict[str, Any]:
+    """
+    The difference of two models' headlines on the same rows, paired: row by row, with prompts drawn for its interval.
+
+    Returns:
+        `dict`: `score_a`, `score_b`, `difference`, `low`, `high` (95 %; the difference itself where there is a single
+        prompt), `differing` (prompts on which the two do not count the same), and `verdict`: which one is better, or
+        "no difference shown". A difference is shown where its interval does not hold 0 and at least six prompts
+        differ: fewer that all say the same are no rare event among equals (sign test).
+    """
+    if a.suite != b.suite or a.rows_digest != b.rows_digest:
+        raise ValueError(f"these are results of {a.suite} and {b.suite} on different rows; equal rows are required.")
+    figures = suite_of(a.suite).figures
+    (_, parts_a), (_, parts_b) = (figures(a.examples, results.scores) for results in (a, b))
+    parts = {
+        name: part._replace(values=np.subtract(part.values, parts_b[name].values).tolist())
+        for name, part in parts_a.items()
+    }
+    difference = headline(parts)
+    low, high = interval(a.examples, parts) or (difference, difference)
+    if not difference:
+        low, high = min(low, -high), max(high, -low)  # of equals
+    differing = {
+        a.examples[owner].group
+        for part in parts.values()
+        for value, owner in zip(part.values, part.owners, strict=True)
+        if value
+    }
+    better = a.model if difference > 0 else b.model
+    shown = (low > 0 or high < 0) and len(differing) >= FEWEST_DIFFERING
+    return {
+        "suite": a.suite,
+        "model_a": a.model,
+        "model_b": b.model,
+        "score_a": a.summary["score"],
+        "score_b": b.summary["score"],
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "differing": len(differing),
+        "verdict": f"{better} is better" if shown else "no difference shown",
+    }
