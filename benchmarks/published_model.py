@@ -30,7 +30,7 @@ COMMON = {"regularizer": "sft", "seed": 0, "epochs": 2, "learning_rate": 5e-4, "
 SHIPPED = ["pandalm", "ultrafeedback", "gsm8k"]
 CANDIDATES: dict[str, dict] = {
     "shipped": {**COMMON, "sources": SHIPPED},
-    "instructions": {**COMMON, "sources": ["pandalm", "ultrafeedback"], "epochs": 3},
+    "instructions": {**COMMON, "sources": ["pandalm", "ultrafeedback"]},
     "with_hh": {**COMMON, "sources": SHIPPED, "files": ["hh_singleturn"]},
     "instructions_full": {
         **COMMON, "sources": ["pandalm", "ultrafeedback"], "learning_rate": 3e-5, "rank": None

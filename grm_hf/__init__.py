@@ -31,8 +31,16 @@ def _push_to_hub(self, repo_id, **kwargs):
     return push_model(self, repo_id, **kwargs)
 
 
+def _find_base(name, adapter):
+    """Where the base is that an adapter names: see [`grm_hf.base.find_base`]."""
+    from .base import find_base
+
+    return find_base(name, adapter)
+
+
 # Here and not in the class, whose file is shipped and knows nothing of this package.
 GRMForSequenceClassification.push_to_hub = _push_to_hub  # type: ignore[assignment,method-assign]
+GRMForSequenceClassification.find_base = staticmethod(_find_base)  # type: ignore[assignment,method-assign]
 
 _LAZY = {
     "GRMRewardConfig": "training",

@@ -313,7 +313,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
             base = _base_of_adapter(path, hub)
             if adapter is None and base is not None:
-                adapter, path = path, base
+                adapter, path = path, cls.find_base(base, path)
                 adapter_kwargs = {**hub, **adapter_kwargs}
                 for name in ("revision", "subfolder"):  # the adapter's
                     hub.pop(name, None)
@@ -341,6 +341,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if ours and is_main_process:
             for name in SHIPPED:
                 shutil.copy(os.path.join(os.path.dirname(__file__), name), save_directory)
+
+    @staticmethod
+    def find_base(name, adapter):
+        """Where the base is that the adapter in a folder names. The package grm_hf knows one more place."""
+        return name
 
     def _init_weights(self, module):
         # torch's own defaults, as the original head has; through `torch.nn.init`, which loaded weights are shielded

@@ -4,6 +4,7 @@ from; where the folder comes from; the shipped pairs."""
 import copy
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from tiny import CHATML, tiny_lm
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grm_hf import base
+from grm_hf import GRMForSequenceClassification, GRMScorer, base
 from grm_hf.base import shipped, smollm2
+from grm_hf.hub.publish import stage
 
 
 gguf = pytest.importorskip("gguf", reason="the extra `demo` has it")
@@ -218,3 +220,54 @@ def test_some_sources_only():
         base.load_pairs("train", ("hhh",))
     with pytest.raises(ValueError, match="'dev'; it must be one of"):
         base.load_pairs("dev")
+
+
+# ------------------------------------------------------------------------------------------- adapters on the package
+
+
+@pytest.fixture
+def adapter(at_hand, tmp_path):
+    """What the published model's folder holds: an adapter and a head, the base's name, and the configuration."""
+    peft = pytest.importorskip("peft", reason="training extra")
+    torch.manual_seed(0)
+    model = GRMForSequenceClassification.from_base(str(base.folder("package")), head_hidden_size=16)
+    model.config.reward_temperature, model.config.max_sequence_length = 0.5, 80
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["score"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.02  # what is merged is rounded to bfloat16
+    wrapped.peft_config["default"].base_model_name_or_path = base.BASE_NAME
+    folder = tmp_path / "published"
+    wrapped.save_pretrained(folder)
+    model.config.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base.folder("package")).save_pretrained(folder)
+    return wrapped.eval(), folder
+
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there."}]
+
+
+def test_an_adapter_on_the_package_finds_its_base(adapter, at_hand):
+    live, folder = adapter
+    expected = GRMScorer(live, AutoTokenizer.from_pretrained(folder)).score([CHAT])
+    scorer = GRMScorer(str(folder))
+    assert scorer.score([CHAT]) == pytest.approx(expected, rel=1e-5)
+    assert scorer.model.config.reward_temperature == 0.5 and scorer.encoder.max_length == 80
+    at_hand.setattr(base.reward_base, "write_reward_base", refuse)  # made once
+    assert GRMScorer(str(folder)).score([CHAT]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pushing_it_sends_a_complete_model(adapter, tmp_path):
+    live, folder = adapter
+    expected = GRMScorer(live, AutoTokenizer.from_pretrained(folder)).score([CHAT])
+    with stage(folder, "name") as staged:
+        assert GRMScorer(staged).score([CHAT]) == pytest.approx(expected, abs=0.05)  # merged in bfloat16
+        assert not (Path(staged) / "base").exists() and json.loads((Path(staged) / "config.json").read_text())
+
+
+def test_an_adapter_without_its_configuration_is_refused(adapter):
+    _, folder = adapter
+    (folder / "base" / "config.json").unlink()
+    with pytest.raises(ValueError, match="lacks base/config.json"):
+        GRMScorer(str(folder))

@@ -134,9 +134,14 @@ def write_dequantised(gguf: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        try:
-            os.rename(draft, path)
-            os.mkdir(draft)  # what the context manager removes
-        except OSError:
-            if not path.is_dir():  # another process was first
-                raise
+        move_into_place(draft, path)
+
+
+def move_into_place(draft: str, path: Path) -> None:
+    """Rename a temporary folder to `path`, unless another process was first."""
+    try:
+        os.rename(draft, path)
+        os.mkdir(draft)  # what its context manager removes
+    except OSError:
+        if not path.is_dir():
+            raise

@@ -266,12 +266,13 @@ def compare(runs: dict[str, dict], tests: int) -> dict:
             wins[method] = pair_wins(margins)
             entry[method] = {
                 "accuracy": accuracy(margins),
-                "interval": bootstrap_interval(wins[method], prompts),
+                "interval": list(bootstrap_interval(wins[method], prompts)),
                 "log_loss": log_loss(margins),
             }
         baseline, ours = wins.values()
         entry["difference"] = {
-            "accuracy": float((ours - baseline).mean()), "interval": bootstrap_interval(ours - baseline, prompts)
+            "accuracy": float((ours - baseline).mean()),
+            "interval": list(bootstrap_interval(ours - baseline, prompts)),
         }
         comparison[name] = entry
     return comparison

@@ -55,7 +55,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
             "modules_to_save=['score'], which GRMRewardTrainer does by itself."
         )
     with new_folder(output_dir) as folder:
-        model = GRMForSequenceClassification.from_pretrained(settings["base_model_name_or_path"], dtype=dtype)
+        base = GRMForSequenceClassification.find_base(settings["base_model_name_or_path"], adapter)
+        model = GRMForSequenceClassification.from_pretrained(base, dtype=dtype)
         ends = model.get_input_embeddings(), model.get_output_embeddings()
         wrapped = PeftModel.from_pretrained(model, adapter)
         expected = _outputs(wrapped)
