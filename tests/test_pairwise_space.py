@@ -333,7 +333,7 @@ def test_a_classifier_of_transformers(space):
                 answer["reward"] == close(model(input_ids=ids).logits.item()) == close(answer["tokens"][-1]["reward"])
             )
         assert answer["mean_logprob"] is None and answer["disagreements"] == []
-    assert result["heads"] is None and "no language-model head" in space.drawing.details(result)
+    assert result["heads"] is None and "no LM head" in space.drawing.details(result)
     assert space.reward_models.swap_check(this, PROMPT, A, B)["largest"] < 1e-5
     model.config.pad_token_id = None
     check = space.reward_models.swap_check(this, PROMPT, A, B)
@@ -1043,10 +1043,10 @@ def test_where_they_part_is_said_of_the_answers_own_mean(space):
         result["answers"][name]["disagreements"] = space.reward_models.disagreements(0.0, tokens)
     page = space.drawing.other_head(result)
     assert (
-        "rises by 1.000, though the language model was more surprised than on average in this answer (80.0 %)" in page
+        "rises by 1.000, though the LM head was more surprised than on average in this answer (80.0 %)" in page
     )
     assert (
-        "falls by 1.000, though the language model was less surprised than on average in this answer (1.0 %)" in page
+        "falls by 1.000, though the LM head was less surprised than on average in this answer (1.0 %)" in page
     )
 
 
