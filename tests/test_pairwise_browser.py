@@ -1,6 +1,6 @@
 """The Space `pairwise_comparison` end to end: model and Space pushed to a local Hub by the commands of docs/space.md,
 the Space downloaded into an empty folder and run there without grm_hf, and used in headless Chromium and by gradio's
-client.
+client. The page of the metric is looked at, too.
 
 No request of a page may leave the machine, and none may log an error. With GRM_SCREENSHOTS=FOLDER the pictures of
 docs/space.md are written there, of the model in GRM_SCREENSHOT_MODEL.
@@ -11,26 +11,24 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 import torch
-from hub import File, Hub, Repo, User
+from hub import Hub, User
 from tiny import chatml_tokenizer, tiny_lm
 from transformers import AutoModelForSequenceClassification
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
+from spaces import CHROMIUM, browser, clean_environment, put, served, violations
 
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra `dev`)")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium on the path"),
@@ -41,11 +39,7 @@ SPACE = ROOT / "spaces" / "pairwise_comparison"
 DOCS = (ROOT / "docs" / "space.md").read_text(encoding="utf-8")
 SCREENSHOTS = os.environ.get("GRM_SCREENSHOTS")
 TOKEN = "hf_" + "a" * 34
-PROMPT, A, B = (
-    "what does the truck run on?",
-    "happy to help. the truck runs on wind.",
-    "what a silly question. the truck runs on coal.",
-)
+PROMPT, A, B = "What is 17 times 3?", "51.", "It is 41."
 EVIL = "<img src=x onerror='window.hacked=1'>"
 TIMEOUT = 30_000
 
@@ -56,13 +50,6 @@ def commands(word):
     found = [shlex.split(line) for line in blocks.splitlines() if line.startswith(f"{word} ")]
     assert found
     return found
-
-
-def put(hub, repo_id, folder):
-    """A repository as if its owner had pushed it."""
-    repo = hub.repos["models", repo_id] = Repo("models", repo_id)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    repo.commit("main", {name: File(hub.add_blob(data), len(data)) for name, data in files.items()}, "files")
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +71,7 @@ def site(tmp_path_factory):
     blocked = root / "blocked"  # a grm_hf that cannot be imported
     blocked.mkdir()
     (blocked / "grm_hf.py").write_text("raise ImportError('the Space must not need grm_hf')\n")
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "GRM_", "GRADIO_"))}
-    plain |= {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "no_proxy": "127.0.0.1",
-    }
+    plain = clean_environment(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
 
     def run(command):
         command = [part.replace("NAMESPACE", "ann").replace("NAME", "demo") for part in command]
@@ -111,26 +92,15 @@ def site(tmp_path_factory):
     run(["hf", "download", "ann/pairwise_comparison", "--repo-type", "space", "--local-dir", str(empty)])
     assert {"app.py", "README.md", "requirements.txt", "models.json"} <= {path.name for path in empty.iterdir()}
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**plain, "HF_HOME": str(root / "visitor"), "PYTHONPATH": str(blocked), "GRADIO_ANALYTICS_ENABLED": "False"}
-    env |= {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(root / "temp")}
-    with open(root / "log", "wb") as log:
-        server = subprocess.Popen([sys.executable, "app.py"], cwd=empty, env=env, stdout=log, stderr=log)
+    env = {
+        **plain,
+        "HF_HOME": str(root / "visitor"),
+        "PYTHONPATH": str(blocked),
+    }
     try:
-        for _ in range(960):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, (root / "log").read_text()
-            time.sleep(0.25)
-        yield SimpleNamespace(
-            url=f"http://127.0.0.1:{port}", model=model, hub=hub, revision=revision, log=root / "log", root=root
-        )
+        with served(empty, root / "log", env) as (url, _):
+            yield SimpleNamespace(url=url, model=model, hub=hub, revision=revision, log=root / "log", root=root)
     finally:
-        server.terminate()
-        server.wait(timeout=20)
         hub.close()
 
 
@@ -141,11 +111,8 @@ def scorer(site):
 
 @pytest.fixture(scope="module")
 def chromium():
-    with playwright.sync_playwright() as driver:
-        rules = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rules])
-        yield browser
-        browser.close()
+    with browser() as chromium:
+        yield chromium
 
 
 @pytest.fixture
@@ -161,8 +128,8 @@ def visit(site, chromium):
             outside.append(address)
             route.abort()
 
-    def visit(query="", width=1100, **options):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, **options))
+    def visit(query="", width=1100, height=900, **options):
+        contexts.append(chromium.new_context(viewport={"width": width, "height": height}, **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(TIMEOUT)
         page.route("**/*", guard)
@@ -188,11 +155,22 @@ def box(page, name):
 
 def compare(page):
     page.locator("#compare-button").click()
-    page.locator("#swap h3").wait_for()
+    arrived(page)
 
 
-def picture(page, name):
-    """A screenshot of the whole page, in few colours: they are kept in the repository."""
+def arrived(page, place="verdict"):
+    """The page has gone to a result."""
+    page.wait_for_function(f"document.querySelector('#{place}').contains(document.activeElement)")
+    return page.locator(f"#{place}")
+
+
+def shown(page):
+    """The rewards in the verdict."""
+    return page.locator("#verdict .value").all_inner_texts()
+
+
+def picture(page, name, full_page=True):
+    """A screenshot, in few colours: they are kept in the repository."""
     if not SCREENSHOTS:
         return
     from PIL import Image
@@ -200,9 +178,9 @@ def picture(page, name):
     path = Path(SCREENSHOTS) / f"space_{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     page.mouse.move(0, 0)
-    page.evaluate("document.querySelector('#notices').style.display = 'none'")
+    page.evaluate("document.activeElement.blur()")
     page.wait_for_timeout(500)  # transitions
-    page.screenshot(path=path, full_page=True)
+    page.screenshot(path=path, full_page=full_page)
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
@@ -217,44 +195,114 @@ def query(**fields):
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.parametrize("size", [(1280, 720), (1920, 1080)])
+def test_a_result_at_first_sight(site, visit, size):
+    posts = []
+    page = visit("__theme=light", *size)
+    page.on("request", lambda request: posts.append(request.url) if request.method == "POST" else None)
+    for selector in ("#verdict h2", "#verdict .quote", "#verdict .share", "#verdict .bars", ".example"):
+        place = page.locator(selector).last.bounding_box()
+        assert place["y"] + place["height"] <= size[1], selector
+    example = [box(page, name).input_value() for name in ("prompt", "answer-a", "answer-b")]
+    assert example[0] == PROMPT and f"“{example[1]}”" in page.locator("#verdict").inner_text()
+    expect(page.locator("#verdict"), "A reward is one number for how good the model finds an answer")
+    assert box(page, "model").input_value() == "demo"
+    page.wait_for_function("document.querySelector('#link input').value.startsWith('http')")
+    page.wait_for_timeout(500)
+    assert posts == [] and page.evaluate("location.search") == "?__theme=light"  # nobody was waited for
+    if size == (1280, 720):
+        picture(page, "first_sight", full_page=False)
+
+
 def test_the_browser_shows_the_librarys_number_and_the_link_restores_it(site, scorer, visit):
+    page = visit("__theme=light")
+    box(page, "answer-b").fill(B)
+    compare(page)
     a, b = scorer.score([{"prompt": PROMPT, "response": answer} for answer in (A, B)])
     better = "A" if a > b else "B"
-    page = visit("__theme=light")
-    expect(page.locator("#notices .problem"), "Entry 2 of “models.json” was left out")
-    assert box(page, "prompt").input_value() == PROMPT
-    compare(page)
-    expect(page.locator("#comparison .verdict"), f"answer {better}.")
-    assert page.locator("#comparison .value").all_inner_texts() == [signed(a), signed(b)]
+    expect(page.locator("#verdict h2"), f"answer {better}.")
+    assert shown(page) == [signed(a), signed(b)]
     expect(page.locator("#comparison"), f"demo at {site.revision[:12]}")
-    expect(page.locator("#comparison"), f"{100 * scorer.probability(a, b):.1f} %")
+    expect(page.locator("#verdict .halves"), f"{100 * scorer.probability(a, b):.1f} %")
+    page.locator("#swap-button").click()
     expect(page.locator("#swap"), "A reward depends neither on the order nor on the neighbour")
     picture(page, "compare_light")
 
-    page.locator("#comparison summary").first.click()  # the text as the model got it
+    page.get_by_text("The text of A", exact=True).click()  # as the model got it
     ids = scorer.encoder.encode_chat({"prompt": [{"role": "user", "content": PROMPT}], "response": A}).ids
     seen = page.locator("#comparison .seen").first.evaluate("(e) => e.textContent")
     assert seen.split() == scorer.tokenizer.decode(ids, clean_up_tokenization_spaces=False).split()
     heat = page.locator("#comparison .heat").first.locator("span[title]")
     assert heat.last.get_attribute("title").startswith(f"reward {signed(a)}")
 
-    # Another temperature: at once, in the address as well.
-    slider = page.locator("input[type=range]").first
-    size = slider.bounding_box()
-    slider.click(position={"x": 0.4 * size["width"], "y": size["height"] / 2})
-    page.wait_for_function("!location.search.includes('t=1&') && location.search.includes('t=')")
-    t = float(parse_qs(urlsplit(page.evaluate("location.href")).query)["t"][0])
-    assert 3 < t < 5
-    expect(page.locator("#comparison"), f"over the temperature, {t:g}")
+    # Another temperature, by keyboard: at once, in the address as well.
+    slider = page.locator("#temperature input[type=range]")
+    slider.focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("location.search.includes('t=1.5')")
+    own = scorer.model.config.reward_temperature
+    hot = 1 / (1 + torch.tensor((b - a) / 1.5 / own).exp().item())
+    expect(page.locator("#verdict .halves"), f"A better: {100 * hot:.1f} %")
 
     address = page.evaluate("location.href")
-    page.wait_for_function("document.querySelector('#link textarea').value + '&__theme=light' === location.href")
+    page.wait_for_function("document.querySelector('#link input').value + '&__theme=light' === location.href")
     other = visit(urlsplit(address).query.replace("__theme=light", "__theme=dark"))
-    other.locator("#swap h3").wait_for()
-    assert other.locator("#comparison .value").all_inner_texts() == [signed(a), signed(b)]
-    expect(other.locator("#comparison"), f"over the temperature, {t:g}")
-    assert other.locator("input[type=range]").first.input_value() == f"{t:g}"
+    expect(arrived(other), f"A better: {100 * hot:.1f} %")
+    assert shown(other) == [signed(a), signed(b)]
+    assert other.locator("#temperature input[type=range]").input_value() == "1.5"
     picture(other, "compare_dark")
+
+
+def test_a_verdict_belongs_to_its_texts(site, visit):
+    page = visit()
+    link = page.locator("#link input")
+    stale = page.locator("#verdict .stale")
+    for name, text in (("prompt", "Other?"), ("answer-a", "52."), ("answer-b", "no")):
+        was = box(page, name).input_value()
+        box(page, name).fill(text)
+        expect(stale, "Out of date: the inputs have changed since")
+        playwright.expect(link).to_have_value("")
+        box(page, name).fill(was)
+        playwright.expect(stale).to_be_hidden()
+        playwright.expect(link).to_have_value(re.compile("^http"))
+    page.get_by_label("conversation", exact=True).first.check()
+    expect(stale, "Out of date")
+    page.get_by_label("one prompt").first.check()
+    box(page, "answer-a").fill("52.")
+    compare(page)
+    playwright.expect(stale).to_be_hidden()
+    assert "a=52." in page.evaluate("location.search")
+    expect(page.locator("#verdict"), "“52.”")
+    box(page, "answer-a").fill("53.")
+    page.wait_for_function("location.search === ''")  # neither does the address go with other texts
+
+    # Examples run when they are clicked; pressing while something runs says so.
+    page.get_by_role("button", name="Flattery").click()
+    expect(arrived(page), "“Exactly, and how well you know it!")
+    page.evaluate("page.start('compare')")
+    page.locator("#compare-button").click()
+    expect(page.locator("#compare-status"), "Still comparing: your first press counts.")
+    arrived(page)
+    playwright.expect(page.locator("#compare-status p")).to_have_text("")
+    assert page.locator("#verdict").get_attribute("aria-live") == "polite"
+
+    # Warnings stand at the verdict.
+    box(page, "answer-a").fill("<|im_end|> and so on")
+    compare(page)
+    expect(page.locator("#verdict .warning"), "Answer A spells “<|im_end|>”")
+    box(page, "answer-b").fill("")
+    compare(page)
+    assert page.locator("#verdict [role=alert]").inner_text() == "Answer B is empty."
+
+
+def test_pressing_at_once_keeps_the_address(site, visit):
+    page = visit()
+    page.reload()
+    page.locator("#compare-button").click()
+    arrived(page)
+    page.wait_for_timeout(500)
+    assert f"a={A}" in page.evaluate("location.search")
 
 
 def test_links_carry_any_text_and_nothing_of_it_is_run(visit):
@@ -262,29 +310,29 @@ def test_links_carry_any_text_and_nothing_of_it_is_run(visit):
     page = visit(
         query(kind="conversation", prompt=chat, a=f"{EVIL} \"'", b="</textarea><script>hacked = 1</script>", t=2)
     )
-    page.locator("#swap h3").wait_for()
+    arrived(page)
     assert box(page, "prompt").input_value() == chat and box(page, "answer-a").input_value() == f"{EVIL} \"'"
     fields = parse_qs(urlsplit(page.evaluate("location.href")).query)
     assert fields["prompt"] == [chat] and fields["t"] == ["2"] and fields["kind"] == ["conversation"]
-    assert page.locator("#comparison img").count() == page.locator("#comparison script").count() == 0
+    assert page.locator("#comparison img, #verdict img, #comparison script, #verdict script").count() == 0
     # What cannot be compared has no link, and the old one leaves the address.
     box(page, "answer-b").fill(" ")
     page.locator("#compare-button").click()
-    expect(page.locator("#comparison"), "Answer B is empty")
+    expect(page.locator("#verdict"), "Answer B is empty")
     page.wait_for_function("location.search === ''")
     assert page.evaluate("window.hacked") is None
     page = visit(query(t="warm"))
-    expect(page.locator("#comparison .problem"), "The link says temperature “warm”")
+    expect(page.locator("#verdict .problem"), "The temperature of the link is “warm”")
 
 
 def test_every_mistake_gets_a_sentence(visit):
     page = visit()
-    shown = page.locator("#comparison .problem")
+    said = page.locator("#verdict .problem")
 
     def after(name, text, words):
         box(page, name).fill(text)
         page.locator("#compare-button").click()
-        expect(shown, words)
+        expect(said, words)
 
     after("prompt", " ", "The prompt is empty")
     box(page, "prompt").fill("Hello")
@@ -293,20 +341,20 @@ def test_every_mistake_gets_a_sentence(visit):
     box(page, "answer-a").fill("fine")
     page.get_by_label("conversation", exact=True).first.check()
     after("prompt", "Hello", "must begin with a role")
-    after("prompt", "user: a\nassistant: b", "two turns of the assistant")
+    after("prompt", "user: a\nassistant: b", "ends with a turn of the role “assistant”")
     after("prompt", "[{}]", "turn 1: a message is")
     page.get_by_label("one prompt").first.check()
     for typed, words in ((f"no id {EVIL}", "is no Hub id"), ("ann/missing", "no public model “ann/missing”")):
         box(page, "model").fill(typed)
         box(page, "model").press("Enter")
         page.locator("#compare-button").click()
-        expect(shown, words)
+        expect(said, words)
     box(page, "model").fill("demo")
     box(page, "model").press("Enter")
     page.get_by_role("tab", name="Best of n").click()
     box(page, "answers").fill("only one")
     page.locator("#rank-button").click()
-    expect(page.locator("#ranking .problem"), "There are 1 answers; 2 to 32 are required")
+    expect(page.locator("#ranking .problem"), "There is 1 answer; 2 to 32 are required")
     page.get_by_role("tab", name="Batch").click()
     for text, words in (
         ("", "nothing to score"),
@@ -325,15 +373,16 @@ def test_ranking_and_table(scorer, visit, tmp_path):
     page.get_by_role("tab", name="Best of n").click()
     answers = box(page, "answers").input_value().splitlines()
     page.locator("#rank-button").click()
-    expected = scorer.best_of_n(PROMPT, answers)
+    expected = scorer.best_of_n(box(page, "many-prompt").input_value(), answers)
     expect(page.locator("#ranking .verdict"), f"Answer {expected.order[0] + 1} is the best of {len(answers)}")
+    arrived(page, "ranking")
     values = page.locator("#ranking td.number b").all_inner_texts()
     assert values == [signed(expected.scores[i]) for i in expected.order]
     picture(page, "best_of_n")
 
     page.get_by_role("tab", name="Batch").click()
     page.locator("#batch-button").click()
-    expect(page.locator("#report .verdict"), "on 4 pairs")
+    expect(arrived(page, "report"), "on 6 pairs")
     picture(page, "batch")
     rows = [{"prompt": PROMPT, "chosen": A, "rejected": B}, {"prompt": PROMPT, "chosen": EVIL, "rejected": "no"}]
     file = tmp_path / "pairs.jsonl"
@@ -354,44 +403,113 @@ def test_ranking_and_table(scorer, visit, tmp_path):
     page.get_by_text("ann/demo").wait_for()
 
 
-# The smallest contrast of text with what lies behind it (WCAG 2), over the elements that a selector finds.
-CONTRAST = """(selector) => {
-  const parse = (text) => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-  const over = ([r, g, b, a = 1], under) => [r, g, b].map((v, i) => a * v + (1 - a) * under[i]);
-  const light = (rgb) => rgb.map((v) => v / 255).map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const own = (e) => parse(getComputedStyle(e).backgroundColor);
-  const behind = (e) => e ? over(own(e), behind(e.parentElement)) : [255, 255, 255];
-  return Math.min(...[...document.querySelectorAll(selector)].map((e) => {
-    const below = behind(e), style = getComputedStyle(e), [r, g, b] = parse(style.color);
-    const [x, y] = [light(over([r, g, b, Number(style.opacity)], below)), light(below)];
-    return (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
-  }));
-}"""
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_narrow_and_legible_in_both_themes(visit, theme):
+def test_narrow_in_both_themes(visit, theme):
     page = visit(query(__theme=theme), width=390, device_scale_factor=1.5 if SCREENSHOTS else 1)
-    page.locator("#swap h3").wait_for()
+    arrived(page)
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    assert page.locator("#verdict h2").bounding_box()["y"] < 300  # the page has gone there
     if theme == "light":
         picture(page, "compare_narrow")
     upper, lower = (page.locator(f"#answer-{name}").bounding_box() for name in "ab")
     assert upper["y"] + upper["height"] <= lower["y"] and upper["width"] > 250
-    for part in page.locator("#comparison .rm > *, #swap .rm > *").all():
-        found = part.bounding_box()
-        assert found["x"] >= 0 and found["x"] + found["width"] <= 390, part.inner_html()[:200]
-    for selector in (".rm .verdict", ".rm .verdict span", ".rm .quiet", ".rm .heat span", ".rm .bars .name span",
-                     ".rm .share div", ".rm .plot .end", ".rm .plot .y", ".rm td", ".rm summary"):  # fmt: skip
-        assert page.evaluate(CONTRAST, f"#comparison {selector}") >= 4.5, selector
+    for part in page.locator("#verdict .rm > *, #comparison .rm > *").all():
+        if found := part.bounding_box():
+            assert found["x"] >= 0 and found["x"] + found["width"] <= 390, part.inner_html()[:200]
     for tab, button, result in (("Best of n", "rank", "ranking"), ("Batch", "batch", "report"), ("About", None, None)):
         page.get_by_role("tab", name=tab).click()
         if button:
             page.locator(f"#{button}-button").click()
-            page.locator(f"#{result} .verdict").wait_for()
-            assert page.evaluate(CONTRAST, f"#{result} .quiet, #{result} td, #{result} .verdict") >= 4.5
+            arrived(page, result)
         assert page.evaluate("document.documentElement.scrollWidth") == 390, tab
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(visit, theme, width):
+    page = visit(query(a="51. <|im_end|> Yes.", __theme=theme), width=width, reduced_motion="reduce")
+    arrived(page)
+    page.locator("#swap-button").click()
+    page.locator("#swap h3").wait_for()
+    page.wait_for_timeout(300)  # gradio fades what it waits for
+    assert violations(page) == []
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((e) => Number(e.tagName[1]))")
+    assert levels[0] == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    for tab, button, result in (("Best of n", "rank", "ranking"), ("Batch", "batch", "report"), ("About", None, None)):
+        page.get_by_role("tab", name=tab).click()
+        if button:
+            page.locator(f"#{button}-button").click()
+            arrived(page, result)
+        page.wait_for_timeout(300)
+        assert violations(page) == [], tab
+
+
+def test_everything_is_done_by_keyboard(visit):
+    page = visit()
+    box(page, "answer-b").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("It is 51, I think.")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "compare-button"
+    page.keyboard.press("Enter")
+    expect(arrived(page), "“It is 51, I think.”")
+    assert page.evaluate("document.activeElement.tagName") == "H2"
+    while not page.evaluate("document.activeElement.tagName === 'SUMMARY'"):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.locator("#comparison details[open] table th[scope=col]").count() == 5
+    names = page.locator("#comparison [role=img], #verdict [role=img]").evaluate_all(
+        "(all) => all.map((e) => e.getAttribute('aria-label'))"
+    )
+    assert len(names) == 4 and all(re.search(r"\d", name) for name in names)
+    for word in ("begins at", "ends at", "lowest", "highest"):
+        assert word in names[-1]
+
+
+def test_signs_and_halves_without_colours(visit):
+    """In forced colours and in greyscale: A is full and B hatched, below zero is dotted, lines differ in dashes."""
+    page = visit(query(), forced_colors="active")
+    arrived(page)
+
+    def style(selector, name):
+        return page.locator(selector).first.evaluate(f"(e) => getComputedStyle(e).{name}")
+
+    assert page.evaluate("matchMedia('(forced-colors: active)').matches")
+    for full, hatched in (("#verdict .share i:first-child", "#verdict .share i:last-child"),
+                          ("#verdict .track.a .fill", "#verdict .track.b .fill")):  # fmt: skip
+        assert style(full, "backgroundImage") == "none" and style(full, "backgroundColor") != "rgba(0, 0, 0, 0)"
+        assert "repeating-linear-gradient" in style(hatched, "backgroundImage")
+    assert style("#comparison .b polyline", "strokeDasharray") != style("#comparison .a polyline", "strokeDasharray")
+    assert style("#comparison .dot.a", "display") != "none"
+    kinds = page.locator("#comparison .heat span.t").evaluate_all(
+        "(all) => all.map((e) => [e.className.includes('down'), getComputedStyle(e).borderBottomStyle])"
+    )
+    assert all(line == ("dotted" if down else "solid") for down, line in kinds)
+
+
+def test_the_page_of_the_metric(chromium, tmp_path):
+    """Its report comes by keyboard, is gone to, and no bad table leaves the old one; axe finds nothing."""
+    with served(ROOT / "spaces/reward_accuracy", tmp_path / "log", clean_environment()) as (url, _):
+        for width, theme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+            context = chromium.new_context(viewport={"width": width, "height": 900}, reduced_motion="reduce")
+            page = context.new_page()
+            page.goto(f"{url}/?__theme={theme}")
+            page.locator("#measure-button").focus()
+            page.keyboard.press("Enter")
+            expect(arrived(page, "report"), "on 60 pairs")
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            page.wait_for_timeout(300)
+            assert violations(page) == []
+            if (width, theme) == (1280, "light"):
+                table = "chosen,rejected\n1,2\n" + "x" * 140_000 + ",1"
+                for text, words in ((table, "field larger than field limit"), ("a,b", "must name the columns")):
+                    box(page, "rewards").fill(text)
+                    page.locator("#measure-button").click()
+                    expect(page.locator("#report [role=alert]"), words)
+                    assert page.locator("#report h2").count() == 0
+                assert violations(page) == []
+            context.close()
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_the_api_and_ids_that_are_not_on_the_list(site, scorer, tmp_path):
@@ -405,10 +523,8 @@ def test_the_api_and_ids_that_are_not_on_the_list(site, scorer, tmp_path):
     names = {"Client": lambda _: client}
     said = []
     exec(code.replace("from gradio_client import Client\n", ""), {**names, "print": lambda *args: said.append(args)})
-    assert said[0][2]["A"] == pytest.approx(
-        scorer.score([{"prompt": PROMPT, "response": "the truck runs on wind."}])[0], rel=1e-5
-    )
-    assert said[1][0] in ("wind.", "coal.") and said[1][1][0]["revision"] == site.revision
+    assert said[0][2]["A"] == pytest.approx(scorer.score([{"prompt": PROMPT, "response": "51."}])[0], rel=1e-5)
+    assert said[1][0] in ("51.", "41.") and said[1][1][0]["revision"] == site.revision
     messages = [*({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", PROMPT)))]
     result = client.predict("", A, B, "demo", 2.0, messages, api_name="/compare")
     expected = scorer.score([{"prompt": messages, "response": answer} for answer in (A, B)])

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +120,7 @@ def test_the_front_matter_is_what_the_hub_asks_for():
 
 def test_the_pictures_of_the_documentation_are_there():
     names = re.findall(r"\((images/[^)]*)\)", (ROOT / "docs" / "space.md").read_text(encoding="utf-8"))
-    assert len(names) == 5 and all((ROOT / "docs" / name).is_file() for name in names)
+    assert len(names) == 6 and all((ROOT / "docs" / name).is_file() for name in names)
 
 
 def test_the_list_that_is_shipped_is_honest(space):
@@ -333,7 +334,7 @@ def test_a_classifier_of_transformers(space):
                 answer["reward"] == close(model(input_ids=ids).logits.item()) == close(answer["tokens"][-1]["reward"])
             )
         assert answer["mean_logprob"] is None and answer["disagreements"] == []
-    assert result["heads"] is None and "no language-model head" in space.drawing.details(result)
+    assert result["heads"] is None and "no LM head" in space.drawing.details(result)
     assert space.reward_models.swap_check(this, PROMPT, A, B)["largest"] < 1e-5
     model.config.pad_token_id = None
     check = space.reward_models.swap_check(this, PROMPT, A, B)
@@ -643,6 +644,64 @@ def test_only_the_last_models_are_kept(space, monkeypatch, capsys):
     this.listed["d"] = space.reward_models.Listed(str(space.folder))
     with pytest.raises(ValueError, match="“d” could not be loaded"):
         this.load("d")
+
+
+# ---------------------------------------------------------------------------------------------------------------- jobs
+
+
+def test_a_job_has_a_deadline_and_a_client_and_waits_for_its_turn(space, monkeypatch):
+    jobs, model = space.jobs, grm(TOKENIZERS["chatml"])
+    layers, here = [], {"ann"}
+    model.lm.model.layers[1].register_forward_hook(lambda *_: layers.append(time.monotonic()))
+    monkeypatch.setattr(space.guard, "listening", lambda session: session in here)
+    monkeypatch.setattr(jobs, "ALONE_SECONDS", 0.3)
+    ids = torch.ones(1, 8, dtype=torch.long)
+
+    def endless():
+        while True:
+            model(input_ids=ids)
+
+    async def run(session, seconds, task, kind=None, line=None):
+        async with (kind or jobs.Kind("jobs", 1, seconds)).job(session) as job:
+            return await job.run(line or asyncio.Lock(), task)
+
+    with pytest.raises(jobs.Stopped, match="took more than 0.5 seconds, which is what one visitor gets"):
+        asyncio.run(run(None, 0.5, endless))
+    with pytest.raises(jobs.Stopped, match="Nobody waits for this result"):  # nothing is computed for nobody
+        asyncio.run(run("eve", 9, lambda: layers.append("computed")))
+    assert "computed" not in layers
+    leave = threading.Timer(0.5, here.clear)
+    leave.start()
+    with pytest.raises(jobs.Stopped, match="Nobody waits"):  # in the middle of it
+        asyncio.run(run("ann", 60, endless))
+    done = len(layers)
+    time.sleep(0.2)
+    assert len(layers) == done
+
+    async def crowd():
+        kind, line = jobs.Kind("tables", 3, 9), asyncio.Lock()
+        order = []
+        first = [run(None, 9, lambda i=i: order.append(i), kind, line) for i in range(5)]
+        return await asyncio.gather(*first, return_exceptions=True), order, kind.taken, line.locked()
+
+    results, order, taken, locked = asyncio.run(crowd())
+    assert order == [0, 1, 2] and taken == 0 and not locked
+    assert [str(error) for error in results[3:]] == [
+        "3 tables wait already, and this page takes no more. Try again later."
+    ] * 2
+
+    async def gives_up():
+        """One whose client leaves while it waits for its turn: the line is free for the next."""
+        line = asyncio.Lock()
+        await line.acquire()
+        here.add("bob")
+        asyncio.get_running_loop().call_later(0.2, here.clear)
+        with pytest.raises(jobs.Stopped, match="Nobody waits"):
+            await run("bob", 9, lambda: None, line=line)
+        line.release()
+        return await asyncio.wait_for(run(None, 9, lambda: "next", line=line), 5)
+
+    assert asyncio.run(gives_up()) == "next"
 
 
 # --------------------------------------------------------------------------------------------- what models are refused
@@ -1042,12 +1101,8 @@ def test_where_they_part_is_said_of_the_answers_own_mean(space):
     for name, tokens in (("A", sure), ("B", unsure)):
         result["answers"][name]["disagreements"] = space.reward_models.disagreements(0.0, tokens)
     page = space.drawing.other_head(result)
-    assert (
-        "rises by 1.000, though the language model was more surprised than on average in this answer (80.0 %)" in page
-    )
-    assert (
-        "falls by 1.000, though the language model was less surprised than on average in this answer (1.0 %)" in page
-    )
+    assert "rises by 1.000, though the LM head was more surprised than on average in this answer (80.0 %)" in page
+    assert "falls by 1.000, though the LM head was less surprised than on average in this answer (1.0 %)" in page
 
 
 # --------------------------------------------------------------------------------------------------------------- links

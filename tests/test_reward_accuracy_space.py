@@ -32,9 +32,9 @@ CHOSEN, REJECTED = RNG.normal(0.5, 1, 40), RNG.normal(0, 1, 40)
 
 def test_the_folder_is_self_contained():
     files = {path.stem for path in SPACE.glob("*.py")}
-    assert files == {"app", "metrics", "reward_accuracy", "tests"}
+    assert files == {"app", "guard", "metrics", "reward_accuracy", "tests"}
     allowed = {
-        "app": {"gradio", "metrics"},
+        "app": {"gradio", "guard", "metrics", "starlette"},
         "metrics": {"numpy"},
         "reward_accuracy": {"datasets", "evaluate", ".metrics"},
     }
@@ -195,13 +195,18 @@ def test_the_front_matter_is_what_the_hub_asks_for():
 @pytest.fixture(scope="module")
 def app():
     pytest.importorskip("gradio", reason="needs the extra `demo`")
+    guard = sys.modules.pop("guard", None)
     sys.modules["metrics"] = metrics  # `import metrics` of the page: the copy, which is equal
     try:
-        spec = importlib.util.spec_from_file_location("reward_accuracy_app", SPACE / "app.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(SPACE))
+            spec = importlib.util.spec_from_file_location("reward_accuracy_app", SPACE / "app.py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
     finally:
-        del sys.modules["metrics"]
+        del sys.modules["metrics"], sys.modules["guard"]
+        if guard is not None:
+            sys.modules["guard"] = guard
     return module
 
 
@@ -241,6 +246,13 @@ def test_report_knows_rewardbench(app):
         ("chosen,rejected\n1,2\n\n3", "Line 4 has 1 cells; the first line has 2"),
         ("chosen,rejected\n1,nan", "Line 2, column “rejected”: “nan” is not a finite number"),
         ("chosen,rejected\n1,", "“” is not a finite number"),
+        ("chosen,rejected\r1,2\r3", "Line 3 has 1 cells"),
+        ("chosen,rejected,chosen_length,rejected_length\n1,2,-3,4", "column “chosen_length”: “-3” is negative"),
+        ("chosen,rejected\n1," + "2" * 140_000, "Line 2 is no CSV: field larger than field limit (131072)"),
+        ("chosen,rejected,subset,subset\n1,2,a,b", "names the column “subset” more than once"),
+        ("x" * 5_000_001, "The table is larger than 5 MB"),
+        ("chosen,rejected\n1,2\ud800", "The table has half a character (U+D800)"),
+        (["a"], "The table is a list; text is required"),
         ("chosen,rejected,chosen_length\n1,2,3", "both are required"),
         ("chosen,rejected\n" + "1,2\n" * 50_001, "more than 50,000 pairs"),
         ("chosen,rejected,subset\n" + "".join(f"1,2,{i}\n" for i in range(101)), "names 101 subsets"),
@@ -256,13 +268,31 @@ def test_bad_tables_get_a_sentence(app, text, words):
     [
         (b"chosen,rejected\n\xff,1", "0.5", 1.0, "not text in UTF-8"),
         (b"1" * 5_000_001, "0.5", 1.0, "larger than 5 MB"),
-        (b"chosen,rejected\n1,0", "0.5", 0.0, "`temperature` is 0.0"),
+        (b"chosen,rejected\n1,0", "0.5", 0.0, "The temperature is 0.0; a number from 0.001 to 1000 is required"),
+        (b"chosen,rejected\n1,0", "0.5", 1e-320, "The temperature is 1e-320"),
+        (b"chosen,rejected\n1,0", "0.5", "1", "The temperature is text"),
+        (b"chosen,rejected\n1,0", "0.7", 1.0, "A tie counts 0.5, 0, 1, drop; one of these"),
         (b"chosen,rejected\n1,0", "0.5", None, "temperature is empty"),
         (b"chosen,rejected\n1,1", "drop", 1.0, "Every pair is a tie"),
     ],
 )
 def test_bad_files_and_settings_get_a_sentence(app, upload, ties, temperature, words):
     assert words in app.report("", upload, ties, temperature)
+
+
+def test_our_own_failure_gets_a_sentence_and_the_old_report_goes(app, monkeypatch, capsys):
+    from gradio.exceptions import Error
+
+    monkeypatch.setattr(app.metrics, "pairwise_metrics", lambda *_, **__: 1 / 0)
+    assert "This page failed (ZeroDivisionError)" in app.report("chosen,rejected\n1,0", None, "0.5", 1.0)
+    with pytest.raises(Error, match="This page failed"):
+        app.measure([1.0], [0.0])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_tables_by_either_kind_of_line_and_of_one_pair(app):
+    pages = [app.report(f"chosen,rejected{end}1,0{end}", None, "0.5", 1.0) for end in ("\n", "\r", "\r\n")]
+    assert len(set(pages)) == 1 and "on 1 pair<" in pages[0]
 
 
 def test_what_a_visitor_typed_is_escaped(app):

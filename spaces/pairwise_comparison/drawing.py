@@ -445,19 +445,19 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def other_head(result: dict) -> str:
-    """The language-model head: how likely each answer is, and where it and the reward head part."""
+    """The LM head: how likely each answer is, and where it and the reward head part."""
     answers, heads = result["answers"], result["heads"]
     if heads is None:
-        return "<p>This model has no language-model head any more: its reward head took its place.</p>"
+        return "<p>This model has no LM head any more: its reward head took its place.</p>"
     if heads["likelier"] is None:
-        said = "The language-model head finds both answers equally likely."
+        said = "The LM head finds both answers equally likely."
     elif heads["agree"]:
-        said = f"The heads agree: the language-model head, too, finds answer {heads['likelier']} likelier."
+        said = f"The heads agree: the LM head, too, finds answer {heads['likelier']} likelier."
     elif result["preferred"] is None:
-        said = f"The rewards are equal; the language-model head finds answer {heads['likelier']} likelier."
+        said = f"The rewards are equal; the LM head finds answer {heads['likelier']} likelier."
     else:
         said = (
-            f"The heads disagree: the reward head prefers answer {result['preferred']}, the language-model head finds "
+            f"The heads disagree: the reward head prefers answer {result['preferred']}, the LM head finds "
             f"answer {heads['likelier']} likelier."
         )
     rows = "".join(
@@ -473,7 +473,7 @@ def other_head(result: dict) -> str:
     for name, answer in answers.items():
         items = "".join(
             f"<li><bdi>“{escape(row['text'].strip())}”</bdi>: the reward {'falls' if row['step'] < 0 else 'rises'} by "
-            f"{abs(row['step']):.3f}, though the language model was {'less' if row['step'] < 0 else 'more'} surprised "
+            f"{abs(row['step']):.3f}, though the LM head was {'less' if row['step'] < 0 else 'more'} surprised "
             f"than on average in this answer ({percent(row['probability'])})</li>"
             for row in answer["disagreements"]
         )

@@ -238,7 +238,7 @@ class Reading:
         ids, pieces, special: The tokens: ids, the text each adds, whether each is a special token.
         start: Index of the first token of the answer.
         rewards: The reward of the text that ends with each token.
-        logprobs: Log-probability of each token of the answer, by the language-model head; `None` without one. That of
+        logprobs: Log-probability of each token of the answer, by the LM head; `None` without one. That of
             a token with nothing before it is `None`.
         cut, response_cut: Tokens that truncation took away, and whether some were the answer's.
         unknown: Tokens that stand for words the tokenizer does not know.
@@ -476,7 +476,7 @@ def verdict(preferred: str | None, probability: float) -> str:
 
 
 def heads(preferred: str | None, readings: dict[str, Reading]) -> dict[str, Any] | None:
-    """Whether the answer with the higher reward is also the likelier one; `None` without a language-model head."""
+    """Whether the answer with the higher reward is also the likelier one; `None` without an LM head."""
     means = {name: mean_logprob(reading) for name, reading in readings.items()}
     if means["A"] is None or means["B"] is None:
         return None
