@@ -575,7 +575,8 @@ def test_each_request_of_the_page_gets_the_reply_below_it(served):
     for path, request, expected in examples:
         reply = as_printed(post(served + path, json.loads(request)))
         if os.environ.get("GRM_WRITE"):
-            text = text.replace(f"{request}\n```\n```json\n{expected}\n", f"{request}\n```\n```json\n{json.dumps(reply)}\n")
+            between = f"{request}\n```\n```json\n"
+            text = text.replace(f"{between}{expected}\n", f"{between}{json.dumps(reply)}\n")
         else:
             assert alike(reply, json.loads(expected)), (path, json.dumps(reply))
     if os.environ.get("GRM_WRITE"):
