@@ -25,6 +25,7 @@ from ..encoding import Encoded, Encoder, require_embedded
 from ..folders import readable
 from ..layouts import MIN_SHARED, common_prefix, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import GRMForSequenceClassification
+from ..products import quick_products
 
 
 def _names(names: Iterable[str] | None) -> Iterable[str]:
@@ -87,6 +88,9 @@ class GRMScorer:
         accelerator ([`~accelerate.Accelerator`], *optional*):
             With several processes: each computes a part, and every one gets all results. Each must hold the whole
             model and be given the same chats.
+        dtype (`str` or `torch.dtype`, *optional*):
+            Of the body of a model that is loaded here, such as `"bfloat16"`, which is faster where the processor has
+            the instructions and within the tolerance of docs/numerics.md. The head stays in float32.
 
     Example:
 
@@ -107,6 +111,7 @@ class GRMScorer:
         deterministic=False,
         layout="auto",
         accelerator=None,
+        dtype=None,
     ):
         if max_tokens_per_batch < 1:
             raise ValueError(f"`max_tokens_per_batch` is {max_tokens_per_batch}; it must be at least 1.")
@@ -115,10 +120,14 @@ class GRMScorer:
                 f"layout={layout!r} puts several texts into a row, and deterministic=True computes each alone. Leave "
                 "`layout` at 'auto'."
             )
-        if isinstance(model, (str, os.PathLike)):
+        given = {} if dtype is None else {"dtype": dtype}
+        loads = isinstance(model, (str, os.PathLike))
+        if given and not loads:
+            raise ValueError(f"The model is a live one, so dtype={dtype!r} cannot be applied. Load it with it.")
+        if loads:
             with readable(model) as place:
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(place)
-                model = GRMForSequenceClassification.from_pretrained(place).to(own_device())
+                model = GRMForSequenceClassification.from_pretrained(place, **given).to(own_device())
         elif tokenizer is None:
             if not model.name_or_path:
                 raise ValueError("The model was made in memory, so its tokenizer is not known. Pass `tokenizer`.")
@@ -281,7 +290,8 @@ class GRMScorer:
             if number % ranks == rank:
                 batch, _ = lay_out([distinct[i] for i in members], self.layout)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                with torch.no_grad(), evaluating(self.model):  # for each batch, so that a trainer gets its turn
+                # For each batch, so that a trainer gets its turn.
+                with torch.no_grad(), evaluating(self.model), quick_products(device, batch["input_ids"].numel()):
                     logits = self.forward(**model_kwargs(batch), use_cache=False).logits
                 for i, reward in zip(members, logits.squeeze(-1).tolist(), strict=True):
                     rewards[i] = reward

@@ -9,7 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..configuration_grm import GRMConfig
 
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -23,8 +26,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import grm_hf  # noqa: F401  AutoConfig then knows the type `grm`
-
+    AutoConfig.register(GRMConfig.model_type, GRMConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MODEL)
     MODELS_CONFIG_MAP[ARCHITECTURE] = GRMModelConfig

@@ -1,0 +1,51 @@
+"""Which library computes the matrix products of a forward on a CPU."""
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+MIN_TOKENS = 256  # below, what Python adds to every call costs as much as it gains
+
+
+class _OneDNN(TorchFunctionMode):
+    """Linear layers of float32 on oneDNN. It holds for this thread alone, keeps nothing, and changes no model."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and not kwargs:
+            x, weight, *bias = args
+            if type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype == x.dtype == torch.float32:
+                return torch.ops.mkldnn._linear_pointwise(x, weight, bias[0] if bias else None, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def quick_products(device: torch.device, tokens: int) -> AbstractContextManager:
+    """
+    A context in which the linear layers of a batch are computed by the faster of torch's two libraries.
+
+    torch gives float32 products to MKL, which takes a slower path on processors that are not Intel's. There oneDNN is
+    faster by a fifth or more (benchmarks/serving.py), and the result is equal up to rounding. Everywhere else, for a
+    short batch, and while gradients are wanted, nothing changes.
+
+    Args:
+        device (`torch.device`): Where the batch is.
+        tokens (`int`): How many tokens it has.
+    """
+    fits = device.type == "cpu" and tokens >= MIN_TOKENS and not torch.is_grad_enabled() and mkl_is_slow()
+    return _OneDNN() if fits else nullcontext()
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this is a processor of AMD's on which torch has both MKL and oneDNN."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "AuthenticAMD" in platform.processor()

@@ -1,0 +1,105 @@
+"""Matrix products on oneDNN: equal up to rounding, for one thread, for nobody else, and only where it helps."""
+
+import threading
+
+import pytest
+import torch
+from tiny import llama_tokenizer, tiny_lm
+from torch import nn
+
+from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf import products as module
+from grm_hf.products import mkl_is_slow, quick_products
+
+
+CPU = torch.device("cpu")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+@pytest.fixture
+def on_amd(monkeypatch):
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
+
+
+def active():
+    return any(isinstance(mode, module._OneDNN) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(300, 64), (3, 100, 64), (1, 64)])
+def test_products_are_equal_up_to_rounding(on_amd, bias, shape):
+    layer, x = nn.Linear(64, 96, bias=bias), torch.randn(shape)
+    expected = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with torch.no_grad(), quick_products(CPU, 300):
+        assert active()
+        found = layer(x)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
+
+
+@needs_onednn
+def test_other_dtypes_gradients_and_short_batches_are_left_alone(on_amd):
+    with torch.no_grad(), quick_products(CPU, 300):
+        for dtype in (torch.float64, torch.bfloat16):
+            layer, x = nn.Linear(8, 4).to(dtype), torch.randn(5, 8, dtype=dtype)
+            assert torch.equal(layer(x), x @ layer.weight.T + layer.bias) or dtype == torch.bfloat16
+    with torch.no_grad(), quick_products(CPU, 255):
+        assert not active()
+    with quick_products(CPU, 300):
+        assert not active()  # gradients are wanted
+    with torch.no_grad(), quick_products(torch.device("cuda"), 300):
+        assert not active()
+
+
+def test_other_processors_are_left_alone(monkeypatch):
+    monkeypatch.setattr(module.Path, "read_text", lambda *_, **__: "vendor_id\t: GenuineIntel\n")
+    assert not mkl_is_slow.__wrapped__()
+    monkeypatch.setattr(module, "mkl_is_slow", mkl_is_slow.__wrapped__)
+    with torch.no_grad(), quick_products(CPU, 10**6):
+        assert not active()
+
+
+@needs_onednn
+def test_other_threads_and_the_model_are_left_alone(on_amd):
+    layer, x, seen = nn.Linear(64, 8), torch.randn(300, 64), []
+    state = dict(layer.__dict__)
+    with torch.no_grad(), quick_products(CPU, 300):
+        thread = threading.Thread(target=lambda: seen.append(active()))
+        thread.start()
+        thread.join()
+        layer(x)
+    assert seen == [False] and not active() and layer.__dict__ == state
+    with torch.no_grad():
+        layer.weight.data.zero_()  # nothing was kept of the weights
+        with quick_products(CPU, 300):
+            assert torch.equal(layer(x), layer.bias.expand(300, 8))
+
+
+@needs_onednn
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_scores(on_amd, monkeypatch, layout):
+    tokenizer = llama_tokenizer()
+    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=16).eval()
+    chats = [{"prompt": "one " * 20, "response": "two " * n} for n in range(1, 9)]
+    scorer = GRMScorer(model, tokenizer, layout=layout)
+    found = scorer.score(chats)
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
+    expected = scorer.score(chats)
+    assert found == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_scorer_in_bfloat16(tmp_path):
+    tokenizer = llama_tokenizer()
+    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=16).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = GRMScorer(str(tmp_path), dtype="bfloat16")
+    assert scorer.model.lm.dtype == torch.bfloat16
+    assert {part.dtype for part in scorer.model.score.parameters()} == {torch.float32}
+    chats = [{"prompt": "one", "response": "two " * n} for n in range(1, 5)]
+    exact, found = GRMScorer(str(tmp_path)).score(chats), scorer.score(chats)
+    assert found != exact and found == pytest.approx(exact, abs=5e-2)
+    with pytest.raises(ValueError, match="live one, so dtype='bfloat16' cannot be applied"):
+        GRMScorer(model, tokenizer, dtype="bfloat16")
