@@ -87,7 +87,8 @@ class RolloutEncoder:
         blank = chat.completion if isinstance(chat.completion, str) else _content(chat.completion[-1])
         messages = [*prompt, {"role": "assistant", "content": blank}]
         tools = json.loads(chat.tools) if isinstance(chat.tools, str) else chat.tools
-        return encoder.fit(*encoder.encode_messages(messages, tools, chat.template_kwargs))
+        ids, start, _ = encoder.encode_messages(messages, tools, chat.template_kwargs)
+        return encoder.fit(ids, start)
 
     def with_max_length(self, max_length: int) -> "RolloutEncoder":
         """The same, with another limit."""
