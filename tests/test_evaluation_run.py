@@ -103,7 +103,8 @@ def test_scores_are_those_of_the_scorer_in_the_order_of_the_rows(folder, data, s
 
 
 def test_an_answer_without_text_counts_as_it_does_in_training_by_reinforcement(folder, data):
-    from grm_hf.rewards.adapters import Rollout, policy_scorer
+    from grm_hf.rewards.adapters import policy_scorer
+    from grm_hf.rewards.rollouts import Rollout
 
     results = evaluate(folder, "rmb", data / "rmb")
     example = next(e for e in results.examples if "" in e.responses)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.integrations.peft import find_adapter_config_file
 
 from ..devices import evaluating, own_device
-from ..rewards.adapters import PolicyScorer, Rollout, policy_scorer
+from ..rewards.adapters import PolicyScorer, policy_scorer
+from ..rewards.rollouts import Rollout
 from ..scoring import GRMScorer, Score
 
 
