@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --report        # the section of docs/benchmarks.md, from what there is
     python benchmarks/gpu.py --toy           # on any processor, at toy size, to see that it works; writes nothing
 
-Training: forward, backward and AdamW at the shape of Llama-3.2-1B in bfloat16, on real lengths of hh and ultrafeedback
-(made-up ones without `shared/data`). MFU is the FLOPs of the computed tokens, by the formula of benchmarks/training.py,
+Training: forward, backward and AdamW at the shape of Llama-3.2-1B in bfloat16, on lengths of hh and ultrafeedback
+(real ones with `shared/data`). MFU is the FLOPs of the computed tokens, by the formula of benchmarks/training.py,
 over the time and the GPU's dense bfloat16 peak. Sharing makes fewer tokens of the same pairs: its gain is in pairs a
 second. Scoring: `GRMScorer` against the transformers pipeline. The study: benchmarks/real_base.py, several at a time.
 """
