@@ -114,10 +114,12 @@ def run(
         f"{about['precision']}, {workers} at a time ({memory:.0f} GB of memory are free)"
     )
 
-    jobs = [(train_one, method, str(folder), output, pairs, tests, workers) for method in METHODS]
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used threads may hang
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=quiet) as pool:
-        futures = [pool.submit(*job) for job in [*jobs, (measure_base, str(folder), tests)]]
+        futures = [
+            pool.submit(train_one, method, str(folder), output, pairs, tests, workers) for method in METHODS
+        ]
+        futures.append(pool.submit(measure_base, str(folder), tests))
         try:
             *runs, before = [future.result() for future in futures]  # raises here what a run raised
         except BaseException:

@@ -1,0 +1,47 @@
+"""The script for a GPU, at toy size on this processor: every side runs, what has a file is not done again, and MFU is
+what the formula says."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("trl", reason="training extra")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import gpu  # noqa: E402
+
+
+@pytest.mark.slow
+@pytest.mark.trainer
+def test_toy_size_and_again(tmp_path, monkeypatch):
+    results = gpu.run_all(True, tmp_path, time.monotonic() + 600)
+    assert [(r["settings"]["kind"], r["settings"].get("side")) for r in results] == [
+        *(("train", side) for _ in ("hh", "ultrafeedback") for side in gpu.SIDES), ("score", None)
+    ]
+    work = {(r["settings"]["data"], r["settings"].get("side")): r.get("work") for r in results}
+    for data in ("hh", "ultrafeedback"):
+        assert work[data, gpu.SHARED]["tokens"] < work[data, gpu.PACKED]["tokens"] <= work[data, gpu.PADDED]["tokens"]
+    monkeypatch.setattr(gpu, "do", None)
+    assert gpu.run_all(True, tmp_path, 0) == results
+    text = gpu.section(results)
+    assert all(f"| hh | {side} |" in text for side in gpu.SIDES) and "tokens a second" in text
+
+
+def test_no_time_left(tmp_path, capsys):
+    assert gpu.run_all(True, tmp_path, time.monotonic() - 1) == []
+    assert capsys.readouterr().out.count("no time left") == len(gpu.units(True))
+
+
+def test_mfu_is_flops_over_time_and_peak():
+    settings = {**gpu.units(True)[0], "pairs": 4}
+    result = {
+        "settings": settings, "seconds": [0.5, 0.5], "tokens": 100, "peak_bytes": 2e9, "peak_flops": 1e9,
+        "work": {"tokens": 100, "read": 100, "attended": 0, "logits": 0},
+    }
+    shape = settings["shape"]
+    weights = 2 * shape["hidden"] * (shape["keys"] + shape["hidden"]) + 3 * shape["hidden"] * shape["intermediate"]
+    expected = 6 * shape["layers"] * weights * 100 / 1.0 / 1e9
+    assert gpu._figures(result) == ["8.0", "100", f"{expected:.3f}", "2.0"]
