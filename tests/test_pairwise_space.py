@@ -1070,7 +1070,9 @@ def test_a_verdict_quotes_its_texts_and_warns(space):
 
 def test_the_first_thing_seen_is_a_result(space):
     first, (verdict, known, link, details), fits, reads = space.app.at_first_sight()
-    assert all(fits) and reads == [True, True]
+    assert fits == [True, True, True, True, False] and reads == [True, True]
+    assert [button.visible for button in space.page.offered("tiny")] == fits
+    assert [button.visible for button in space.page.offered("ann/other")] == fits
     assert "answer" in verdict and known["pressed"] is False and known["inputs"] == ["tiny", *first]
     assert link.startswith("?model=tiny") and "The reward after each token" in details
     assert space.app.tables.read_pairs(space.app.PAIRS, None)[1] == "csv"

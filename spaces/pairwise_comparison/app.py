@@ -230,15 +230,20 @@ async def show_swap_check(compared, request: gr.Request = None):
 
 
 async def offered(name, request: gr.Request = None):
-    """The buttons of the examples that a model can read; of a model that is not on the list, all."""
-    fits = [True] * len(EXAMPLES)
+    """The buttons of the examples that a model can read; of a model that is not on the list, those in English."""
+    fits = [True] * (len(EXAMPLES) - 1) + [False]
     try:
         if MODELS.trusts(name or ""):
             async with COMPARISONS.job(session_of(request)) as job:
-                fits = await with_model(job, reward_models.readable, name, examples())
+                fits = in_its_language(await with_model(job, reward_models.readable, name, examples()))
     except Exception as error:
         print(f"The examples of “{name}” were not checked: {sentence(error)}")
     return [gr.Button(visible=fit) for fit in fits]
+
+
+def in_its_language(fits: list[bool]) -> list[bool]:
+    """The laboratory's world, the last one, is for models that read nothing else."""
+    return [*fits[:-1], fits[-1] and not any(fits[:-1])]
 
 
 def examples() -> list[tuple]:
@@ -485,12 +490,12 @@ print(result["verdict"], result["rewards"])
 def at_first_sight():
     """The first example that the first model of the list reads, its comparison, which examples it reads, and whether
     it reads the ranking and the table that stand here."""
-    fits, name = [True] * len(EXAMPLES), next(iter(MODELS.listed), None)
+    fits, name = in_its_language([True] * len(EXAMPLES)), next(iter(MODELS.listed), None)
     shown, reads = ["", None, "", ""], [True, True]
     first = next(iter(EXAMPLES.values()))
     if MODELS.trusts(name or ""):
         try:
-            fits = load_and_compute(reward_models.readable, name, examples())
+            fits = in_its_language(load_and_compute(reward_models.readable, name, examples()))
             rows = tables.read_pairs(PAIRS, None)[0]
             ranked = [(QUESTION, *ANSWERS.splitlines()[i : i + 2]) for i in (0, 2, 3)]
             table = [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]

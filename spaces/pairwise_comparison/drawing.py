@@ -100,7 +100,9 @@ CSS = """
 .rm svg.reliability text { fill: currentColor; font-size: 14px; }
 button[role=tab].selected, button[role=tab][aria-selected=true] { color: #6d28d9 !important; }
 .dark button[role=tab].selected, .dark button[role=tab][aria-selected=true] { color: #c4b5fd !important; }
-#examples { align-items: center; gap: .5rem; } #examples > :first-child { flex: 0 0 auto; min-width: 0 !important; }
+#examples { align-items: center; gap: .5rem; }
+#examples > :first-child { flex: 0 0 auto; width: auto; min-width: 0 !important; }
+@media (min-width: 900px) { #examples { flex-wrap: nowrap; } }
 .prose pre, .prose pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
 .status { min-height: 0 !important; } .status p:empty { display: none; }
 @media (forced-colors: active) {
@@ -189,7 +191,8 @@ def details(result: dict) -> str:
     answers = {name: {**answer, "units": units(answer["tokens"])} for name, answer in result["answers"].items()}
     as_json = escape(json.dumps(result, ensure_ascii=False))
     return page(
-        f"<h3>The reward after each token</h3>{heat_maps(answers)}{trace(answers)}{token_tables(answers)}",
+        "<h3>The reward after each token</h3><p>What the model would give if the answer ended there: where it jumps, "
+        f"the model changed its mind.</p>{heat_maps(answers)}{trace(answers)}{token_tables(answers)}",
         f"<h3>The other head</h3>{other_head(result)}",
         f"<h3>What the model saw</h3>{seen(answers)}",
         standardised(answers),
@@ -466,7 +469,8 @@ def other_head(result: dict) -> str:
         for name, answer in answers.items()
     )
     parts = [
-        f"<p>{said}</p><table><thead><tr><th scope='col'>answer</th><th scope='col' class='number'>mean log-likelihood"
+        "<p>A GRM keeps the LM head of the model that it was made from, which says how likely each answer is as text. "
+        f"{said}</p><table><thead><tr><th scope='col'>answer</th><th scope='col' class='number'>mean log-likelihood"
         f"</th><th scope='col' class='number'>perplexity</th></tr></thead><tbody>{rows}</tbody></table>"
     ]
     lists = []
