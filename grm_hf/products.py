@@ -1,5 +1,6 @@
 """Which library computes the matrix products of a forward on a CPU."""
 
+import math
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -8,9 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import register_flop_formula
 
 
 MIN_TOKENS = 256  # below, what Python adds to every call costs as much as it gains
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *args, **kwargs):
+        """Counted like the layer that it stands for."""
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class _OneDNN(TorchFunctionMode):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import llama_tokenizer, tiny_lm
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
 from grm_hf import products as module
@@ -35,6 +36,14 @@ def test_products_are_equal_up_to_rounding(on_amd, bias, shape):
         assert active()
         found = layer(x)
     assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
+
+
+@needs_onednn
+def test_operations_are_counted_alike(on_amd):
+    layer, x = nn.Linear(64, 96), torch.randn(2, 150, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, quick_products(CPU, 300):
+        layer(x)
+    assert counter.get_total_flops() == 2 * 300 * 64 * 96
 
 
 @needs_onednn
