@@ -3,23 +3,26 @@ and to itself.
 
 An explicit table says what a segment attends to; it is never inferred from position ids. It travels in the place of
 the attention mask, as a `(1, 1, segments, 4)` integer tensor: transformers hands a mask of four dimensions to the
-attention function as it is, and any attention function but ours refuses integers.
+attention function as it is. [`serve_segments`] wraps the attention function that a model calls: a call that brings a
+table goes to ours, any other to the one that was there. Each call decides for itself, so nothing is switched: threads
+may run different layouts on one model, and configurations and saved files stay as they are.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import weakref
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .modeling_grm import GRMForSequenceClassification
-
-
-ATTENTION = "grm_segments"
 
 
 class _Plan:
@@ -36,6 +39,7 @@ class _Plan:
             self.prefixes.append([(s, n) for s, n in cut if n > 0])
         self.masks: dict[tuple, torch.Tensor] = {}
         self.varlen: tuple | None = None
+        self.windowed = 0  # calls that asked for a sliding window
 
     def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """`(queries, keys)`, 0 or -inf: the last query sees all keys, each one before it a key less at the end; with
@@ -66,15 +70,22 @@ class _Plan:
 _plans = WeakTensorKeyDictionary()  # one for all layers of a forward, and for those that the backward runs again
 
 
-def _plan_of(attention_mask: torch.Tensor | None) -> _Plan:
-    if attention_mask is None or attention_mask.dim() != 4 or attention_mask.is_floating_point():
-        raise ValueError(
-            f"The attention {ATTENTION!r} serves packed and shared-prefix batches only, and this one has no table of "
-            "segments. Make it by `PairCollator(layout='packed' or 'shared_prefix')` and pass it by `model_kwargs`."
-        )
-    if attention_mask not in _plans:
-        _plans[attention_mask] = _Plan(attention_mask[0, 0].tolist())
-    return _plans[attention_mask]
+def is_table(attention_mask) -> bool:
+    """Whether what stands in the place of an attention mask is a table of segments."""
+    return (
+        isinstance(attention_mask, torch.Tensor)
+        and attention_mask.dtype == torch.int64
+        and attention_mask.dim() == 4
+        and attention_mask.shape[:2] == (1, 1)
+        and attention_mask.shape[-1] == 4
+    )
+
+
+def plan_of(table: torch.Tensor) -> _Plan:
+    """What the attention makes of a table of segments; the same object for all layers."""
+    if table not in _plans:
+        _plans[table] = _Plan(table[0, 0].tolist())
+    return _plans[table]
 
 
 # What decoders hand down that does not change the attention. Anything else might (sinks, biases, chosen blocks).
@@ -100,7 +111,7 @@ def segment_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -108,9 +119,10 @@ def segment_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function for transformers' `AttentionInterface`: each segment of the row attends to its prefix and to
-    itself, causally. `attention_mask` holds the table of segments; `query` is `(1, heads, tokens, head_dim)`."""
-    plan = _plan_of(attention_mask)
+    """An attention function for transformers: each segment of the row attends to its prefix and to itself, causally.
+    `attention_mask` holds the table of segments; `query` is `(1, heads, tokens, head_dim)`."""
+    plan = plan_of(attention_mask)
+    plan.windowed += sliding_window is not None
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
     if unknown or is_causal is False or query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -199,65 +211,106 @@ def _torch_varlen(kernel, query, key, value, ragged, scaling, dropout, window, s
     ]
 
 
-AttentionInterface.register(ATTENTION, segment_attention)
+# --------------------------------------------------------------------------------------------------------- in a model
 
 
-@contextmanager
-def layout_attention(model: nn.Module, layout: str, implementation: str = ATTENTION) -> Iterator[None]:
+_installing = threading.Lock()
+
+
+def serve_segments(model: nn.Module) -> None:
     """
-    Within it, `model` runs batches of `layout`. Keep the backward inside as well: gradient checkpointing runs layers
-    again there. Outside, the model has the attention it was loaded with, so nothing of this is ever saved.
+    From here on, `model` also runs packed and shared-prefix batches, besides all that it ran before. To be called
+    again after its layers or its attention implementation were changed; it costs next to nothing when done already.
 
     Args:
         model (`nn.Module`):
             The model, as it is or wrapped (PEFT, DDP, FSDP).
-        layout (`str`):
-            What [`resolve_layout`] returned. Nothing happens for `"padded"`.
     """
-    configs = [getattr(module, "config", None) for module in model.modules()] if layout != "padded" else []
-    before = {id(c): (c, c._attn_implementation) for c in configs if isinstance(c, PreTrainedConfig)}
-    if layout == "padded" or any(name == implementation for _, name in before.values()):  # or within it already
-        yield
-        return
-    hooks = _finish_read_rows_only(model)
-    try:
-        for config, _ in before.values():
-            config._attn_implementation = implementation
-        yield
-    finally:
-        for config, name in before.values():
-            config._attn_implementation = name
-        for hook in hooks:
-            hook.remove()
-
-
-def _finish_read_rows_only(model: nn.Module) -> list:
-    """The last layer must make keys and values of every token, but queries and all that follows them only where its
-    output is read (`output_rows`). Hooks on those parts of the layer, which work on each token by itself, see to that;
-    layers with other names for them are left whole."""
     decoder = next(m for m in model.modules() if isinstance(m, GRMForSequenceClassification)).model
+    name = decoder.config._attn_implementation
+    with _installing:
+        if name in ALL_ATTENTION_FUNCTIONS:
+            if not hasattr(ALL_ATTENTION_FUNCTIONS[name], "serves_segments"):
+                AttentionInterface.register(name, _either(ALL_ATTENTION_FUNCTIONS[name]))
+        else:  # "eager" is a function of each family's own module, by this name
+            for file in {sys.modules[type(m).__module__] for m in decoder.modules()}:
+                eager = getattr(file, "eager_attention_forward", None)
+                if eager is not None and not hasattr(eager, "serves_segments"):
+                    file.eager_attention_forward = _either(eager)  # type: ignore[attr-defined]
+        _finish_read_rows_only(decoder)
+
+
+def _either(attention: Callable) -> Callable:
+    """An attention function that is ours for tables of segments and `attention` for everything else."""
+
+    @functools.wraps(attention)
+    def either(module, query, key, value, attention_mask=None, *args, **kwargs):
+        chosen = segment_attention if is_table(attention_mask) else attention
+        return chosen(module, query, key, value, attention_mask, *args, **kwargs)
+
+    either.serves_segments = True  # type: ignore[attr-defined]
+    return either
+
+
+class _LastLayer(threading.local):
+    """The pass of this thread through the last layer: which rows are read afterwards, of how many, and the parts of
+    the layer that are at work on these alone."""
+
+    reference: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)  # weak: forgotten with the batch
+    length = 0
+    parts: frozenset[nn.Module] = frozenset()
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        rows = self.reference()
+        return None if rows is None else rows.to(hidden.device)
+
+
+_last = _LastLayer()
+
+
+def _finish_read_rows_only(decoder: PreTrainedModel) -> None:
+    """The last layer must make keys and values of every token, but queries and all that follows them only where its
+    output is read (`output_rows`, which travels with the call). Hooks on those parts of the layer, which work on each
+    token by itself, see to that; layers with other names for them are left whole."""
     stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    last = next(m for m in stacks if len(m) == decoder.config.num_hidden_layers)[-1]
-    rows: list[torch.Tensor | None] = [None]
-    lengths: dict[nn.Module, int] = {}
+    last = next((m for m in stacks if len(m) == decoder.config.num_hidden_layers), None)
+    if last is None:
+        return
+    for name, module in last[-1].named_modules():
+        # Checkpointing runs the layer again without its own hooks (transformers 5.24), but with those of its parts.
+        if name in ("", "self_attn", "attn", "attention") and _enter not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
+            if not name:
+                module.register_forward_hook(_leave, always_call=True)
+        by_token = name in ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+        if by_token and _gather not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_gather)
+            module.register_forward_hook(_scatter)
 
-    def remember(_, args, kwargs):
-        rows[0] = kwargs.get("output_rows")
 
-    def gather(module, args):
-        if rows[0] is None or not args or args[0].dim() != 3:
-            return None
-        lengths[module] = args[0].shape[1]
-        return args[0].index_select(1, rows[0]), *args[1:]
+def _enter(module, args, kwargs):
+    hidden, rows = args[0] if args else kwargs["hidden_states"], kwargs.get("output_rows")
+    _last.reference = (lambda: None) if rows is None else weakref.ref(rows)
+    _last.length, _last.parts = hidden.shape[1], frozenset()
 
-    def scatter(module, _, output):
-        if module not in lengths:
-            return None
-        whole = output.new_zeros(1, lengths.pop(module), output.shape[-1])
-        return whole.index_copy(1, rows[0], output)
 
-    hooks = [last.register_forward_pre_hook(remember, with_kwargs=True)]
-    for name, module in last.named_modules():
-        if name in ("mlp", "self_attn.q_proj", "self_attn.o_proj"):
-            hooks += [module.register_forward_pre_hook(gather), module.register_forward_hook(scatter)]
-    return hooks
+def _leave(module, args, output):
+    _last.reference, _last.parts = lambda: None, frozenset()
+
+
+def _gather(module, args):
+    # A part within a part (a layer that PEFT wrapped afterwards) gets what the outer one has gathered already.
+    if not args or args[0].dim() != 3 or args[0].shape[1] != _last.length:
+        return None
+    if (rows := _last.rows(args[0])) is None:
+        return None
+    _last.parts |= {module}
+    return args[0].index_select(1, rows), *args[1:]
+
+
+def _scatter(module, args, output):
+    if module not in _last.parts:
+        return None
+    _last.parts -= {module}
+    whole = output.new_zeros(1, _last.length, output.shape[-1])
+    return whole.index_copy(1, _last.rows(output), output)

@@ -1,16 +1,23 @@
-"""The `grm` command. It ends with 0 (done), 1 (could not be done, one line says why) or 2 (wrong usage)."""
+"""The `grm` command. It ends with 0 (done), 1 (could not be done) or 2 (wrong usage). What is found to be wrong before
+the work starts is one line; what goes wrong after that has its traceback and a line that says how to go on."""
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
-from pathlib import Path
+import traceback
+from collections.abc import Callable
 
 from .version import __version__
 
 
-FILE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+WINDOW = 1024  # chats for each process that `grm score` computes at a time
+FILE_FORMATS = {
+    **{".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"},
+    **{".json.gz": "json", ".jsonl.gz": "json", ".csv.gz": "csv"},
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,8 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.run is not _train:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as files, whatever the locale
     try:
         args.run(args, rest) if args.run is _train else args.run(args)
+    except _Begun as begun:
+        if isinstance(begun.__cause__, KeyboardInterrupt):
+            print(f"grm {args.command}: interrupted. {begun}", file=sys.stderr)
+        else:
+            traceback.print_exception(begun.__cause__)
+            print(f"grm {args.command}: {begun}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"grm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -28,6 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"grm {args.command}: interrupted", file=sys.stderr)
         return 1
     return 0
+
+
+class _Begun(Exception):
+    """Something went wrong after the work had begun; the message says how to go on."""
+
+
+@contextlib.contextmanager
+def _work(how_to_go_on: Callable[[], str]):
+    """Around what takes long, when all that can be checked before is checked."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        raise _Begun(how_to_go_on()) from error
+
+
+_SAME = "To go on where this stopped, run the same command again."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,12 +82,13 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser(
         "score",
-        help="score the chats of a JSONL file",
-        description="Score each row of a JSONL file: {'messages': [...]}, {'prompt': ..., 'response': ...} or "
+        help="score the chats of a file",
+        description="Score each row of a file: {'messages': [...]}, {'prompt': ..., 'response': ...} or "
         "{'text': ...}. Writes one line a row: row, score, tokens, truncated (and the row's id). With --output an "
-        "interrupted run goes on where it stopped. Several processes: `accelerate launch -m grm_hf.cli score`.",
+        "interrupted run goes on where it stopped, and a row or a model that has changed is scored again. Several "
+        "processes: `accelerate launch -m grm_hf.cli score`.",
     )
-    score.add_argument("file", help="JSONL file, or - for standard input")
+    score.add_argument("file", help="JSONL, JSON, CSV or parquet file, each also .gz, or - for standard input (JSONL)")
     score.add_argument(
         "--model",
         required=True,
@@ -243,6 +276,7 @@ def _train(args, rest):
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
     from trl import get_quantization_config as quantization
 
+    from .folders import readable
     from .training import GRMRewardConfig, GRMRewardTrainer
 
     parser = TrlParser((ScriptArguments, GRMRewardConfig, ModelConfig, DatasetMixtureConfig), prog="grm train")
@@ -259,6 +293,8 @@ def _train(args, rest):
         "dtype": model.dtype,
     }
     training.model_init_kwargs = {**given, **(training.model_init_kwargs or {})}
+    with readable(model.model_name_or_path):
+        pass
     dataset = _dataset(script, mixture)
     train_split, test_split = script.dataset_train_split, script.dataset_test_split
     for split in [train_split] + ([test_split] if training.eval_strategy != "no" else []):
@@ -272,13 +308,24 @@ def _train(args, rest):
         quantization_config=quantization(model),
         peft_config=get_peft_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    trainer.create_model_card(dataset_name=script.dataset_name)
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+    with _work(lambda: _after_checkpoint(training.output_dir)):
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        trainer.save_model(training.output_dir)
+    with _work(lambda: f"The model is complete: {training.output_dir}. To push it: grm push {training.output_dir} ID"):
+        trainer.create_model_card(dataset_name=script.dataset_name)
+        if training.push_to_hub:
+            trainer.push_to_hub(dataset_name=script.dataset_name)
     if trainer.is_world_process_zero():
         print(summary(trainer))
+
+
+def _after_checkpoint(output):
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(output) if os.path.isdir(output) else None
+    if checkpoint is None:
+        return f"There is no checkpoint in '{output}' yet (--save_steps says when one is saved): training starts over."
+    return f"To go on from the last checkpoint, add: --resume_from_checkpoint {checkpoint}"
 
 
 def _dataset(script, mixture):
@@ -292,13 +339,13 @@ def _dataset(script, mixture):
         return get_dataset(mixture)
     if not script.dataset_name:
         raise ValueError("no data: pass --dataset_name (a Hub id or a file) or `datasets` in the YAML.")
-    path = Path(script.dataset_name)
-    if path.suffix in FILE_FORMATS:
-        if not path.is_file():
-            raise ValueError(f"no such file: {path}")
+    path = script.dataset_name
+    suffix = next((suffix for suffix in FILE_FORMATS if path.endswith(suffix)), None)
+    if suffix is not None:
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no file {path}.")
         return load_dataset(
-            FILE_FORMATS[path.suffix], data_files={script.dataset_train_split: str(path)},
-            streaming=script.dataset_streaming,
+            FILE_FORMATS[suffix], data_files={script.dataset_train_split: path}, streaming=script.dataset_streaming
         )
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
@@ -322,44 +369,51 @@ def summary(trainer) -> str:
 
 
 def _score(args):
+    from .scoring.files import Results, digest, line_of, model_digest, read_file
+
     accelerator = _accelerator()
-    if accelerator is not None and args.file == "-":
-        raise ValueError("standard input has one reader, and there are several processes. Give a file.")
+    if accelerator is not None and not os.path.isfile(args.file):
+        raise ValueError("standard input and pipes have one reader, and there are several processes. Give a file.")
     is_main = accelerator is None or accelerator.is_main_process
-    with contextlib.ExitStack() as stack:
-        source = sys.stdin
-        if args.file != "-":
-            source = stack.enter_context(_open(args.file))
-        rows = [_row(line, number) for number, line in enumerate(source, 1) if line.strip()]
-        scorer, transform = _scorer(args, accelerator)
-        kept = _resume(Path(args.output), rows, scorer, transform) if args.output else []
-        done = len(kept)
-        if accelerator is not None:
-            accelerator.wait_for_everyone()  # all have read the output before it changes
-        sink = sys.stdout
-        if args.output and is_main:
-            if os.path.exists(args.output):
-                os.truncate(args.output, len("".join(kept).encode("utf-8")))
-            sink = stack.enter_context(open(args.output, "a", encoding="utf-8"))
-        if done and is_main:
-            print(f"grm score: {done} of {len(rows)} rows are done already", file=sys.stderr)
-        truncated = 0
-        for number, (row, result) in enumerate(
-            zip(rows[done:], scorer.stream([_chat(row) for row in rows[done:]]), strict=True), done
-        ):
-            score = transform([result.score]).item()
-            line = {"row": number, "score": score, "tokens": result.tokens, "truncated": result.truncated}
-            if "id" in row:
-                line["id"] = row["id"]
-            truncated += result.truncated
-            if is_main:
-                print(json.dumps(line, ensure_ascii=False), file=sink, flush=True)
+    rows = read_file(args.file)
+    scorer, transform, depends = _scorer(args, accelerator)
+    results, todo, missing = None, range(len(rows)), set(range(len(rows)))
+    if args.output:
+        model = model_digest(scorer)
+        results = Results(args.output, [digest(row.content, model, depends) for row in rows], write=is_main)
+        missing = set(results.missing)
+        # Texts share what they have in common within a window, and round by it: so a window is computed as it was.
+        window = WINDOW * (1 if accelerator is None else accelerator.num_processes)
+        begun = {i // window for i in missing}
+        todo = [i for i in todo if i // window in begun]
+    chats, places = [rows[i].content for i in todo], [rows[i].place for i in todo]
+    scorer.check(chats, places)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()  # all have read the output before it changes
+    if len(missing) < len(rows) and is_main:
+        print(f"grm score: {len(rows) - len(missing)} of {len(rows)} rows are done already", file=sys.stderr)
+    truncated = 0
+    with _work(lambda: _SAME if args.output else "With --output, an interrupted run goes on where it stopped."):
+        with contextlib.nullcontext() if results is None else results:
+            for i, result in zip(todo, scorer.stream(chats, WINDOW, places), strict=True):
+                if i not in missing:
+                    continue
+                score = transform([result.score]).item()
+                line = {"score": score, "tokens": result.tokens, "truncated": result.truncated}
+                if "id" in rows[i].content:
+                    line["id"] = rows[i].content["id"]
+                truncated += result.truncated
+                if results is not None:
+                    results.add(i, line)
+                elif is_main:
+                    sys.stdout.write(line_of({"row": i, **line}))
+                    sys.stdout.flush()
     if is_main:
-        print(f"grm score: {len(rows) - done} rows scored, {truncated} truncated", file=sys.stderr)
+        print(f"grm score: {len(missing)} rows scored, {truncated} truncated", file=sys.stderr)
 
 
 def _scorer(args, accelerator):
-    """What scores, and what is done to each score."""
+    """What scores, what is done to each score, and what that depends on besides the weights."""
     from .rewards import RewardEnsemble, Transform
     from .scoring import GRMScorer
 
@@ -371,7 +425,13 @@ def _scorer(args, accelerator):
         scorer = GRMScorer(args.model[0], progress=True, accelerator=accelerator)
     else:
         scorer = RewardEnsemble(args.model, how=args.ensemble)
-    return scorer, Transform(args.transform, getattr(scorer.model, "config", None), args.reference)
+    transform = Transform(args.transform, getattr(scorer.model, "config", None), args.reference)
+    depends = None
+    if args.transform or len(args.model) > 1:
+        configs = [member.model.config for member in getattr(scorer, "members", [scorer])]
+        depends = [[c.reward_mean, c.reward_std, c.reward_temperature] for c in configs]
+        depends += [args.transform, args.reference, args.ensemble if len(args.model) > 1 else None]
+    return scorer, transform, depends
 
 
 def _accelerator():
@@ -382,57 +442,6 @@ def _accelerator():
     from torch.accelerator import is_available
 
     return Accelerator(cpu=not is_available())  # left to itself it takes processes on CPUs for one
-
-
-def _open(path):
-    if not os.path.isfile(path):
-        raise ValueError(f"no such file: {path}")
-    return open(path, encoding="utf-8")
-
-
-def _row(line, number):
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} is not JSON: {error}") from None
-    if not isinstance(row, dict) or not ({"messages", "text"} & set(row) or {"prompt", "response"} <= set(row)):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"line {number} needs `messages`, `prompt` and `response`, or `text`; found {found}")
-    return row
-
-
-def _chat(row):
-    if "messages" not in row and "text" in row:
-        return row["text"]
-    names = ("messages",) if "messages" in row else ("prompt", "response")
-    return {name: row[name] for name in (*names, "tools", "chat_template_kwargs") if name in row}
-
-
-def _resume(path, rows, scorer, transform):
-    """The lines of `path` that this run need not compute, without one that an interruption cut. Refuses a file of
-    other scores."""
-    from .rewards import RewardEnsemble
-    from .scoring.golden import tolerance
-
-    lines = []
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    if not lines:
-        return []
-    try:
-        first, last = json.loads(lines[0]), json.loads(lines[-1])
-        matches = last["row"] == len(lines) - 1 < len(rows)
-        off = abs(first["score"] - transform(scorer.score([_chat(rows[0])])).item()) if matches else 0.0
-        model = scorer.model[0] if isinstance(scorer, RewardEnsemble) else scorer.model
-        matches = matches and off <= tolerance(model) * max(1.0, abs(first["score"]))
-    except (json.JSONDecodeError, KeyError, TypeError):
-        matches = False
-    if not matches:
-        raise ValueError(f"{path} exists and holds other scores than this run's. Choose another --output.")
-    return lines
 
 
 # ----------------------------------------------------------------------------------------------------- compare, others
@@ -457,11 +466,11 @@ def _compare(args):
 
 def _best_of_n(args):
     from .scoring import GRMScorer
+    from .scoring.files import lines_of
 
     answers = list(args.answers)
     if args.file:
-        with contextlib.nullcontext(sys.stdin) if args.file == "-" else _open(args.file) as source:
-            answers += [_answer(line) for line in source if line.strip()]
+        answers += map(_answer, lines_of(args.file))
     if not answers:
         raise ValueError("no answers: give them behind the prompt, or in a file by --answers.")
     result = GRMScorer(args.model).best_of_n(args.prompt, answers)
@@ -474,7 +483,6 @@ def _best_of_n(args):
 
 def _answer(line):
     """An answer from a line: the line itself, or the string that it is as JSON (which may hold line breaks)."""
-    line = line.rstrip("\n")
     try:
         value = json.loads(line)
     except json.JSONDecodeError:
@@ -631,7 +639,8 @@ def _export(args):
 def _demo(args):
     from .demo.run import run
 
-    run(args.output, args.pairs)
+    with _work(lambda: "To start over, run the same command again."):
+        run(args.output, args.pairs)
 
 
 def _lab(args):
@@ -641,7 +650,8 @@ def _lab(args):
         args.quick, args.settings, gold=args.gold, model=args.model, prompts=args.prompts,
         eval_prompts=args.eval_prompts,
     )
-    run(args.output, settings)
+    with _work(lambda: _SAME):
+        run(args.output, settings)
 
 
 if __name__ == "__main__":

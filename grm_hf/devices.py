@@ -1,25 +1,81 @@
-"""What a process does with its device: which one is its own, whether it holds a whole model, evaluation mode for a
-while, and the settings of a worker."""
+"""What a process does with its device: which one is its own, whether it holds a whole model, who uses a model in
+evaluation mode and who trains it, and the settings of a worker."""
 
 import os
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+
+class _Turns:
+    """Who uses a model: any number of threads in evaluation mode, or one that has it to itself."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.evaluating: Counter[int] = Counter()  # threads, and how deep each is in
+        self.owner: int | None = None  # the thread that has the model to itself
+        self.waiting = 0  # for that; nobody else begins to evaluate meanwhile
+        self.training: list[nn.Module] = []  # modules that go back to training mode afterwards
+
+
+_turns: WeakKeyDictionary[nn.Module, _Turns] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _turns_of(model: nn.Module) -> _Turns:
+    shared = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)  # PEFT and DDP wrap the same
+    with _making:
+        return _turns.setdefault(shared, _Turns())
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within it; outside, every module has the mode it had."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Evaluation mode within it, for this thread and all others that evaluate; after the last of them every module has
+    the mode it had. Waits while another thread has the model [`alone`]."""
+    turns, me = _turns_of(model), threading.get_ident()
+    with turns.changed:
+        nested = turns.evaluating[me] > 0 or turns.owner == me
+        turns.changed.wait_for(lambda: nested or (turns.owner is None and not turns.waiting))
+        turns.training += [module for module in model.modules() if module.training]
+        model.eval()
+        turns.evaluating[me] += 1
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with turns.changed:
+            turns.evaluating -= Counter([me])
+            if not turns.evaluating:
+                for module in turns.training:
+                    module.training = True
+                turns.training = []
+            turns.changed.notify_all()
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """For a training step, or whatever else changes the state of `model`: within it no other thread evaluates, trains
+    or changes its mode. Waits until none does."""
+    turns, me = _turns_of(model), threading.get_ident()
+    with turns.changed:
+        turns.waiting += 1
+        try:
+            turns.changed.wait_for(lambda: turns.owner in (None, me) and not (set(turns.evaluating) - {me}))
+        finally:
+            turns.waiting -= 1
+        outer, turns.owner = turns.owner, me
+    try:
+        yield
+    finally:
+        with turns.changed:
+            turns.owner = outer
+            turns.changed.notify_all()
 
 
 def is_whole(model: nn.Module) -> bool:

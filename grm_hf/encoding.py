@@ -443,6 +443,22 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def require_embedded(ids: list[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
+    """Refuse token ids that a model has no embedding for. `embeddings` and `positions` are how many it has; `None`: not
+    known, or positions are not embedded."""
+    if embeddings is not None and (largest := max(ids)) >= embeddings:
+        raise ValueError(
+            f"it has the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
+            f"has {embeddings} rows. Use the model's own tokenizer, or give the model a row for each token: "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
+    if positions is not None and len(ids) > positions:
+        raise ValueError(
+            f"it has {len(ids)} tokens, and the model has an embedding for {positions} positions. Set `max_length` "
+            f"(`max_sequence_length` in the configuration of a reward model) to {positions} or less."
+        )
+
+
 def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -9,12 +9,13 @@ once, at the position it has in its own sequence; a branch attends to its prefix
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface
+from torch import nn
 
-from .attention import ATTENTION, layout_attention, segment_attention
+from .attention import plan_of, serve_segments
+from .devices import evaluating
 from .modeling_grm import GRMForSequenceClassification
 
 
@@ -25,6 +26,45 @@ MIN_SHARED = 8  # tokens: below that, a branch's mask and copied keys cost more 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
+class Segment(NamedTuple):
+    """
+    A run of a row: tokens that follow each other in all sequences that they belong to.
+
+    Args:
+        start, length (`int`):
+            Where it stands in the row.
+        parent (`int`):
+            The segment that comes before it in its sequences; -1 for none.
+        shared (`int`):
+            How many tokens come before the run in its sequences. They are the first ones of the sequence that ends
+            with `parent`: if `shared` is less than that sequence has, the two part within it.
+
+    Three answers, of which the first two begin alike; the third parts from the second within what that one shares:
+
+    ```python
+    >>> prompt, begin = list(range(10)), list(range(10, 20))
+    >>> forest = plant([prompt + begin + [31, 32], prompt + begin + [41], prompt + [51, 52, 53]])
+    >>> for segment in forest.segments:
+    ...     print(segment)
+    Segment(start=0, length=22, parent=-1, shared=0)
+    Segment(start=22, length=1, parent=0, shared=20)
+    Segment(start=23, length=3, parent=1, shared=10)
+    >>> forest.ids[20:]
+    [31, 32, 41, 51, 52, 53]
+    >>> forest.positions[20:]  # each token at the position that it has in its own sequence
+    [20, 21, 20, 10, 11, 12]
+    >>> forest.paths[2]  # where the tokens of the third sequence stand
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 23, 24, 25]
+
+    ```
+    """
+
+    start: int
+    length: int
+    parent: int
+    shared: int
+
+
 @dataclass
 class Forest:
     """
@@ -33,16 +73,15 @@ class Forest:
     Args:
         ids, positions (`list[int]`):
             Token and position of each place in the row.
-        segments (`list[tuple[int, int, int, int]]`):
-            Runs of the row, in order: start, length, parent segment (-1: none), and how many tokens come before the
-            run, namely the first ones of the sequence that ends with the parent.
+        segments (`list[Segment]`):
+            The runs of the row, in order.
         paths (`list[list[int]]`):
             For each sequence, the place in the row of each of its tokens.
     """
 
     ids: list[int]
     positions: list[int]
-    segments: list[tuple[int, int, int, int]]
+    segments: list[Segment]
     paths: list[list[int]]
 
 
@@ -62,7 +101,7 @@ def plant(sequences: Sequence[Sequence[int]], share: bool = True) -> Forest:
         start, own = len(forest.ids), len(ids) - shared
         path = [*path[:shared], *range(start, start + own)]
         if own:
-            forest.segments.append((start, own, segment, shared))
+            forest.segments.append(Segment(start, own, segment, shared))
             segment = len(forest.segments) - 1
         forest.ids += ids[shared:]
         forest.positions += range(shared, len(ids))
@@ -72,6 +111,59 @@ def plant(sequences: Sequence[Sequence[int]], share: bool = True) -> Forest:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def lay_out(
+    sequences: Sequence[Sequence[int]], layout: str, pad_token_id: int = 0, pad_to_multiple_of: int | None = None
+) -> tuple[dict[str, torch.Tensor], Sequence[Sequence[int]]]:
+    """
+    The one way from token sequences to a batch, for training and for scoring.
+
+    Args:
+        sequences (`Sequence[Sequence[int]]`):
+            Token ids, at least one in each.
+        layout (`str`):
+            `"padded"` (a sequence a row), `"packed"` (all in one row) or `"shared_prefix"` (all in one row, common
+            prefixes once).
+        pad_token_id (`int`, *optional*, defaults to `0`):
+            Token that fills rows up.
+        pad_to_multiple_of (`int`, *optional*):
+            Fill rows up to a multiple of this length.
+
+    Returns:
+        The batch for [`model_kwargs`]: `input_ids`, and `attention_mask` (padded), or `position_ids`, `segments`
+        `(num_segments, 4)`, `read_index` `(num_sequences,)` (where each reward is read) and `output_rows` (every index
+        whose hidden state is read). And for each sequence the index of each of its tokens in the flattened batch.
+    """
+    if layout == "padded":
+        length = filled(max(map(len, sequences)), pad_to_multiple_of)
+        padding = [[pad_token_id] * (length - len(ids)) for ids in sequences]
+        batch = {
+            "input_ids": torch.tensor([[*ids, *pad] for ids, pad in zip(sequences, padding, strict=True)]),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * len(pad) for ids, pad in zip(sequences, padding, strict=True)]
+            ),
+        }
+        return batch, [range(i * length, i * length + len(ids)) for i, ids in enumerate(sequences)]
+    forest = plant(sequences, share=layout == "shared_prefix")
+    tokens = len(forest.ids)
+    if fill := filled(tokens, pad_to_multiple_of) - tokens:
+        forest.ids += [pad_token_id] * fill
+        forest.positions += range(fill)
+        forest.segments.append(Segment(tokens, fill, -1, 0))
+    read = torch.tensor([path[-1] for path in forest.paths])
+    batch = {
+        "input_ids": torch.tensor([forest.ids]),
+        "position_ids": torch.tensor([forest.positions]),
+        "segments": torch.tensor(forest.segments),
+        "read_index": read,
+        "output_rows": read.unique(),
+    }
+    return batch, forest.paths
+
+
+def filled(tokens: int, multiple: int | None) -> int:
+    return -(-tokens // (multiple or 1)) * (multiple or 1)
 
 
 @dataclass
@@ -126,10 +218,10 @@ class PairCollator:
             sequences = (pair["chosen_ids"], pair["rejected_ids"])
             if self.layout == "padded":
                 sizes.append(max(map(len, sequences)))
-                tokens = 2 * len(sizes) * self._length(max(sizes))
+                tokens = 2 * len(sizes) * filled(max(sizes), self.pad_to_multiple_of)
             else:
                 sizes.append(len(plant(sequences, share=self.layout == "shared_prefix").ids))
-                tokens = self._length(sum(sizes))
+                tokens = filled(sum(sizes), self.pad_to_multiple_of)
             if parts[-1] and tokens > self.max_tokens:
                 parts.append([])
                 sizes = sizes[-1:]
@@ -138,7 +230,7 @@ class PairCollator:
 
     def _batch(self, pairs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         sequences = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
-        batch, paths = self._padded(sequences) if self.layout == "padded" else self._one_row(sequences)
+        batch, paths = lay_out(sequences, self.layout, self.pad_token_id, self.pad_to_multiple_of)
         if self.text != "none":
             starts = [pair["chosen_start"] for pair in pairs]
             if self.text == "both":
@@ -149,40 +241,9 @@ class PairCollator:
         if "ref_chosen_logps" in pairs[0]:
             names = ("ref_chosen_logps", "ref_rejected_logps")
             batch["ref_logps"] = torch.tensor([pair[name] for name in names for pair in pairs], dtype=torch.float)
-        if "read_index" in batch:
-            rows = [batch["read_index"], *([batch["text_index"]] if "text_index" in batch else [])]
-            batch["output_rows"] = torch.cat(rows).unique()
+        if "output_rows" in batch and "text_index" in batch:
+            batch["output_rows"] = torch.cat([batch["output_rows"], batch["text_index"]]).unique()
         return batch
-
-    def _length(self, tokens: int) -> int:
-        multiple = self.pad_to_multiple_of or 1
-        return -(-tokens // multiple) * multiple
-
-    def _padded(self, sequences):
-        length = self._length(max(map(len, sequences)))
-        padding = [[self.pad_token_id] * (length - len(ids)) for ids in sequences]
-        batch = {
-            "input_ids": torch.tensor([[*ids, *pad] for ids, pad in zip(sequences, padding, strict=True)]),
-            "attention_mask": torch.tensor(
-                [[1] * len(ids) + [0] * len(pad) for ids, pad in zip(sequences, padding, strict=True)]
-            ),
-        }
-        return batch, [range(i * length, i * length + len(ids)) for i, ids in enumerate(sequences)]
-
-    def _one_row(self, sequences):
-        forest = plant(sequences, share=self.layout == "shared_prefix")
-        tokens = len(forest.ids)
-        if fill := self._length(tokens) - tokens:
-            forest.ids += [self.pad_token_id] * fill
-            forest.positions += range(fill)
-            forest.segments.append((tokens, fill, -1, 0))
-        batch = {
-            "input_ids": torch.tensor([forest.ids]),
-            "position_ids": torch.tensor([forest.positions]),
-            "segments": torch.tensor(forest.segments),
-            "read_index": torch.tensor([path[-1] for path in forest.paths]),
-        }
-        return batch, forest.paths
 
 
 def _text_tokens(sequences, starts, paths):
@@ -203,6 +264,14 @@ def model_kwargs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "segments" in batch:
         kwargs["attention_mask"] = batch["segments"][None, None]
     return kwargs
+
+
+def embedded_positions(model) -> int | None:
+    """How many positions a model has an embedding for; `None` where positions are not embedded (rotary, ALiBi)."""
+    decoder, tokens = model.get_decoder(), model.get_input_embeddings()
+    tables = (n for n, m in decoder.named_modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    learned = any("pos" in name.split(".")[-1] or name.endswith("wpe") for name in tables)
+    return decoder.config.max_position_embeddings if learned else None
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness
@@ -279,28 +348,15 @@ def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float
         shared = draw(prompt)
         pair = {"chosen_ids": shared + draw(chosen), "rejected_ids": shared + draw(rejected)}
         pairs.append(pair | {"chosen_start": prompt, "rejected_start": prompt})
-    windows: list[int] = []
-
-    def attention(*args, sliding_window=None, **kwargs):
-        windows.append(sliding_window is not None)
-        return segment_attention(*args, sliding_window=sliding_window, **kwargs)
-
-    AttentionInterface.register(f"{ATTENTION}_trial", attention)
     hidden = []
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    serve_segments(model)
+    with evaluating(model):
         for name in ("padded", layout):
             batch = {k: v.to(model.device) for k, v in PairCollator(0, name, text="both")(pairs).items()}
-            with layout_attention(model, name, f"{ATTENTION}_trial"):
-                model(
-                    **model_kwargs(batch),
-                    lm_fn=lambda states, _, at=batch["text_index"]: hidden.append(states.flatten(0, 1)[at]),
-                )
-    finally:
-        for module in training:
-            module.training = True
+            inputs = model_kwargs(batch)
+            model(**inputs, lm_fn=lambda states, _, at=batch["text_index"]: hidden.append(states.flatten(0, 1)[at]))
     expected, found = hidden
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
     expected, found = expected.double(), found.double()
-    return float((found - expected).norm() / expected.norm()), tolerance, sum(windows)
+    error = float((found - expected).norm() / expected.norm())
+    return error, tolerance, plan_of(inputs["attention_mask"]).windowed

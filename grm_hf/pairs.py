@@ -17,7 +17,16 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import Encoded, Encoder, OverlengthError, describe, is_int, keys_found, template_kwargs_of
+from .encoding import (
+    Encoded,
+    Encoder,
+    OverlengthError,
+    describe,
+    is_int,
+    keys_found,
+    require_embedded,
+    template_kwargs_of,
+)
 
 
 if TYPE_CHECKING:
@@ -366,7 +375,7 @@ def _prepare_row(
                 if encoder.overlength != "drop":
                     raise
                 continue
-            _require_embedded(encoded[side].ids, embeddings, positions, encoder.tokenizer)
+            require_embedded(encoded[side].ids, embeddings, positions, encoder.tokenizer)
     if len(encoded) < 2:
         empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
         return {**empty, **output, "outcome": _DROPPED}
@@ -399,20 +408,6 @@ def _prepare_row(
         **output,
         "outcome": outcome + sum(_UNREAD[what] for what in unread),
     }
-
-
-def _require_embedded(ids: list[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
-    if embeddings is not None and (largest := max(ids)) >= embeddings:
-        raise ValueError(
-            f"it has the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
-            f"has {embeddings} rows. Use the model's own tokenizer, or give the model a row for each token: "
-            "`model.resize_token_embeddings(len(tokenizer))`."
-        )
-    if positions is not None and len(ids) > positions:
-        raise ValueError(
-            f"it has {len(ids)} tokens, and the model has an embedding for {positions} positions. Set `max_length` to "
-            f"{positions} or less."
-        )
 
 
 def _prepare_or_say(row: dict, index: int, *, prepare, columns: tuple[str, ...]) -> dict:

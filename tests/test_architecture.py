@@ -12,7 +12,8 @@ PACKAGE = ROOT / "grm_hf"
 # From the ground up. A room is a file or a folder of the package; it imports from rooms below it.
 FLOORS = (
     *("version", "heads_grm", "configuration_grm", "modeling_grm"),
-    *("metrics", "losses", "logprobs", "encoding", "chats", "pairs", "devices", "attention", "layouts", "native"),
+    *("metrics", "losses", "logprobs", "encoding", "chats", "pairs", "folders", "devices", "attention", "layouts"),
+    "native",
     *("base", "scoring", "signals", "rewards", "hub", "evaluation", "training", "serving", "lab", "demo"),
     *("cli", "__init__"),
 )

@@ -117,7 +117,7 @@ def test_train_with_an_adapter_then_merge(tmp_path, base_folder, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dataset_name": "nowhere.parquet"}, "no such file: nowhere.parquet"),
+        ({"dataset_name": "nowhere.parquet"}, "There is no file nowhere.parquet."),
         ({"dataset_train_split": "train", "eval_strategy": "steps", "eval_steps": 1}, "the data has no split 'test'"),
         ({"regularizer": "kl"}, "must be one of"),
         ({"alpha": 2.0}, "must be in [0, 1]"),
@@ -218,7 +218,7 @@ def test_score_transforms_and_resumes(tmp_path, capsys):
     assert main(arguments) == 0
     assert "2 of 3 rows are done already" in capsys.readouterr().err
     assert main([*arguments[:-3], "standardize"]) == 1  # another transformation: other scores
-    assert "holds other scores" in capsys.readouterr().err
+    assert "holds other results" in capsys.readouterr().err
     assert main(["score", source, "--model", model, "--transform", "length_residual"]) == 1
     assert "all rewards at once" in capsys.readouterr().err
 

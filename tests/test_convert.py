@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
+from grm_hf.folders import new_folder
 from grm_hf.hub import convert
-from grm_hf.hub.folders import new_folder
 from grm_hf.pairs import Encoder
 from grm_hf.scoring import verify
 
@@ -485,7 +485,7 @@ REFUSALS = {
     "own code": (lambda f: configure(f, model_type="internlm2"), "code that comes with a model is never run"),
     "quantised": (lambda f: configure(f, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
     "no config": (lambda f: (f / "config.json").unlink(), "neither config.json nor adapter_config.json"),
-    "torn": (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 40), "is torn"),
+    "torn": (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 40), "is incomplete"),
     "torn pickle": (lambda f: (f / "value_head.bin").write_bytes(b"\x80"), "is torn"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
 }
@@ -599,6 +599,6 @@ def test_command(tmp_path, capsys):
 
 
 def test_a_source_that_is_not_there_is_called_that(tmp_path):
-    with pytest.raises(ValueError, match="There is no folder '.*absent', and a Hub id is NAMESPACE/NAME"):
+    with pytest.raises(ValueError, match="There is no folder '.*absent'"):
         convert(tmp_path / "absent", tmp_path / "out")
     assert not (tmp_path / "out").exists()

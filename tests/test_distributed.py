@@ -117,7 +117,7 @@ FSDP = """
     from torch.distributed.fsdp import fully_shard
 
     from grm_hf import losses
-    from grm_hf.attention import layout_attention
+    from grm_hf.attention import serve_segments
     from grm_hf.layouts import PairCollator, model_kwargs
     from grm_hf.logprobs import sequence_logps
 
@@ -131,13 +131,14 @@ FSDP = """
         batch = PairCollator(t.TOKENIZER.pad_token_id, layout, "both")(pairs)
         text = [batch[key] for key in ("text_index", "text_targets", "text_owner")]
         lm_fn = lambda hidden, model: sequence_logps(hidden, model, *text, 2 * len(pairs))
-        with layout_attention(network, layout):
-            out = network(**model_kwargs(batch), use_cache=False, lm_fn=lm_fn)
-            chosen, rejected = out.logits.squeeze(-1).chunk(2)
-            s = out.lm_output.chunk(2)
-            text = losses.text_loss("dpo_noref", 0.1, s[0], None, s[1]).mean()
-            loss = losses.total_loss(losses.pair_loss(chosen, rejected).mean(), text, 0.5)
-            loss.backward()
+        if layout != "padded":
+            serve_segments(network)
+        out = network(**model_kwargs(batch), use_cache=False, lm_fn=lm_fn)
+        chosen, rejected = out.logits.squeeze(-1).chunk(2)
+        s = out.lm_output.chunk(2)
+        text = losses.text_loss("dpo_noref", 0.1, s[0], None, s[1]).mean()
+        loss = losses.total_loss(losses.pair_loss(chosen, rejected).mean(), text, 0.5)
+        loss.backward()
         return loss.item()
 
     results = {}

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf.chats import as_messages
 from grm_hf.cli import main
 from grm_hf.hub import convert, export, load_export
 from grm_hf.pairs import Encoder
@@ -344,7 +345,7 @@ def test_verify_sees_changed_and_missing_weights(tmp_path, head_type):
 def plain_ids(folder):
     """What an engine makes of messages: the folder's tokenizer and its template, nothing of this package."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return [tokenizer.apply_chat_template(MODULE._messages(chat), return_dict=True)["input_ids"] for chat in CHATS]
+    return [tokenizer.apply_chat_template(as_messages(chat), return_dict=True)["input_ids"] for chat in CHATS]
 
 
 TOKENS = {
@@ -365,14 +366,14 @@ TOKENS["turns without end, line break"][0].chat_template = BARE + "{{- '' }}\n"
 def test_the_template_writes_the_ids_of_training(tmp_path, case):
     tokenizer, bos = TOKENS[case]
     model = saved(tmp_path / "grm", tokenizer=tokenizer, bos_policy=bos)
-    expected = [Encoder.from_config(tokenizer, model.config).encode_chat(MODULE._messages(chat)).ids for chat in CHATS]
+    expected = [Encoder.from_config(tokenizer, model.config).encode_chat(as_messages(chat)).ids for chat in CHATS]
     export(tmp_path / "grm", tmp_path / "out")
     assert plain_ids(tmp_path / "out") == expected
     # Back again: the ids stay, though the template changed.
     back = convert(tmp_path / "out", tmp_path / "back", base=tmp_path / "grm").model
     again = AutoTokenizer.from_pretrained(tmp_path / "back", trust_remote_code=True)
     encoder = Encoder.from_config(again, back.config)
-    assert [encoder.encode_chat(MODULE._messages(chat)).ids for chat in CHATS] == expected
+    assert [encoder.encode_chat(as_messages(chat)).ids for chat in CHATS] == expected
 
 
 def test_a_template_that_cannot_be_mended_is_said(tmp_path):

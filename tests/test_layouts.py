@@ -1,7 +1,10 @@
 """Layouts: the same numbers and gradients as padded rows, whatever the pairs look like, and nothing seen that should
 not be."""
 
-import json
+import copy
+import doctest
+import inspect
+import pickle
 import random
 
 import pytest
@@ -11,10 +14,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_lm
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from grm_hf import GRMForSequenceClassification, attention, layouts
-from grm_hf.attention import layout_attention
+from grm_hf.attention import serve_segments
 from grm_hf.layouts import PairCollator, model_kwargs, plant, resolve_layout
 from grm_hf.logprobs import sequence_logps
 from grm_hf.losses import pair_loss, text_loss
@@ -62,13 +66,14 @@ def step(model, pairs, layout, text="both", alpha=0.5, **collator):
         tokens = batch["text_index"], batch["text_targets"], batch["text_owner"]
         lm_fn = lambda hidden, m: sequence_logps(hidden, m, *tokens, 2 * n, text_part)  # noqa: E731
     model.zero_grad()
-    with layout_attention(model, layout):
-        out = model(**model_kwargs(batch), lm_fn=lm_fn)
-        chosen, rejected = out.logits.squeeze(-1).chunk(2)
-        loss = pair_loss(chosen, rejected).mean()
-        if lm_fn is not None:
-            loss = (1 - alpha) * loss + alpha * text_part(out.lm_output)
-        loss.backward()
+    if layout != "padded":
+        serve_segments(model)
+    out = model(**model_kwargs(batch), lm_fn=lm_fn)
+    chosen, rejected = out.logits.squeeze(-1).chunk(2)
+    loss = pair_loss(chosen, rejected).mean()
+    if lm_fn is not None:
+        loss = (1 - alpha) * loss + alpha * text_part(out.lm_output)
+    loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), out.logits.detach(), out.lm_output if lm_fn is None else out.lm_output.detach(), grads
 
@@ -295,12 +300,11 @@ def test_unknown_names():
 # ------------------------------------------------------------------------------------------------------- silent traps
 
 
-def run(model, batch, layout):
+def run(model, batch):
+    serve_segments(model)
     inputs = model_kwargs(batch)
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
-    with layout_attention(model, layout):
-        rewards = model(inputs_embeds=embeddings, **inputs).logits.squeeze(-1)
-    return rewards, embeddings
+    return model(inputs_embeds=embeddings, **inputs).logits.squeeze(-1), embeddings
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
@@ -312,8 +316,8 @@ def test_chosen_is_not_seen_by_rejected(layout, family):
     first, second = pair(prompt, chosen, rejected), pair(list(range(40, 50)), [50, 51], [52])
     changed = pair(prompt, [*chosen[:2], 60, *chosen[3:]], rejected)
     collator = PairCollator(0, layout)
-    before, embeddings = run(model, collator([first, second]), layout)
-    after, _ = run(model, collator([changed, second]), layout)
+    before, embeddings = run(model, collator([first, second]))
+    after, _ = run(model, collator([changed, second]))
     assert after[0] != before[0]
     assert torch.equal(after[1:], before[1:])
 
@@ -332,26 +336,50 @@ def test_caching_does_not_join_sequences():
     """`use_cache` left on makes transformers give up the separation of packed sequences; it must not ours."""
     model = grm()
     batch = PairCollator(0, "shared_prefix")(some_pairs())
-    with layout_attention(model, "shared_prefix"):
-        alone = model(**model_kwargs(batch)).logits
-        cached = model(**model_kwargs(batch), use_cache=True).logits
+    serve_segments(model)
+    alone = model(**model_kwargs(batch)).logits
+    cached = model(**model_kwargs(batch), use_cache=True).logits
     assert torch.equal(alone, cached)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_another_attention_refuses(attention):
-    model = grm()
+@pytest.mark.parametrize(
+    ("attention", "family"), [("sdpa", "llama"), ("eager", "llama"), ("sdpa", "gpt2"), ("eager", "gemma2")]
+)
+def test_every_attention_serves_both_kinds_of_batch(attention, family):
+    """Padded ones by what was there, to the last bit; also where the attention is set after the layout."""
+    model = grm(family)
+    resolve_layout("auto", model)
     model.set_attn_implementation(attention)
-    batch = PairCollator(0, "shared_prefix")(some_pairs())
-    with pytest.raises(RuntimeError):
-        model(**model_kwargs(batch))
+    serve_segments(model)
+    right = step(model, some_pairs(), "padded")
+    for layout in ONE_ROW:
+        assert_same(step(model, some_pairs(), layout), right, 1e-5)
+    assert model.config._attn_implementation == attention
 
 
-def test_ours_refuses_what_it_was_not_made_for():
-    model = grm()
-    batch = PairCollator(0, "padded")(some_pairs())
-    with layout_attention(model, "packed"), pytest.raises(ValueError, match="PairCollator"):
-        model(**model_kwargs(batch))
+def unserved(monkeypatch):
+    """transformers as it is where nothing of ours was called."""
+    from transformers.models.llama import modeling_llama
+
+    functions = AttentionInterface._global_mapping
+    monkeypatch.setitem(functions, "sdpa", inspect.unwrap(functions["sdpa"]))
+    eager = inspect.unwrap(modeling_llama.eager_attention_forward)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padded_batches_keep_their_bits(attention, monkeypatch):
+    batch = PairCollator(0)(some_pairs())
+    with monkeypatch.context() as patch:
+        unserved(patch)
+        model = grm()
+        model.set_attn_implementation(attention)
+        before = model(**model_kwargs(batch)).logits
+        with pytest.raises(RuntimeError):  # a table is no mask, and this is not silent
+            model(**model_kwargs(PairCollator(0, "shared_prefix")(some_pairs())))
+        serve_segments(model)
+        model(**model_kwargs(PairCollator(0, "shared_prefix")(some_pairs())))
+        assert torch.equal(model(**model_kwargs(batch)).logits, before)
 
 
 def test_dropped_rows_are_those_that_nobody_reads():
@@ -360,10 +388,10 @@ def test_dropped_rows_are_those_that_nobody_reads():
     batch = PairCollator(0, "shared_prefix", "both")(some_pairs())
     inputs = model_kwargs(batch)
     read = lambda hidden, _: hidden.flatten(0, 1)[batch["text_index"]]  # noqa: E731
-    with layout_attention(model, "shared_prefix"):
-        part = model(**inputs, lm_fn=read)
-        inputs.pop("output_rows")
-        whole = model(**inputs, lm_fn=read)
+    serve_segments(model)
+    part = model(**inputs, lm_fn=read)
+    inputs.pop("output_rows")
+    whole = model(**inputs, lm_fn=read)
     torch.testing.assert_close(part.logits, whole.logits)
     torch.testing.assert_close(part.lm_output, whole.lm_output)
 
@@ -434,21 +462,58 @@ def test_resolving_leaves_no_trace():
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config._attn_implementation == model.lm.config._attn_implementation == "sdpa"
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.layers[-1].modules())
+
+
+def hooks(model):
+    return [(name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
 
 
 def test_nothing_of_it_is_saved(tmp_path):
+    model, other = grm(), grm()
+    config = model.config.to_dict()
+    resolve_layout("auto", model)
+    assert model.config.to_dict() == config
+    once = hooks(model)
+    serve_segments(model)
+    assert hooks(model) == once  # installed once
+    model.save_pretrained(tmp_path / "ours")
+    other.save_pretrained(tmp_path / "other")
+    for path in (tmp_path / "other").iterdir():
+        assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    right = step(other, some_pairs(), "padded")
+    assert_same(step(copied, some_pairs(), "shared_prefix"), right, 1e-5)
+
+
+def test_an_error_in_the_last_layer_leaves_nothing_behind():
     model = grm()
-    with layout_attention(model, "shared_prefix"):
-        model.save_pretrained(tmp_path)
-    assert attention.ATTENTION not in (tmp_path / "config.json").read_text()
-    assert "grm_segments" not in json.dumps(model.config.to_dict())
-    with pytest.raises(ZeroDivisionError), layout_attention(model, "shared_prefix"):
-        with layout_attention(model, "shared_prefix"):  # the trainer's forward, within its step
-            model(**model_kwargs(PairCollator(0, "shared_prefix")(some_pairs())))
-        assert model.config._attn_implementation == attention.ATTENTION
-        raise ZeroDivisionError
-    assert model.config._attn_implementation == model.lm.config._attn_implementation == "sdpa"
+    resolve_layout("auto", model)
+    mlp = model.model.layers[-1].mlp
+    batch = PairCollator(0, "shared_prefix")(some_pairs())
+    hidden = torch.randn(1, batch["input_ids"].shape[1], 32)
+    right = mlp(hidden)
+    hook = mlp.down_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**model_kwargs(batch))
+    hook.remove()
+    assert torch.equal(mlp(hidden), right)
+
+
+def test_an_adapter_on_a_model_that_served_before():
+    """The adapter wraps parts of the last layer that have their hooks already."""
+    model = grm()
+    resolve_layout("auto", model)
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules="all-linear", modules_to_save=["score"], init_lora_weights=False
+    )
+    model = get_peft_model(model, config)
+    right = step(model, some_pairs(), "padded")
+    serve_segments(model)
+    assert_same(step(model, some_pairs(), "shared_prefix"), right, 1e-5)
+
+
+def test_a_segment_is_what_its_docstring_shows():
+    assert doctest.testmod(layouts).attempted >= 6 and not doctest.testmod(layouts).failed
 
 
 # --------------------------------------------------------------------------------------- kernels on ragged batches
@@ -477,7 +542,7 @@ def test_ragged_form_is_the_same_attention(window):
                     out[i, head] = scores.softmax(0) @ v[first : at + 1, head // 2]
         return out
 
-    ragged = attention._plan_of(mask).ragged(query.device)
+    ragged = attention.plan_of(mask).ragged(query.device)
     found = attention._flash_attn(kernel, query, key, value, ragged, None, 0.0, window, None)
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 

@@ -66,7 +66,7 @@ def test_needs_numpy_only():
         ([], [], "`chosen` is empty"),
         ([1.0, 2.0, 3.0], [0.0, 1.0], r"3 values and `rejected` has 2.*`chosen\[2\]` is the first without"),
         ([1.0], [0.0, 1.0], r"`rejected\[1\]` is the first without"),
-        (np.ones((3, 1)), np.ones((3, 1)), r"shape \(3, 1\); \(n,\) is required.*squeeze"),
+        (np.ones((3, 2)), np.ones((3, 2)), r"shape \(3, 2\); \(n,\) or \(n, 1\) is required"),
         (torch.tensor(1.0), torch.tensor(0.0), r"shape \(\)"),
         ([1e308], [-1e308], r"`chosen - rejected\[0\]` is inf"),
     ],
@@ -718,3 +718,23 @@ def test_compute_metrics_counts_as_the_trainer_does():
     assert result == metrics.pairwise_metrics(rewards[:, 0], rewards[:, 1], ties=0)
     with pytest.raises(ValueError, match=r"shape \(4,\); \(n, 2\) is required"):
         metrics.compute_metrics(SimpleNamespace(predictions=rewards[:, 0]))
+
+
+# ------------------------------------------------------------------------------------------- what rewards come as
+
+
+def test_rewards_and_groups_as_people_have_them():
+    """Columns of a reward model, Series with an index of their own, prompts that are messages."""
+    pandas = pytest.importorskip("pandas")
+    chosen, rejected, groups = [1.0, 2.0, 0.5, 3.0], [0.0, 1.0, 1.0, 2.0], ["a", "b", "a", "b"]
+    right = metrics.pairwise_metrics(chosen, rejected, groups=groups)
+    column = lambda values: np.array(values)[:, None]  # noqa: E731
+    assert metrics.pairwise_metrics(column(chosen), column(rejected), groups=groups) == right
+    assert metrics.pairwise_metrics([[x] for x in chosen], rejected, groups=groups) == right
+    series = lambda values: pandas.Series(values, index=[7, 3, 9, 1])  # noqa: E731
+    assert metrics.pairwise_metrics(series(chosen), series(rejected), groups=series(groups)) == right
+    prompts = [[{"role": "user", "content": group, "n": [1]}] for group in groups]
+    assert metrics.pairwise_metrics(chosen, rejected, groups=prompts) == right
+    assert metrics.pairwise_metrics(chosen, rejected, groups=[dict(reversed(p[0].items())) for p in prompts]) == right
+    with pytest.raises(ValueError, match=r"`chosen\[1\]` is nan"):
+        metrics.pairwise_metrics(series([1.0, float("nan"), 1.0, 1.0]), rejected)

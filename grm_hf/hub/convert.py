@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..configuration_grm import BOS_POLICIES, GRMConfig
+from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import POLICIES
 from ..scoring.golden import save_golden
-from .folders import new_folder
 from .tokenizer import load_tokenizer
 
 
@@ -107,8 +106,8 @@ def convert(
         raise ValueError(f"`bos_policy` is {bos_policy!r}; it must be one of {BOS_POLICIES}.")
     if max_length is not None and max_length < 1:
         raise ValueError(f"`max_length` is {max_length}; a sequence to score has at least 1 token.")
-    with new_folder(output) as out:
-        folder = _local(str(source), revision)
+    with readable(source) as place, new_folder(output) as out:
+        folder = _local(place, revision)
         adapter = (folder / "adapter_config.json").is_file()
         settings = _settings(folder, source, adapter)
         head, kind, keys = _head(folder, str(source), adapter)
@@ -167,10 +166,7 @@ def _local(source: str, revision: str | None) -> Path:
     if os.path.isdir(source):
         return Path(source)
     safe = [*TEXTS, *PICKLES]
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=safe))
-    except HFValidationError as error:
-        raise ValueError(f"There is no folder '{source}', and a Hub id is NAMESPACE/NAME.") from error
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=safe))
     if pickles := [name for twin, name in PICKLES.items() if not _files(folder, twin)]:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=[*safe, *pickles]))
     return folder

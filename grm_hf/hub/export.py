@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..chats import as_messages
 from ..configuration_grm import as_in_transformers_4
 from ..encoding import Encoder
+from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import (
     POLICIES,
@@ -37,9 +39,8 @@ from ..native import (
     as_qwen2_config,
     load_export,
 )
-from ..scoring.golden import CHATS, FILE, GoldenError, save_golden, tolerance
+from ..scoring.golden import CHATS, FILE, GoldenError, difference, differs, read_rows, save_golden
 from ..scoring.scorer import GRMScorer
-from .folders import new_folder
 from .tokenizer import load_tokenizer
 
 
@@ -94,8 +95,8 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         `ValueError`: the model has no exact counterpart, for the reason given, or `output` holds something. Nothing
         is written then.
     """
-    source, hub = str(source), {} if revision is None else {"revision": revision}
-    with new_folder(output) as out:
+    hub = {} if revision is None else {"revision": revision}
+    with readable(source) as source, new_folder(output) as out:
         model = GRMForSequenceClassification.from_pretrained(source, **hub).eval()
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(f"'{source}' is an adapter. Merge it first: `grm merge {source} FOLDER`.")
@@ -287,7 +288,7 @@ def _serving(tokenizer, ours, config) -> dict:
     text does that is tokenised with special tokens, as it is (`""`) or without its BOS (the string to remove).
     """
     encoder = replace(Encoder.from_config(tokenizer, ours), max_length=None)
-    original, chats = tokenizer.chat_template, [_messages(chat) for chat in CHATS]
+    original, chats = tokenizer.chat_template, [as_messages(chat) for chat in CHATS]
     if original is None:
         return {"template": False, "text": None}
     expected = [encoder.encode_chat(chat).ids for chat in chats]
@@ -315,19 +316,13 @@ def _serving(tokenizer, ours, config) -> dict:
     return {"template": False, "text": None}
 
 
-def _messages(chat: dict) -> list[dict]:
-    if "messages" in chat:
-        return chat["messages"]
-    return [{"role": "user", "content": chat["prompt"]}, {"role": "assistant", "content": chat["response"]}]
-
-
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
 @torch.no_grad()
 def _check(folder: Path, probe: list[int]) -> float:
     """Load what was written, score the golden rows alone and as one batch; the largest relative difference."""
-    rows = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"]
+    rows = read_rows(folder / FILE)["rows"]
     native, tokenizer = load_export(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer(PROBE)["input_ids"] != probe:
         raise ValueError(
@@ -346,10 +341,9 @@ def _check(folder: Path, probe: list[int]) -> float:
         padded = tokenizer.pad(inputs, padding=len(batch) > 1, return_tensors="pt")
         rewards = native(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0].tolist()
         for row, reward in zip(batch, rewards, strict=True):
-            difference = abs(reward - row["score"]) / max(1.0, abs(row["score"]))
-            if not difference <= tolerance(native):  # nor if it is no number
+            if differs(reward, row["score"], native):
                 raise GoldenError(f"the export scores {reward}, the model {row['score']}, for\n{row['chat']}")
-            worst = max(worst, difference)
+            worst = max(worst, difference(reward, row["score"]))
     return worst
 
 
@@ -358,14 +352,14 @@ def _check(folder: Path, probe: list[int]) -> float:
 
 def _card(name, config, tokenizer, folder: Path, served: dict, temperature, difference) -> str:
     """The README.md of an export."""
-    row = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"][0]
+    row = read_rows(folder / FILE)["rows"][0]
     architecture = config.architectures[0]
     linear = architecture not in REWARD_MODELS
     metadata: dict = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     if config.base_model:
         metadata["base_model"] = config.base_model
     metadata["tags"] = ["reward-model", "grm"]
-    given = {"messages": _messages(row["chat"])} if served["template"] else {"input": [row["ids"]]}
+    given = {"messages": as_messages(row["chat"])} if served["template"] else {"input": [row["ids"]]}
     limit = config.max_sequence_length
     length = f" --max-model-len {limit}" if limit else ""
     reads = "messages, through the chat template" if served["template"] else "token ids, as `grm_hf` makes them"
@@ -409,7 +403,7 @@ def _card(name, config, tokenizer, folder: Path, served: dict, temperature, diff
         if served["template"]:
             lines += [
                 f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-                f"chat = {json.dumps(_messages(row['chat']))}",
+                f"chat = {json.dumps(as_messages(row['chat']))}",
                 'inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)',
             ]
         else:
@@ -443,7 +437,7 @@ def _card(name, config, tokenizer, folder: Path, served: dict, temperature, diff
     elif served["text"] is None:
         lines.append("It is sent text, which its tokenizer turns into other ids than those of training: not exact.")
     else:
-        text = tokenizer.apply_chat_template(_messages(row["chat"]), tokenize=False).removeprefix(served["text"])
+        text = tokenizer.apply_chat_template(as_messages(row["chat"]), tokenize=False).removeprefix(served["text"])
         lines += [
             f"```bash\npython -m sglang.launch_server --model-path {name} --is-embedding",
             "curl localhost:30000/classify -H 'Content-Type: application/json' -d "

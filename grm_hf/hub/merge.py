@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..devices import evaluating
+from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring.golden import FILE as GOLDEN
 from ..scoring.golden import tolerance
-from .folders import new_folder
 
 
 logger = logging.get_logger(__name__)
@@ -43,7 +43,11 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
         `ValueError`: the folder holds no adapter, one without the reward head, or one that cannot be merged exactly;
             `output_dir` is no new or empty folder. Nothing is written then.
     """
-    adapter = os.fspath(adapter)
+    with readable(adapter) as place:
+        return _merge(place, output_dir, dtype)
+
+
+def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassification:
     config = Path(adapter) / "adapter_config.json"
     if not config.is_file():
         raise ValueError(f"'{adapter}' has no adapter_config.json: it is not an adapter folder, nothing is merged.")

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration_grm import GRMConfig
+from ..folders import loaded_weights, readable
 from ..modeling_grm import GRMForSequenceClassification
 from . import card
 from .tokenizer import spell_for_transformers_4
@@ -58,6 +59,7 @@ OF_TOKENIZER = (
     "additional_chat_templates/*",
 )
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+OF_COMMIT = ("commit_description", "create_pr", "num_threads")
 ATTEMPTS = 3  # when somebody else commits between our look at the repository and our commit
 
 
@@ -104,6 +106,7 @@ def push_folder(
         `ValueError`: the folder is no complete reward model, holds a token, or the Hub refuses the token or the tag.
         `OSError`: the push did not get through; the repository is as it was, and the push can be repeated.
     """
+    _refuse_unknown(commit_kwargs)
     with stage(folder, repo_id.split("/")[-1]) as staged:
         return commit(
             staged,
@@ -144,6 +147,7 @@ def push_model(
         **kwargs:
             As [`push_folder`].
     """
+    _refuse_unknown(set(kwargs) - {"private", "revision", "tag", "token", "commit_message", "replace_card"})
     if tokenizer is None and model.name_or_path:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, token=kwargs.get("token"))
@@ -162,6 +166,15 @@ def push_model(
         return push_folder(folder, repo_id, **kwargs)
 
 
+def _refuse_unknown(commit_kwargs):
+    """Before anything is saved or sent."""
+    if unknown := sorted(set(commit_kwargs) - set(OF_COMMIT)):
+        raise ValueError(
+            f"A push takes no {', '.join(f'`{name}`' for name in unknown)}. It takes `private`, `revision`, `tag`, "
+            f"`token`, `commit_message`, `replace_card` and, for the commit, {', '.join(f'`{n}`' for n in OF_COMMIT)}."
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------- staging
 
 
@@ -178,14 +191,18 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
             The live configuration of a run: an adapter's folder does not hold what training has set in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder '{folder}' to push.")
+    with readable(folder):
+        if not folder.is_dir():
+            raise ValueError(f"There is no folder '{folder}' to push.")
     staged = tempfile.TemporaryDirectory(prefix="grm_push_")
     try:
         out, left = Path(staged.name), []
         adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
         if adapter:
             _merge(folder, out, config)
+        weights = loaded_weights(folder)
+        if len(weights) > 1 or weights != ["model.safetensors"]:
+            weights = [*weights, "model.safetensors.index.json"]
         for path in sorted(folder.iterdir()):
             if path.is_dir():
                 if path.name in FOLDERS:
@@ -194,6 +211,8 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
                     left.append(f"{path.name}/")
             elif any(fnmatch(path.name, pattern) for pattern in KEPT_BACK):
                 continue
+            elif path.match("model*.safetensors*") and path.name not in weights:
+                left.append(path.name)  # of an earlier save: no loader takes them
             elif adapter and path.name.startswith("adapter_"):
                 (out / "adapter").mkdir(exist_ok=True)
                 if path.name != "adapter_config.json":
@@ -201,7 +220,7 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
             elif not (out / path.name).exists():
                 _link(path, out / path.name)
         if left:
-            logger.warning(f"Folders in '{folder}' that are not pushed: {left}")
+            logger.warning(f"Not pushed of '{folder}': {left}")
         if adapter:
             _write_adapter_config(folder, out)
         _require_complete(folder, out)
@@ -255,13 +274,8 @@ def _require_complete(folder, out):
             f"'{folder}' holds neither a model (config.json) nor an adapter (adapter_config.json): nothing to push."
         )
     GRMConfig.get_config_dict(out)  # refuses other models
-    index = out / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
     keys: list[str] = []
-    for name in names:
+    for name in loaded_weights(out):
         if not (out / name).is_file():
             raise ValueError(f"'{folder}' lacks the weights file {name}: save the model there again.")
         try:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from ..devices import own_device
 from ..encoding import Encoded
+from ..folders import readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring import GRMScorer
 from .remote import RemoteScorer, is_address
@@ -172,8 +173,9 @@ def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, 
     if isinstance(model, (str, os.PathLike)):
         load_kwargs = load_kwargs or {}
         source = os.fspath(model), load_kwargs.get("revision")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source[0], revision=source[1] or "main")
-        model = GRMForSequenceClassification.from_pretrained(source[0], **load_kwargs)
+        with readable(source[0]) as place:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, revision=source[1] or "main")
+            model = GRMForSequenceClassification.from_pretrained(place, **load_kwargs)
         if not hasattr(model, "hf_device_map"):
             model.to(own_device())
     else:

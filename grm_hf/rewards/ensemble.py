@@ -7,11 +7,14 @@ and, in practice, its scale open, so members are standardised before they are co
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import nullcontext
+from itertools import count, islice
 
 import torch
 from torch import Tensor, nn
 
+from ..chats import rows_of
+from ..devices import alone
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring import Score
 from .adapters import PolicyScorer, policy_scorer
@@ -159,26 +162,39 @@ class RewardEnsemble:
         """As [`GRMScorer.score`]."""
         return [result.score for result in self.stream(chats)]
 
-    def stream(self, chats: Iterable) -> Iterator[Score]:
+    @property
+    def members(self) -> list[PolicyScorer]:
+        """The members' scorers; the same one several times where they are adapters on one model."""
+        return self._scorers
+
+    def check(self, chats: Iterable, names: Iterable[str] | None = None) -> None:
+        """As [`GRMScorer.check`], by every member."""
+        chats, names = list(rows_of(chats)), None if names is None else list(names)
+        for scorer in dict.fromkeys(self._scorers):
+            scorer.check(chats, names)
+
+    def stream(self, chats: Iterable, window: int = 1024, names: Iterable[str] | None = None) -> Iterator[Score]:
         """As [`GRMScorer.stream`]; `tokens` are the first member's, `truncated` says whether any member cut."""
         how, k, weight = self._combination
-        chats = iter(chats)
-        while group := list(islice(chats, 1024)):
-            results = self._results(group)
+        named = zip((f"chat {i}" for i in count()) if names is None else names, rows_of(chats), strict=False)
+        while group := list(islice(named, window)):
+            results = self._results([chat for _, chat in group], [name for name, _ in group])
             rewards = combine(self._standardised(results), how, k, weight).tolist()
             for reward, scores in zip(rewards, zip(*results, strict=True), strict=True):
                 yield Score(reward, scores[0].tokens, any(score.truncated for score in scores))
 
     def member_scores(self, chats: Iterable) -> Tensor:
         """Standardised rewards by member, `(num_members, n)`: where they differ, the ensemble does not know."""
-        return self._standardised(self._results(list(chats)))
+        return self._standardised(self._results(list(rows_of(chats))))
 
-    def _results(self, chats):
+    def _results(self, chats, names=None):
         results = []
         for scorer, activate in zip(self._scorers, self._activations, strict=True):
-            if activate is not None:
-                activate()
-            results.append(list(scorer.stream(chats)))
+            # Which adapter is on is a state of the model: nobody else may use it meanwhile.
+            with nullcontext() if activate is None else alone(scorer.model):
+                if activate is not None:
+                    activate()
+                results.append(list(scorer.stream(chats, None, names)))
         return results
 
     def _standardised(self, results):

@@ -3,19 +3,18 @@
 reward read in front of the end of turn, all show in the numbers.
 """
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from ..chats import as_messages
 from ..scoring import GoldenError
-from ..scoring.golden import FILE, tolerance
+from ..scoring.golden import FILE, differs, read_rows
 
 
 logger = logging.get_logger(__name__)
@@ -97,10 +96,10 @@ def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> lis
             "`grm_hf.scoring.save_golden` writes the file."
         )
         return []
-    limit, wrong = tolerance(model), []
-    for row in json.loads(Path(str(file)).read_text(encoding="utf-8"))["rows"]:
+    wrong = []
+    for row in read_rows(str(file))["rows"]:
         found, stored = read(row["chat"]), row["score"]
-        if not abs(found - stored) <= limit * max(1.0, abs(stored)):
+        if differs(found, stored, model):
             wrong.append(f"{found:.6f} instead of {stored:.6f}")
     if wrong:
         raise GoldenError(
@@ -108,17 +107,6 @@ def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> lis
             f"{remedy} (If it was trained further since it was loaded, save it and load it again.)"
         )
     return [path]
-
-
-def _messages(chat) -> list[dict]:
-    """A golden chat as messages, of which the last is the answer."""
-    if isinstance(chat, list):
-        return chat
-    if "messages" in chat:
-        return chat["messages"]
-    prompt, answer = chat["prompt"], chat["response"]
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [*prompt, *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
 
 
 def _plain(chat) -> tuple[str, str]:
@@ -129,7 +117,7 @@ def _plain(chat) -> tuple[str, str]:
 def _as_trl(model, tokenizer, options, chat) -> float:
     """What TRL gets from a module in `reward_funcs`."""
     if tokenizer.chat_template and not isinstance(chat, str):
-        text = tokenizer.apply_chat_template(_messages(chat), tokenize=False, **options)
+        text = tokenizer.apply_chat_template(as_messages(chat), tokenize=False, **options)
     else:
         text = "".join(_plain(chat))
     inputs = tokenizer(text=[text], return_tensors="pt", add_special_tokens=False).to(model.device)
@@ -140,7 +128,7 @@ def _as_trl(model, tokenizer, options, chat) -> float:
 def _as_ppo(model, tokenizer, chat) -> float:
     """What TRL's PPO gets from a plain model, when the policy gives this answer and stops with EOS."""
     if tokenizer.chat_template and not isinstance(chat, str):
-        *prompt, final = _messages(chat)
+        *prompt, final = as_messages(chat)
         before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         answer = final["content"]
     else:

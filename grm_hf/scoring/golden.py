@@ -4,9 +4,6 @@ loads the folder can ask, on any machine and with any versions, whether the numb
 
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from ..devices import evaluating, is_whole, own_device
 from ..encoding import OverlengthError
+from ..folders import readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import load_export
 from ..version import __version__
@@ -48,9 +46,30 @@ class GoldenError(ValueError):
     """Golden rows do not hold. The message has a table of all rows, with what differs."""
 
 
+def read_rows(file: str | Path) -> dict[str, Any]:
+    """What a file of golden rows holds: `saved_with`, and `rows` of `chat`, `ids` and `score`."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        rows = [(row["chat"], row["ids"], row["score"]) for row in content["rows"]]
+        assert rows and content["saved_with"]
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"'{file}' is no whole file of golden rows ({error!r}). Save the model again.") from None
+    return content
+
+
 def tolerance(model) -> float:
     """How far a reward of `model` may be off by rounding, relative to max(1, |reward|)."""
     return TOLERANCES.get(_dtype(model), 5e-2)
+
+
+def difference(found: float, stored: float) -> float:
+    """Of two rewards, relative to max(1, |reward|)."""
+    return abs(found - stored) / max(1.0, abs(stored))
+
+
+def differs(found: float, stored: float, model) -> bool:
+    """Whether a reward of `model` is another than the stored one: by more than rounding, or no number."""
+    return not difference(found, stored) <= tolerance(model)
 
 
 def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None) -> Path:
@@ -94,10 +113,8 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
             raise ValueError(f"chat {number}: {error}") from error
     if not rows:
         raise ValueError(f"no golden row fits into max_length={scorer.encoder.max_length}. Give shorter `chats`.")
-    with _outside_autocast(model):
-        scores = _rewards(scorer, [row["ids"] for row in rows])
-    if not all(map(math.isfinite, scores)):
-        raise ValueError(f"the rewards are {scores}: the model's weights are broken, or overflow in its dtype.")
+    scorer.forward = _plain_forward(model)
+    scores = scorer.rewards_of_ids([row["ids"] for row in rows], names=[f"chat {i}" for i in range(len(rows))])
     for row, score in zip(rows, scores, strict=True):
         row["score"] = score
         row["text_logp"] = _text_logp(model, row)
@@ -125,19 +142,20 @@ def verify(path: str | Path, **load_kwargs) -> str:
         [`GoldenError`]: token ids differ, or a reward does by more than rounding.
         `ValueError`: there are no golden rows.
     """
-    path = str(path)
-    if os.path.isabs(path) and not os.path.isdir(path):
-        raise ValueError(f"There is no folder '{path}'.")
     hub = {key: load_kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in load_kwargs}
-    try:
-        file = cached_file(path, FILE, **hub)
-    except OSError as error:
+    with readable(path) as place:
+        return _verify(place, hub, load_kwargs)
+
+
+def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
+    file = cached_file(path, FILE, **hub, _raise_exceptions_for_missing_entries=False)
+    if file is None:
         raise ValueError(
             f"'{path}' has no {FILE}, so there is nothing to compare with. GRMRewardTrainer writes it; for a model "
             "that was saved otherwise, call `grm_hf.scoring.save_golden(model, tokenizer, folder)` while it is known "
-            f"to be right. ({error})"
-        ) from error
-    content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+            "to be right."
+        )
+    content = read_rows(file)
     saved = content["saved_with"]
     given = {"dtype": getattr(torch, saved["dtype"])}
     if saved["attn_implementation"] in ("eager", "sdpa"):  # others may not be here
@@ -150,7 +168,7 @@ def verify(path: str | Path, **load_kwargs) -> str:
         model.to(own_device())
     scorer = GRMScorer(model, AutoTokenizer.from_pretrained(path, **hub), deterministic=True)
 
-    vocabulary, limit = model.get_input_embeddings().weight.shape[0], tolerance(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     lines = ["row  tokens                                 stored         now  difference"]
     wrong = []
     for number, row in enumerate(content["rows"]):
@@ -160,21 +178,21 @@ def verify(path: str | Path, **load_kwargs) -> str:
         except ValueError as error:
             tokens = f"cannot be encoded: {error}"
         # Of the stored ids: a change of the tokenizer is not taken for one of the weights.
-        score = _rewards(scorer, [ids])[0] if max(ids) < vocabulary else math.nan
-        difference = abs(score - expected) / max(1.0, abs(expected))
-        holds = tokens == f"{len(ids)} equal" and difference <= limit
+        score = scorer.rewards_of_ids([ids])[0] if max(ids) < vocabulary else math.nan
+        off = difference(score, expected)
+        holds = tokens == f"{len(ids)} equal" and not differs(score, expected, model)
         mark = "" if holds else "  DIFFERS"
         if "text_logp" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:  # an export has no LM head
             now, stored = _text_logp(model, row), row["text_logp"]
-            if not abs(now - stored) / max(1.0, abs(stored)) <= limit:
+            if differs(now, stored, model):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
-        lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {difference:.1e}{mark}")
+        lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {off:.1e}{mark}")
         if not holds:
             wrong.append(number)
     here = _environment(model)
     for name, environment in (("saved", saved), ("here", here)):
         lines.append(f"{name}: {', '.join(f'{what} {value}' for what, value in environment.items())}")
-    lines.append(f"a difference, relative to max(1, |reward|), may be {limit:.0e}")
+    lines.append(f"a difference, relative to max(1, |reward|), may be {tolerance(model):.0e}")
     table = "\n".join(lines)
     if wrong:
         raise GoldenError(f"'{path}': golden rows {wrong} of {len(content['rows'])} do not hold.\n{table}")
@@ -188,10 +206,6 @@ def _compare(stored: list[int], now: list[int]) -> str:
     if at is None:
         return f"{len(stored)} stored, {len(now)} now"
     return f"token {at} was {stored[at]}, is {now[at]}"
-
-
-def _rewards(scorer: GRMScorer, ids: list[list[int]]) -> list[float]:
-    return scorer.rewards_of_ids(ids)
 
 
 def _dtype(model) -> str:
@@ -209,25 +223,17 @@ def _environment(model) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _outside_autocast(model) -> Iterator[None]:
-    """accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none."""
-    if "_original_forward" not in model.__dict__:
-        yield
-        return
-    wrapped, model.forward = model.forward, model._original_forward
-    try:
-        yield
-    finally:
-        model.forward = wrapped
-
-
 @torch.no_grad()
 def _text_logp(model, row: dict[str, Any]) -> float:
     """Log-probability of the row's response under the LM head: what the reward does not see."""
-    ids = torch.tensor([row["ids"]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([row["ids"]], device=model.device)
     first = max(row["start"], 1)
-    with evaluating(model), _outside_autocast(model):
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
+    with evaluating(model):
+        out = _plain_forward(model)(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
     logps = out.lm_logits[0, first - 1 : -1].double().log_softmax(-1)
     return float(logps.gather(1, ids[0, first:, None].to(logps.device)).sum())
+
+
+def _plain_forward(model):
+    """accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none."""
+    return model.__dict__.get("_original_forward", model)

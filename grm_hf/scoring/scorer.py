@@ -7,20 +7,31 @@ tokens (`grm_hf.layouts`). A score does not depend on this beyond rounding; with
 """
 
 import math
+import os
+import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import groupby, islice, pairwise
+from itertools import count, groupby, islice, pairwise, repeat
 
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from ..attention import layout_attention
+from ..attention import serve_segments
+from ..chats import rows_of, to_score
 from ..devices import evaluating, is_whole, own_device
-from ..encoding import Encoded, Encoder
-from ..layouts import MIN_SHARED, common_prefix, model_kwargs, plant, resolve_layout
+from ..encoding import Encoded, Encoder, require_embedded
+from ..folders import readable
+from ..layouts import MIN_SHARED, common_prefix, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import GRMForSequenceClassification
+
+
+def _names(names: Iterable[str] | None) -> Iterable[str]:
+    return (f"chat {number}" for number in count()) if names is None else names
+
+
+_tokenizing = threading.RLock()  # a fast tokenizer sets itself up in a call, and cannot while another one runs
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,10 @@ class GRMScorer:
     length), so that the number is the one training saw.
 
     Args:
-        model (`str` or [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
             Hub id or folder, loaded onto the accelerator if there is one; or a live reward model, which is left as it
-            was (training mode, attention implementation).
+            was (training mode, attention implementation). Any number of scorers and threads may use one model at the
+            same time, also while a [`GRMRewardTrainer`] trains it: scores and training steps take turns.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Its tokenizer; loaded from the same place if left out.
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
@@ -103,9 +115,10 @@ class GRMScorer:
                 f"layout={layout!r} puts several texts into a row, and deterministic=True computes each alone. Leave "
                 "`layout` at 'auto'."
             )
-        if isinstance(model, str):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-            model = GRMForSequenceClassification.from_pretrained(model).to(own_device())
+        if isinstance(model, (str, os.PathLike)):
+            with readable(model) as place:
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(place)
+                model = GRMForSequenceClassification.from_pretrained(place).to(own_device())
         elif tokenizer is None:
             if not model.name_or_path:
                 raise ValueError("The model was made in memory, so its tokenizer is not known. Pass `tokenizer`.")
@@ -116,7 +129,9 @@ class GRMScorer:
                 "alone. Save it and load it in every process, or leave `accelerator` out."
             )
         self.model, self.tokenizer = model, tokenizer
+        self.forward = model  # what is called; `save_golden` goes past accelerate's autocast
         self.encoder = Encoder.from_config(tokenizer, model.config)
+        self._embeddings = model.get_input_embeddings().weight.shape[0], embedded_positions(model)
         self.max_tokens_per_batch, self.progress = max_tokens_per_batch, progress
         self.deterministic = deterministic
         self.layout = "padded" if deterministic else resolve_layout(layout, model)
@@ -126,22 +141,38 @@ class GRMScorer:
         """
         Args:
             chats (`Iterable`):
-                Each a list of messages that ends with the assistant's, a row (`{"prompt", "response"}` or
-                `{"messages"}`), or plain text.
+                Each a list of messages that ends with the assistant's, a row (`{"prompt", "response"}`, `{"messages"}`
+                or `{"text"}`), or plain text. The rows of a `Dataset` or a `DataFrame` are such rows.
 
         Returns:
             `list[float]`: raw rewards, in the order given.
 
         Raises:
-            `ValueError`: a chat cannot be scored, with its index and why. Nothing has been computed then.
+            `ValueError`: a chat cannot be scored, with its index and why (nothing has been computed then), or a reward
+            is not a finite number.
         """
         return [result.score for result in self.stream(chats, window=None)]
 
-    def stream(self, chats: Iterable, window: int | None = 1024) -> Iterator[Score]:
+    def stream(
+        self, chats: Iterable, window: int | None = 1024, names: Iterable[str] | None = None
+    ) -> Iterator[Score]:
         """As [`~GRMScorer.score`], with details and for any number of chats: `window` of them for each process are
-        read and computed at a time, and share what they have in common."""
-        named = ((f"chat {number}", self.encode, chat) for number, chat in enumerate(chats))
+        read and computed at a time, and share what they have in common. `names` are what errors call them."""
+        chats = rows_of(chats)
+        named = zip(_names(names), repeat(self.encode), chats, strict=False)
         return self._stream(named, window, len(chats) if isinstance(chats, Sized) else None)
+
+    def check(self, chats: Iterable, names: Iterable[str] | None = None) -> None:
+        """Raises the `ValueError` that names all chats that cannot be scored, of which it shows the first 20."""
+        wrong = []
+        for name, chat in zip(_names(names), rows_of(chats), strict=False):
+            try:
+                self._encoded(self.encode, chat)
+            except ValueError as error:
+                wrong.append(f"{name}: {error}")
+        if wrong:
+            more = f" And {len(wrong) - 20} more." if len(wrong) > 20 else ""
+            raise ValueError("\n".join(wrong[:20]) + more)
 
     def score_pairs(self, rows: Iterable[dict]) -> list[tuple[float, float]]:
         """
@@ -153,6 +184,7 @@ class GRMScorer:
         Returns:
             `list[tuple[float, float]]`: the rewards of the chosen and of the rejected response of each row.
         """
+        rows = rows_of(rows, "row")
         sides = (
             (f"row {number}, `{side}`", self._encode_side, (row, side))
             for number, row in enumerate(rows)
@@ -175,14 +207,11 @@ class GRMScorer:
         Returns:
             [`BestOfN`].
         """
+        answers = list(rows_of(answers, "answer"))
         if not answers:
             raise ValueError("`answers` is empty; there is nothing to rank.")
-        scores = self.score([{"prompt": prompt, "response": answer} for answer in answers])
-        if broken := [i for i, score in enumerate(scores) if math.isnan(score)]:
-            raise ValueError(
-                f"the rewards of answers {broken} are not numbers (NaN), so there is no order. The model's weights "
-                "are broken, or overflow in its dtype."
-            )
+        named = ((f"answer {i}", self.encode, {"prompt": prompt, "response": a}) for i, a in enumerate(answers))
+        scores = [result.score for result in self._stream(named, None, len(answers))]
         order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
         return BestOfN(scores=scores, order=order, best=answers[order[0]])
 
@@ -195,9 +224,14 @@ class GRMScorer:
 
     def encode(self, chat) -> Encoded:
         """The token ids of a chat, as [`~GRMScorer.score`] reads it."""
-        if isinstance(chat, dict) and isinstance(chat.get("prompt"), str) and self.tokenizer.chat_template:
-            chat = {**chat, "prompt": [{"role": "user", "content": chat["prompt"]}]}
-        return self.encoder.encode_chat(chat)
+        return self.encoder.encode_chat(to_score(chat, bool(self.tokenizer.chat_template)))
+
+    def _encoded(self, encode, chat) -> Encoded:
+        """`encode(chat)`, one at a time, and refused if the model has no embedding for it."""
+        with _tokenizing:
+            encoded = encode(chat)
+        require_embedded(encoded.ids, *self._embeddings, self.tokenizer)
+        return encoded
 
     def _encode_side(self, row_and_side) -> Encoded:
         row, side = row_and_side
@@ -220,16 +254,18 @@ class GRMScorer:
                 texts, truncated = [], []
                 for name, encode, chat in group:
                     try:
-                        encoded = encode(chat)
+                        encoded = self._encoded(encode, chat)
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
                     texts.append(array("i", encoded.ids))  # an eighth of what a list takes
                     truncated.append(encoded.truncated)
-                results = zip(self.rewards_of_ids(texts, bar), texts, truncated, strict=True)
+                rewards = self.rewards_of_ids(texts, bar, [name for name, _, _ in group])
+                results = zip(rewards, texts, truncated, strict=True)
                 yield from (Score(reward, len(ids), cut) for reward, ids, cut in results)
 
-    def rewards_of_ids(self, ids: Sequence[Sequence[int]], bar=None) -> list[float]:
-        """Rewards of token sequences, in the order given. Equal ones are computed once. `bar` is told of each text."""
+    def rewards_of_ids(self, ids: Sequence[Sequence[int]], bar=None, names: list[str] | None = None) -> list[float]:
+        """Rewards of token sequences, in the order given. Equal ones are computed once. `bar` is told of each text;
+        `names` are what an error calls them. Raises `ValueError` for rewards that are not finite numbers."""
         texts = [row if isinstance(row, array) else array("i", row) for row in ids]
         order = sorted(range(len(texts)), key=texts.__getitem__)
         groups = [list(group) for _, group in groupby(order, key=texts.__getitem__)]
@@ -237,17 +273,19 @@ class GRMScorer:
         ranks = 1 if self.accelerator is None else self.accelerator.num_processes
         rank = 0 if self.accelerator is None else self.accelerator.process_index
         rewards = [0.0] * len(distinct)
+        if self.layout != "padded":
+            serve_segments(self.model)
         device = self.model.device
-        with torch.no_grad(), evaluating(self.model), layout_attention(self.model, self.layout):
-            batches = self._batches(distinct, ranks)
-            for number, members in enumerate(batches):
-                if number % ranks == rank:
-                    batch = {k: v.to(device) for k, v in self._batch([distinct[i] for i in members]).items()}
-                    found = self.model(**model_kwargs(batch), use_cache=False).logits.squeeze(-1).tolist()
-                    for i, reward in zip(members, found, strict=True):
-                        rewards[i] = reward
-                if bar is not None:
-                    bar.update(sum(len(groups[i]) for i in members))
+        for number, members in enumerate(self._batches(distinct, ranks)):
+            if number % ranks == rank:
+                batch, _ = lay_out([distinct[i] for i in members], self.layout)
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                with torch.no_grad(), evaluating(self.model):  # for each batch, so that a trainer gets its turn
+                    logits = self.forward(**model_kwargs(batch), use_cache=False).logits
+                for i, reward in zip(members, logits.squeeze(-1).tolist(), strict=True):
+                    rewards[i] = reward
+            if bar is not None:
+                bar.update(sum(len(groups[i]) for i in members))
         if ranks > 1:  # every rank has zeros for what others computed
             whole = torch.tensor(rewards, dtype=torch.float64, device=self.accelerator.device)
             rewards = self.accelerator.reduce(whole, "sum").tolist()
@@ -255,6 +293,12 @@ class GRMScorer:
         for group, reward in zip(groups, rewards, strict=True):
             for i in group:
                 results[i] = reward
+        if broken := [i for i, reward in enumerate(results) if not math.isfinite(reward)]:
+            which = ", ".join(f"{names[i] if names else f'text {i}'}: {results[i]}" for i in broken[:3])
+            raise ValueError(
+                f"{len(broken)} of {len(results)} rewards are not finite numbers ({which}). The model's weights are "
+                "broken, or overflow in its dtype."
+            )
         return results
 
     def _batches(self, texts: list[array], ranks: int) -> list[list[int]]:
@@ -284,20 +328,3 @@ class GRMScorer:
                 room -= new[i]
             batches[-1].append(i)
         return batches
-
-    def _batch(self, texts: list[array]) -> dict[str, torch.Tensor]:
-        if self.layout == "padded":
-            width = max(map(len, texts))
-            return {
-                "input_ids": torch.tensor([[*text, *[0] * (width - len(text))] for text in texts]),
-                "attention_mask": torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts]),
-            }
-        forest = plant(texts, share=self.layout == "shared_prefix")
-        read = torch.tensor([path[-1] for path in forest.paths])
-        return {
-            "input_ids": torch.tensor([forest.ids]),
-            "position_ids": torch.tensor([forest.positions]),
-            "segments": torch.tensor(forest.segments),
-            "read_index": read,
-            "output_rows": read.unique(),
-        }

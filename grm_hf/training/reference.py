@@ -131,12 +131,10 @@ def _compute(trainer, dataset: Dataset, name: str) -> torch.Tensor:
         )
     )
     model = accelerator.unwrap_model(trainer.model).to(accelerator.device)
-    training = model.training
-    model.eval()
     rows = []
-    for inputs in tqdm(loader, f"Reference ({name})", disable=not accelerator.is_local_main_process):
-        with trainer.compute_loss_context_manager():
-            logps = trainer.response_logps(model, inputs)
-        rows.append(accelerator.gather_for_metrics(logps.float().view(2, -1).T.contiguous()).cpu())
-    model.train(training)
+    with evaluating(model):
+        for inputs in tqdm(loader, f"Reference ({name})", disable=not accelerator.is_local_main_process):
+            with trainer.compute_loss_context_manager():
+                logps = trainer.response_logps(model, inputs)
+            rows.append(accelerator.gather_for_metrics(logps.float().view(2, -1).T.contiguous()).cpu())
     return torch.cat(rows)

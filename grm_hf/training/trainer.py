@@ -24,13 +24,13 @@ from transformers.utils.hub import PushInProgress
 from trl import RewardTrainer
 
 from .. import losses
-from ..attention import layout_attention
+from ..attention import serve_segments
 from ..configuration_grm import GRMConfig
-from ..devices import evaluating
+from ..devices import alone, evaluating
 from ..encoding import Encoder
 from ..hub import card, publish
 from ..hub.tokenizer import spell_for_transformers_4
-from ..layouts import PairCollator, model_kwargs, resolve_layout
+from ..layouts import PairCollator, embedded_positions, model_kwargs, resolve_layout
 from ..logprobs import sequence_logps
 from ..pairs import Counts, prepare_pairs
 from ..scoring import golden
@@ -161,7 +161,7 @@ class GRMRewardTrainer(RewardTrainer):
         self._bos_policy, self._folder_was_loaded = config.bos_policy, False
         self._limits = {
             "embeddings": base.get_input_embeddings().weight.shape[0] or None,  # 0: sharded
-            "positions": _embedded_positions(base),
+            "positions": embedded_positions(base),
         }
 
         super().__init__(
@@ -214,6 +214,7 @@ class GRMRewardTrainer(RewardTrainer):
         if self.pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
             logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
         self._averages = {"train": Averages(), "eval": Averages()}
+        self._mode = "train"  # or "eval": not the mode of the model, which a scorer in another thread may have set
         self._tokens_since, self._log_time = 0, time.perf_counter()
 
         if args.eval_suites:
@@ -224,6 +225,8 @@ class GRMRewardTrainer(RewardTrainer):
             self._reference = self._choose_reference(args.reference)
         if reference_model is not None:
             reference_model.requires_grad_(False)
+            if self.layout != "padded":
+                serve_segments(reference_model)
             self._reference_model = self.accelerator.prepare_model(reference_model.eval(), evaluation_mode=True)
         if self._reference == "precompute":
             self.train_dataset = reference.precompute(self, self.train_dataset, "train")
@@ -310,15 +313,14 @@ class GRMRewardTrainer(RewardTrainer):
         kwargs = model_kwargs(inputs)
         if self._router_weight:
             kwargs.pop("output_rows", None)  # the auxiliary loss is an average over all tokens of every layer
-        with layout_attention(model, self.layout):
-            return model(**kwargs, use_cache=False, lm_fn=lm_fn)
+        return model(**kwargs, use_cache=False, lm_fn=lm_fn)
 
     def training_step(self, model, inputs, *args, **kwargs):
         parts = _parts(inputs)
         pairs = sum(map(_num_sequences, parts))
         loss = 0.0
-        # The backward is inside too: gradient checkpointing runs layers again there.
-        with layout_attention(model, self.layout):
+        self._mode = "train"
+        with alone(self.model):  # a scorer in another thread waits, and brings its evaluation mode afterwards
             for i, part in enumerate(parts, 1):
                 with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
                     share = {"share": _num_sequences(part) / pairs} if len(parts) > 1 else {}
@@ -353,7 +355,7 @@ class GRMRewardTrainer(RewardTrainer):
         loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in parts) * inputs.get("share", 1.0)
         rewards = torch.stack([columns["chosen"], columns["rejected"]], dim=1)
         with torch.no_grad():
-            self._record("train" if self.model.training else "eval", columns)
+            self._record(self._mode, columns)
         return (loss, {"logits": rewards}) if return_outputs else loss
 
     def _loss_of_part(self, model, inputs):
@@ -448,12 +450,19 @@ class GRMRewardTrainer(RewardTrainer):
             config.reward_mean, config.reward_std = averages["mean_reward"], spread
         return averages
 
+    def prediction_step(self, *args, **kwargs):
+        with alone(self.model):  # the reference may be this model with its adapter switched off
+            return super().prediction_step(*args, **kwargs)
+
     def evaluation_loop(self, *args, **kwargs):
         self._averages["eval"], self._eval_rows = Averages(), []  # what `predict` left, which logs nothing
+        self._mode = "eval"
+        with alone(self.model):  # no scorer in another thread is about to set the mode back
+            self.model.eval()
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs, start_time=None):
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode
         averages = self._take_averages(mode)
         if mode == "train":
             tokens = torch.as_tensor(self._tokens_since, device=self.accelerator.device, dtype=torch.float32)
@@ -652,16 +661,6 @@ def _lengths(inputs):
 def _unwrapped(model):
     """The reward model inside PEFT's wrapper, if there is one."""
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def _embedded_positions(model):
-    """How many positions the model has an embedding for; `None` where positions are not embedded."""
-    decoder, tokens = model.get_decoder(), model.get_input_embeddings()
-    for name, module in decoder.named_modules():
-        leaf = name.split(".")[-1]
-        if isinstance(module, torch.nn.Embedding) and module is not tokens and ("pos" in leaf or leaf == "wpe"):
-            return decoder.config.max_position_embeddings
-    return None
 
 
 def _disable_functional_dropout(model):

@@ -61,17 +61,18 @@ REWARDBENCH: dict[str, dict[str, float]] = {
 
 
 def _numbers(name: str, values: Any) -> np.ndarray:
-    """`values` (a list, an array, a tensor of any type and device) as checked float64 of shape `(n,)`."""
+    """`values` (a list, a Series, an array or a tensor of any type and device, of shape `(n,)` or `(n, 1)`) as checked
+    float64 of shape `(n,)`."""
     if not isinstance(values, np.ndarray):
         values = values.tolist() if hasattr(values, "tolist") else list(values)
     try:
         array = np.asarray(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
         array = np.array([_number_or_nan(value) for value in values])
+    if array.ndim == 2 and array.shape[1] == 1:  # as a reward model gives them
+        array = array[:, 0]
     if array.ndim != 1:
-        raise ValueError(
-            f"`{name}` has shape {array.shape}; (n,) is required. Rewards of shape (n, 1) become it by `.squeeze(-1)`."
-        )
+        raise ValueError(f"`{name}` has shape {array.shape}; (n,) or (n, 1) is required.")
     if not array.size:
         raise ValueError(f"`{name}` is empty; at least one value is required.")
     bad = np.flatnonzero(~np.isfinite(array))
@@ -109,8 +110,15 @@ def _codes(name: str, labels: Iterable[Hashable] | None, n: int) -> tuple[np.nda
             "the first without a partner."
         )
     index: dict = {}
-    codes = np.array([index.setdefault(label, len(index)) for label in labels])
-    return codes, list(index)
+    codes = np.array([index.setdefault(_key(label), len(index)) for label in labels])
+    return codes, [labels[i] for i in np.unique(codes, return_index=True)[1]]
+
+
+def _key(label: Any) -> Hashable:
+    """What equal labels have in common, also where these are lists, such as the messages of a prompt."""
+    if isinstance(label, dict):
+        return (dict, *sorted((key, _key(value)) for key, value in label.items()))
+    return (list, *map(_key, label)) if isinstance(label, (list, tuple)) else label
 
 
 def _check_level(level: float) -> None:

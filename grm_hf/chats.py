@@ -1,0 +1,75 @@
+"""What a chat may look like, and what a prompt that is a string means; said once. docs/scoring.md has the table.
+
+Where somebody asks for the score of an answer to a question, a string is the user's question, so it goes through the
+chat template. In a data set it is text, which the response follows directly: TRL trains on it that way.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def user_turn(prompt: str | list[dict]) -> list[dict]:
+    """A prompt as messages: a string is one turn of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_messages(chat: list[dict] | dict) -> list[dict]:
+    """A chat of any form but plain text as one list of messages, which ends with the answer."""
+    if isinstance(chat, list):
+        return chat
+    if chat.get("messages") is not None:
+        return chat["messages"]
+    answer = chat["response"]
+    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    return [*user_turn(chat["prompt"]), *answer]
+
+
+def to_score(chat: Any, has_template: bool) -> Any:
+    """
+    A chat as [`Encoder.encode_chat`] takes it, from what somebody asks a score for.
+
+    Args:
+        chat (`list[dict]`, `str` or `dict`):
+            Messages, plain text, or a row with `messages`, with `prompt` and `response` (or `completion`), or with
+            `text`. A key whose value is null is absent.
+        has_template (`bool`):
+            Whether the tokenizer has a chat template. If so, a prompt that is a string is one turn of the user.
+
+    Raises:
+        `ValueError`: it is one message instead of a list of them, or no chat at all.
+    """
+    if isinstance(chat, dict):
+        row = {key: value for key, value in chat.items() if value is not None}
+        if "role" in row and not {"messages", "prompt", "text"} & set(row):
+            raise ValueError("this is a single message. A chat is a list of messages; put them into one more list.")
+        if "text" in row and not {"messages", "prompt"} & set(row):
+            return row["text"]
+        if has_template and isinstance(row.get("prompt"), str) and "messages" not in row:
+            row["prompt"] = user_turn(row["prompt"])
+        return row
+    if not isinstance(chat, (str, list)):
+        raise ValueError(
+            f"{type(chat).__name__} is no chat. Give a list of messages, a row with `prompt` and `response`, or text."
+        )
+    return chat
+
+
+def rows_of(chats: Any, one: str = "chat") -> Iterable:
+    """
+    Several chats (or rows) as something to go through: a list or any other iterable, the rows of a pandas DataFrame or
+    of an Arrow table. A single chat is refused, because going through it gives its characters or its keys.
+    """
+    if isinstance(chats, (str, bytes, dict)) or not isinstance(chats, Iterable):
+        what = f"one {one}" if isinstance(chats, (str, bytes)) else f"a {type(chats).__name__}"
+        splits = " Choose a split of it." if type(chats).__name__.endswith("DatasetDict") else ""
+        raise ValueError(f"this takes {one}s and got {what}. Put a single {one} into a list: [{one}].{splits}")
+    table: Any = chats
+    if hasattr(table, "to_pylist"):  # pyarrow
+        return table.to_pylist()
+    if hasattr(table, "itertuples"):  # pandas, whose word for null is NaN
+        names = [str(name) for name in table.columns]
+        return [
+            {name: value for name, value in zip(names, row, strict=True) if not (value is None or value is not value)}
+            for row in table.itertuples(index=False, name=None)
+        ]
+    return chats

@@ -1,0 +1,306 @@
+"""Rows in, results out: files of rows in any of the common formats, and a JSONL file of results that goes on where an
+interrupted run stopped.
+
+Everything is bytes until a whole line is there, so a file may end anywhere. A digest in each result says which row and
+which model it is of; by it, and by nothing else, a later run knows what is still valid.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+
+class Row(NamedTuple):
+    """A row of a file: where it stands, for messages (`rows.jsonl, line 3`), and its keys that are not null."""
+
+    place: str
+    content: dict
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_file(path: str | Path) -> list[Row]:
+    """
+    The rows of a file.
+
+    Args:
+        path (`str` or `Path`):
+            JSONL (`.jsonl`, and any other name), JSON (`.json`, one array of objects or as JSONL), CSV (`.csv`, with a
+            line of names; a cell that holds a JSON list or object is read as one) or parquet (`.parquet`), each also
+            as `.gz`; a named pipe; or `-` for standard input. Text is UTF-8 whatever the locale, with or without BOM.
+
+    Raises:
+        `ValueError`: there is no such file, or a row cannot be read, with file and line.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    data = _bytes(path)
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, ValueError) as error:
+            raise ValueError(f"{name} is no whole gzip file: {error}") from None
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() != ".gz"]
+    if data[:4] == b"PAR1":
+        return list(_parquet(data, name))
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{name} is a git-lfs pointer, not the file that it stands for. Fetch it: `git lfs pull`.")
+    text = _text(data, name)
+    if suffixes[-1:] == [".csv"]:
+        return list(_csv(text, name))
+    if suffixes[-1:] == [".json"] and text.lstrip().startswith("["):
+        return list(_json(text, name))
+    return list(_jsonl(text, name))
+
+
+def lines_of(path: str | Path) -> list[str]:
+    """The lines of a text file (or of standard input, `-`), as UTF-8, without their ends and without blank ones."""
+    name = "standard input" if str(path) == "-" else str(path)
+    return [line.removesuffix("\r") for line in _text(_bytes(path), name).split("\n") if line.strip()]
+
+
+def _bytes(path: str | Path) -> bytes:
+    if str(path) == "-":
+        return sys.stdin.buffer.read()  # not its text, which is decoded by the locale
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder; give a file.")
+    if not os.path.exists(path):
+        raise ValueError(f"There is no file {path}.")
+    return Path(path).read_bytes()  # a pipe, too
+
+
+def _text(data: bytes, name: str) -> str:
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{name}, line {line}: it is not UTF-8 ({error.reason}). Convert the file.") from None
+
+
+def _checked(content: Any, place: str) -> Row:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}: this is {type(content).__name__}, and a row is an object with keys.")
+    try:
+        json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{place}: it holds {half}, half of a pair of surrogates, which is no character.") from None
+    return Row(place, {key: value for key, value in content.items() if value is not None})
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: it is not JSON: {error}") from None
+
+
+def _jsonl(text: str, name: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`, which also splits at U+2028
+        if line.strip():
+            yield _checked(_parsed(line, f"{name}, line {number}"), f"{name}, line {number}")
+
+
+def _json(text: str, name: str) -> Iterator[Row]:
+    for number, content in enumerate(_parsed(text, name), 1):
+        yield _checked(content, f"{name}, item {number}")
+
+
+def _csv(text: str, name: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for cells in reader:
+            place = f"{name}, line {reader.line_num}"
+            if None in cells:
+                raise ValueError(f"{place}: the row has more cells than the first line has names.")
+            yield _checked({key: _cell(cell) for key, cell in cells.items() if cell not in (None, "")}, place)
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {reader.line_num}: {error}") from None
+
+
+def _cell(cell: str) -> Any:
+    if cell[:1] in ("[", "{"):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            pass
+    return cell
+
+
+def _parquet(data: bytes, name: str) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{name} is a parquet file: to read it, `pip install pyarrow`.") from None
+    try:
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name} is no whole parquet file: {error}") from None
+    for number, content in enumerate(rows, 1):
+        yield _checked(content, f"{name}, row {number}")
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+
+
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits that stand for `parts`: what JSON can hold, keys in any order."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
+
+
+@torch.no_grad()
+def model_digest(scorer) -> str:
+    """
+    [`digest`] of all that a reward depends on: each weight, the dtype, the policies of the configuration, vocabulary
+    and chat template. Of a [`GRMScorer`], or of an ensemble of them.
+
+    Weights count by exact sums of their bytes and by samples, so this takes one pass over them; those that are
+    offloaded count by name and shape only.
+    """
+    parts: list = []
+    for name, tensor in sorted(scorer.model.state_dict().items()):
+        parts.append([name, str(tensor.dtype), list(tensor.shape)])
+        if tensor.device.type != "meta" and tensor.numel():
+            data = tensor.detach().contiguous().flatten().view(torch.uint8)
+            sample = data[:: max(1, len(data) // 4096)].cpu().numpy().tobytes()
+            parts.append([int(data.sum(dtype=torch.int64)), hashlib.sha256(sample).hexdigest()])
+    for member in getattr(scorer, "members", [scorer]):
+        encoder, tokenizer = member.encoder, member.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        parts.append([encoder.max_length, encoder.overlength, encoder.bos])
+        parts.append([str(tokenizer.chat_template), str(tokenizer.special_tokens_map)])
+        parts.append(sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str())
+    return digest(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+class Results:
+    r"""
+    A JSONL file with a result for each row, `{"row": 0, ..., "digest": ...}`, in the order of the rows. Results are
+    appended as they come; a run that is interrupted, at any byte, goes on with the same call.
+
+    Args:
+        path (`str` or `Path`):
+            File to write.
+        digests (`Sequence[str]`):
+            [`digest`] of each row together with all that its result depends on (see [`model_digest`]).
+        write (`bool`, *optional*, defaults to `True`):
+            Whether this process writes. Of several processes one does.
+
+    Attributes:
+        kept (`dict[int, dict]`): Results by row that the file holds already and that are still valid.
+        missing (`list[int]`): The rows that must be computed.
+
+    Raises:
+        `ValueError`: the file holds something, and nothing of it belongs to these rows and this model. It is left as
+        it is.
+
+    ```python
+    results = Results("scores.jsonl", [digest(row, model) for row in rows])
+    with results:
+        for i in results.missing:
+            results.add(i, {"score": score(rows[i])})
+    results.kept  # now of all rows
+    ```
+    """
+
+    def __init__(self, path: str | Path, digests: Sequence[str], write: bool = True):
+        self.path, self.digests, self.write = Path(path), list(digests), write
+        if self.path.is_dir():
+            raise ValueError(f"{path} is a folder; give a file.")
+        found = self.path.read_bytes() if self.path.exists() else b""
+        valid: dict[str, dict] = {}
+        foreign = False
+        lines = found.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        for line in lines:
+            if (result := _result(line)) is not None:
+                valid[result["digest"]] = result
+            elif line.strip() and not (line is lines[-1] and _BEGIN.startswith(line[: len(_BEGIN)])):
+                foreign = True  # and no line that an interruption cut
+        self.kept = {row: {**valid[key], "row": row} for row, key in enumerate(self.digests) if key in valid}
+        if (foreign or valid) and not self.kept:
+            raise ValueError(
+                f"{path} exists and holds other results than those of these rows and this model. Choose another "
+                "file, or remove it."
+            )
+        self.missing = [row for row in range(len(self.digests)) if row not in self.kept]
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "Results":
+        if self.write:
+            self._rewrite()
+            self._file = open(self.path, "ab")
+        return self
+
+    def add(self, row: int, result: dict) -> None:
+        """The result of a row. It is in the file when this returns."""
+        self.kept[row] = {"row": row, **result, "digest": self.digests[row]}
+        if self._file is not None:
+            self._file.write(line_of(self.kept[row]).encode("utf-8"))
+            self._file.flush()
+
+    def __exit__(self, kind, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            if kind is None:
+                self._rewrite()
+
+    def _rewrite(self) -> None:
+        """What is kept, in order; the file has either what it had or all of this."""
+        whole = "".join(line_of(self.kept[row]) for row in sorted(self.kept)).encode("utf-8")
+        if self.path.exists() and self.path.read_bytes() == whole:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        target = self.path.resolve()
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            file.write(whole)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.chmod(file.name, target.stat().st_mode if target.exists() else 0o666 & ~_umask())
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+_BEGIN = b'{"row": '
+
+
+def line_of(result: dict) -> str:
+    """A result as a line of JSONL. Raises `ValueError` for what JSON has no word for, such as NaN."""
+    return json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _result(line: bytes) -> dict | None:
+    """A result of ours from a line; `None` for anything else, such as the beginning of one."""
+    try:
+        result = json.loads(line)
+    except ValueError:
+        return None
+    ours = isinstance(result, dict) and isinstance(result.get("digest"), str) and "row" in result
+    return result if ours else None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
