@@ -69,7 +69,11 @@ def rows_of(chats: Any, one: str = "chat") -> Iterable:
     if hasattr(table, "itertuples"):  # pandas, whose word for null is NaN
         names = [str(name) for name in table.columns]
         return [
-            {name: value for name, value in zip(names, row, strict=True) if not (value is None or value is not value)}
+            {name: value for name, value in zip(names, row, strict=True) if not _is_null(value)}
             for row in table.itertuples(index=False, name=None)
         ]
     return chats
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)

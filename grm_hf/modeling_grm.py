@@ -319,6 +319,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
                     hub.pop(name, None)
                     kwargs.pop(name, None)
             _require_grm(path, adapter, hub)
+            _refuse_two_sets(os.path.join(path, hub.get("subfolder", "")))
         # Shapes that differ are reported below, with what to do, together with whatever else is wrong.
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
@@ -337,7 +338,13 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         ours = self._auto_class is None and type(self) is not GRMForSequenceClassification
         if ours and kwargs.get("push_to_hub"):
             raise ValueError(f"{type(self).__name__} is a subclass. Save it to a folder, and push that folder.")
+        before = _weight_files(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:  # of an earlier save in another number of files, which transformers leaves there
+            after = _weight_files(save_directory)
+            if len(after) == 2:
+                for name in [name for name in after if after[name] == before.get(name)]:
+                    os.remove(os.path.join(save_directory, name))
         if ours and is_main_process:
             for name in SHIPPED:
                 shutil.copy(os.path.join(os.path.dirname(__file__), name), save_directory)
@@ -598,7 +605,8 @@ def _decoder_name(lm):
 def _a_device(module):
     """A device on which `module` takes inputs, also where its first weights are offloaded to disk."""
     devices = [parameter.device for parameter in module.parameters()]
-    return next((device for device in devices if device.type != "meta"), devices[0])
+    last = torch.device("cpu") if hasattr(module, "_hf_hook") else devices[0]  # accelerate takes inputs from anywhere
+    return next((device for device in devices if device.type != "meta"), last)
 
 
 def _refuse_packed(position_ids, mask):
@@ -737,6 +745,26 @@ def _base_of_adapter(path, hub):
         return None
     with open(file, encoding="utf-8") as stream:
         return json.load(stream).get("base_model_name_or_path") or ""
+
+
+def _weight_files(folder):
+    """The single file of weights and the index of shards that lie in a folder, with the times they were written."""
+    paths = {name: os.path.join(folder, name) for name in ("model.safetensors", "model.safetensors.index.json")}
+    return {name: os.stat(path).st_mtime_ns for name, path in paths.items() if os.path.isfile(path)}
+
+
+def _refuse_two_sets(folder):
+    """Refuse a folder with a single file of weights beside shards: only the first would be loaded, and it may be the
+    older one."""
+    if len(_weight_files(folder)) < 2:
+        return
+    with open(os.path.join(folder, "model.safetensors.index.json"), encoding="utf-8") as stream:
+        shards = set(json.load(stream)["weight_map"].values())
+    if any(os.path.isfile(os.path.join(folder, shard)) for shard in shards):
+        raise ValueError(
+            f"'{folder}' holds two sets of weights, model.safetensors and the shards that its index names. Only the "
+            "first would be loaded, which may be the older one. Remove the set that does not belong there."
+        )
 
 
 def _require_grm(path, adapter, hub):

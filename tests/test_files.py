@@ -435,7 +435,7 @@ def test_every_command_says_the_same_sentence(folder, tmp_path, capsys, kind):
             weights.unlink()
             grm(seed=4).save_pretrained(place, max_shard_size="50KB")
             if kind == "two sets":
-                weights.write_bytes(single)
+                weights.write_bytes(single)  # copied over
                 words = "holds two sets of weights"
             else:
                 (place / loaded_weights(place)[1]).unlink()
@@ -470,15 +470,22 @@ def test_a_name_that_could_be_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_the_loader_takes_what_push_and_verify_look_at(folder, tmp_path):
+    from grm_hf.hub.publish import stage
+
     both = copy(folder, tmp_path / "both")
-    (both / "model.safetensors").unlink()
-    grm(seed=4).save_pretrained(both, max_shard_size="50KB")
-    shards = loaded_weights(both)
-    assert len(shards) > 2 and GRMForSequenceClassification.from_pretrained(both)
-    check_files(both)
-    grm(seed=5).save_pretrained(both)  # transformers removes the shards and leaves their index
-    assert loaded_weights(both) == ["model.safetensors"]
-    check_files(both)
+    scores = lambda model: GRMScorer(model, TOKENIZER).score(CHATS)  # noqa: E731
+    for seed, size, files in ((4, "50KB", 4), (5, "5GB", 1), (6, "100KB", 2), (7, "30KB", 5)):  # one over the other
+        model = grm(seed=seed)
+        model.save_pretrained(both, max_shard_size=size)
+        assert len(list(both.glob("*.safetensors"))) == len(loaded_weights(both)) >= files
+        assert scores(GRMForSequenceClassification.from_pretrained(both)) == scores(model)
+        with stage(both, "name") as staged:
+            assert scores(GRMForSequenceClassification.from_pretrained(staged)) == scores(model)
+    (both / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="two sets of weights"):
+        GRMForSequenceClassification.from_pretrained(both)
+    with pytest.raises(ValueError, match="two sets of weights"):
+        stage(both, "name")
 
 
 def test_a_new_folder_is_all_or_nothing(tmp_path):
@@ -497,3 +504,35 @@ def test_an_offloaded_model_scores(folder, tmp_path):
     assert model.get_input_embeddings().weight.is_meta
     for layout in ("shared_prefix", "padded"):
         assert GRMScorer(model, TOKENIZER, layout=layout).score(CHATS) == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize("output", ["itself", "a file", "a full folder"])
+def test_merge_writes_into_a_new_folder_or_not_at_all(folder, tmp_path, capsys, output):
+    peft = pytest.importorskip("peft")
+    adapter = tmp_path / "adapter"
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    peft.get_peft_model(GRMForSequenceClassification.from_pretrained(folder), config).save_pretrained(adapter)
+    TOKENIZER.save_pretrained(adapter)
+    target = {"itself": adapter, "a file": tmp_path / "file", "a full folder": tmp_path / "full"}[output]
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["merge", str(adapter), str(target)]) == 1
+    assert f"'{target}' exists and is not an empty folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert main(["merge", str(adapter), str(tmp_path / "new")]) == 0
+    assert GRMScorer(tmp_path / "new").score(CHATS) == pytest.approx(GRMScorer(adapter).score(CHATS), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["safe_serialization", "comit_message", "use_temp_dir", "run_as_future"])
+def test_a_push_refuses_unknown_arguments_before_anything_is_sent(folder, monkeypatch, name):
+    from grm_hf.hub import push_folder, push_model
+
+    model = GRMForSequenceClassification.from_pretrained(folder)
+    monkeypatch.setattr("grm_hf.hub.publish.HfApi", None)
+    for push in (lambda **k: model.push_to_hub("a/b", **k), lambda **k: push_model(model, "a/b", **k),
+                 lambda **k: push_folder(folder, "a/b", **k)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"A push takes no `{name}`"):
+            push(**{name: True})
+

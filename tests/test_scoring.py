@@ -451,6 +451,63 @@ def test_errors_name_the_chat():
         GRMScorer(grm(), TOKENIZER, max_tokens_per_batch=0)
 
 
+def test_one_chat_is_not_several():
+    scorer = GRMScorer(grm(), TOKENIZER)
+    for chats, words in (
+        ("hi", "got one chat. Put a single chat into a list"),
+        (b"hi", "got one chat"),
+        ({"prompt": "q", "response": "a"}, "got a dict"),
+        (None, "got a NoneType"),
+        (3, "got a int"),
+    ):
+        for call in (scorer.score, lambda chats: next(scorer.stream(chats)), scorer.check):
+            with pytest.raises(ValueError, match=words):
+                call(chats)
+    with pytest.raises(ValueError, match="^chat 0: this is a single message"):
+        scorer.score([user("a"), assistant("b")])
+    with pytest.raises(ValueError, match="^chat 0: int is no chat"):
+        scorer.score([3])
+    with pytest.raises(ValueError, match="this takes answers and got one answer"):
+        scorer.best_of_n("q", "yes")
+    with pytest.raises(ValueError, match="this takes rows and got a dict"):
+        scorer.score_pairs({"prompt": "a", "chosen": "b", "rejected": "c"})
+
+
+def test_tables_are_their_rows():
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    scorer = GRMScorer(grm(), TOKENIZER)
+    rows = [{"prompt": "a", "response": "b"}, {"text": "c"}, {"messages": [user("d"), assistant("e")]}]
+    right = [scorer.score([row])[0] for row in rows]
+    table = datasets.Dataset.from_pandas(pandas.DataFrame(rows))
+    for chats in (rows, iter(rows), pandas.DataFrame(rows), table, table.to_iterable_dataset(), table.data.table):
+        assert scorer.score(chats) == close(right)
+    frame = pandas.DataFrame(rows, index=[5, 5, 7])
+    assert scorer.score(frame) == close(right) and scorer.score(pandas.Series(["c", "c"])) == close([right[1]] * 2)
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+    assert scorer.score_pairs(pandas.DataFrame(pairs)) == [close(pair) for pair in scorer.score_pairs(pairs)]
+    with pytest.raises(ValueError, match="Choose a split"):
+        scorer.score(datasets.DatasetDict(train=table))
+
+
+@pytest.mark.parametrize("chat", [
+    {"messages": None, "prompt": "q", "response": "a"},
+    {"prompt": "q", "response": "a", "text": None, "tools": None, "chat_template_kwargs": None},
+    {"prompt": "q", "response": None, "completion": "a"},
+])  # fmt: skip
+def test_null_is_absent(chat):
+    scorer = GRMScorer(grm(), TOKENIZER)
+    assert scorer.encode(chat) == scorer.encode({"prompt": "q", "response": "a"})
+
+
+def test_a_path_is_taken_wherever_a_string_is(tmp_path):
+    model = grm()
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    save_golden(model, TOKENIZER, tmp_path)
+    assert GRMScorer(tmp_path).score(["a"]) == GRMScorer(str(tmp_path)).score(["a"])
+    assert verify(tmp_path) == verify(str(tmp_path))
+
+
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
 
 

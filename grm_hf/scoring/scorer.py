@@ -230,7 +230,8 @@ class GRMScorer:
         """`encode(chat)`, one at a time, and refused if the model has no embedding for it."""
         with _tokenizing:
             encoded = encode(chat)
-        require_embedded(encoded.ids, *self._embeddings, self.tokenizer)
+        embeddings, positions = self._embeddings
+        require_embedded(encoded.ids, embeddings, positions, self.tokenizer)
         return encoded
 
     def _encode_side(self, row_and_side) -> Encoded:

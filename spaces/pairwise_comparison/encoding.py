@@ -444,8 +444,8 @@ def without_nulls(value: Any) -> Any:
 
 
 def require_embedded(ids: list[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
-    """Refuse token ids that a model has no embedding for. `embeddings` and `positions` are how many it has; `None`: not
-    known, or positions are not embedded."""
+    """Refuse token ids that a model has no embedding for. `embeddings` and `positions` are how many it has; `None`:
+    not known, or positions are not embedded."""
     if embeddings is not None and (largest := max(ids)) >= embeddings:
         raise ValueError(
             f"it has the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
