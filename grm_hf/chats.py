@@ -59,10 +59,6 @@ def rows_of(chats: Any, one: str = "chat") -> Iterable:
     Several chats (or rows) as something to go through: a list or any other iterable, the rows of a pandas DataFrame or
     of an Arrow table. A single chat is refused, because going through it gives its characters or its keys.
     """
-    if isinstance(chats, (str, bytes, dict)) or not isinstance(chats, Iterable):
-        what = f"one {one}" if isinstance(chats, (str, bytes)) else f"a {type(chats).__name__}"
-        splits = " Choose a split of it." if type(chats).__name__.endswith("DatasetDict") else ""
-        raise ValueError(f"this takes {one}s and got {what}. Put a single {one} into a list: [{one}].{splits}")
     table: Any = chats
     if hasattr(table, "to_pylist"):  # pyarrow
         return table.to_pylist()
@@ -72,6 +68,10 @@ def rows_of(chats: Any, one: str = "chat") -> Iterable:
             {name: value for name, value in zip(names, row, strict=True) if not _is_null(value)}
             for row in table.itertuples(index=False, name=None)
         ]
+    if isinstance(chats, (str, bytes, dict)) or not isinstance(chats, Iterable):
+        what = f"one {one}" if isinstance(chats, (str, bytes)) else f"a {type(chats).__name__}"
+        splits = " Choose a split of it." if type(chats).__name__.endswith("DatasetDict") else ""
+        raise ValueError(f"this takes {one}s and got {what}. Put a single {one} into a list: [{one}].{splits}")
     return chats
 
 

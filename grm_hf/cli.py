@@ -22,7 +22,7 @@ FILE_FORMATS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = _parser()
+    parser = command_line()
     args, rest = parser.parse_known_args(argv)
     if rest and args.run is not _train:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -62,7 +62,8 @@ def _work(how_to_go_on: Callable[[], str]):
 _SAME = "To go on where this stopped, run the same command again."
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of all commands; docs/cli.md is written from it."""
     parser = argparse.ArgumentParser(
         prog="grm", description="Generalizable Reward Models: train, score, compare.", allow_abbrev=False
     )

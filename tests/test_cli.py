@@ -2,8 +2,10 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +179,37 @@ def test_usage_errors_end_with_two():
         with pytest.raises(SystemExit) as stop:
             main(wrong)
         assert stop.value.code == 2
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse of other versions wraps lines otherwise")
+def test_the_page_of_the_command_line_is_what_help_says(monkeypatch):
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    monkeypatch.setenv("COLUMNS", "")
+    code = runpy.run_path(str(docs / "cli.py"))
+    assert (docs / "cli.md").read_text(encoding="utf-8") == code["page"](), "run `python docs/cli.py`"
+
+
+def test_an_error_in_training_has_its_traceback_and_the_checkpoint(tmp_path, base_folder, capsys, monkeypatch):
+    from grm_hf import GRMRewardTrainer
+
+    config = yaml(tmp_path, base_folder, write(tmp_path / "pairs.jsonl", rows(8)), save_strategy="steps", save_steps=1)
+    right = GRMRewardTrainer.training_step
+
+    def fails(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            raise ValueError("deep inside")
+        return right(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GRMRewardTrainer, "training_step", fails)
+        assert main(["train", "--config", config]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "ValueError: deep inside" in err
+    more = err.strip().splitlines()[-1].removeprefix("grm train: To go on from the last checkpoint, add: ").split()
+    assert more == ["--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")]
+    assert main(["train", "--config", config, *more]) == 0
+    assert main(["train", "--config", config, "--model_name_or_path", "runs/demo/model"]) == 1
+    assert "There is no folder 'runs/demo/model'." in capsys.readouterr().err
 
 
 def test_version(capsys):

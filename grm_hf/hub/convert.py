@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -42,6 +42,45 @@ WEIGHTS = (*PICKLES, *PICKLES.values())
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 # What a source's configuration says of its reward head and of its code; ours says it elsewhere.
 FOREIGN = re.compile(r"auto_map|architectures|vhead_.*|summary_dropout_prob|num_labels|id2label|label2id|problem_type")
+
+
+class Format(NamedTuple):
+    """
+    A layout of reward models that is known. To add one, write its function and its row.
+
+    Args:
+        name (`str`): What `grm convert` says it found.
+        holds (`Callable`): Whether a source is of this format, from the names of its head's weights, the kind of its
+            head (`"linear"` or `"mlp"`) and its configuration.
+        bos_policy (`str`): How its training read a chat.
+        head_dropout (`float`): In front of its head while training, where its configuration does not say.
+    """
+
+    name: str
+    holds: Callable[[set[str], str, dict], bool]
+    bos_policy: str
+    head_dropout: float
+
+
+def _value_head(keys: set[str], kind: str, settings: dict) -> bool:
+    return any(key.startswith("v_head.") for key in keys)
+
+
+def _grm_authors(keys: set[str], kind: str, settings: dict) -> bool:
+    # Their code renders a chat, then adds special tokens again: two BOS where the template writes one.
+    named = any(key.startswith("vhead_") for key in settings)
+    return named or (kind == "mlp" and _value_head(keys, kind, settings))
+
+
+def _classifier(keys: set[str], kind: str, settings: dict) -> bool:
+    return any(key.startswith("score") for key in keys)
+
+
+FORMATS = (  # the first that holds
+    Format("GRM authors", _grm_authors, "double", 0.1),
+    Format("value head (TRL, LLaMA-Factory)", _value_head, "single", 0.1),
+    Format("classifier", _classifier, "single", 0.0),
+)
 
 
 @dataclass(frozen=True)
@@ -120,21 +159,17 @@ def convert(
         else:
             lm, lm_head = _body(folder, str(source), settings, keys, None if base is None else str(base))
 
-        value_head = any(key.startswith("v_head.") for key in keys)
-        if (value_head and kind == "mlp") or any(key.startswith("vhead_") for key in settings):
-            layout, default = "GRM authors", "double"  # their code renders a chat, then adds special tokens again
-        else:
-            layout, default = "value head (TRL, LLaMA-Factory)" if value_head else "classifier", "single"
-        layout += f", {'MLP' if kind == 'mlp' else 'linear'} head{', LoRA adapter' if adapter else ''}"
+        form = next(form for form in FORMATS if form.holds({_plain(key) for key in keys}, kind, settings))
+        layout = f"{form.name}, {'MLP' if kind == 'mlp' else 'linear'} head{', LoRA adapter' if adapter else ''}"
 
         policies = {name: settings[name] for name in POLICIES if name in settings}
-        policies["bos_policy"] = bos_policy or policies.get("bos_policy", default)
+        policies["bos_policy"] = bos_policy or policies.get("bos_policy", form.bos_policy)
         limit = max_length or policies.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
         policies["max_sequence_length"] = limit if limit is not None and limit < 10**9 else None  # else: not set
         spec, state = _our_head(head, kind, settings.get("head_hidden_size"))
         config = GRMConfig(
             text_config=lm.config,
-            head_dropout=settings.get("summary_dropout_prob", 0.1 if value_head else 0.0),  # while training only
+            head_dropout=settings.get("summary_dropout_prob", form.head_dropout),  # while training only
             base_model=str(base) if base is not None else settings.get("base_model"),
             dtype=lm.dtype,
             **spec,
