@@ -113,12 +113,11 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
             raise ValueError(f"chat {number}: {error}") from error
     if not rows:
         raise ValueError(f"no golden row fits into max_length={scorer.encoder.max_length}. Give shorter `chats`.")
-    # accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none.
-    scorer.forward = model.__dict__.get("_original_forward", model)
+    scorer.forward = _plain_forward(model)
     scores = scorer.rewards_of_ids([row["ids"] for row in rows], names=[f"chat {i}" for i in range(len(rows))])
     for row, score in zip(rows, scores, strict=True):
         row["score"] = score
-        row["text_logp"] = _text_logp(scorer, row)
+        row["text_logp"] = _text_logp(model, row)
     path = Path(folder) / FILE
     content = {"saved_with": _environment(model), "rows": rows}
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -184,7 +183,7 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
         holds = tokens == f"{len(ids)} equal" and not differs(score, expected, model)
         mark = "" if holds else "  DIFFERS"
         if "text_logp" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:  # an export has no LM head
-            now, stored = _text_logp(scorer, row), row["text_logp"]
+            now, stored = _text_logp(model, row), row["text_logp"]
             if differs(now, stored, model):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
         lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {off:.1e}{mark}")
@@ -225,12 +224,16 @@ def _environment(model) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _text_logp(scorer: GRMScorer, row: dict[str, Any]) -> float:
+def _text_logp(model, row: dict[str, Any]) -> float:
     """Log-probability of the row's response under the LM head: what the reward does not see."""
-    model = scorer.model
-    ids = torch.tensor([row["ids"]], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([row["ids"]], device=model.device)
     first = max(row["start"], 1)
     with evaluating(model):
-        out = scorer.forward(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
+        out = _plain_forward(model)(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
     logps = out.lm_logits[0, first - 1 : -1].double().log_softmax(-1)
     return float(logps.gather(1, ids[0, first:, None].to(logps.device)).sum())
+
+
+def _plain_forward(model):
+    """accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none."""
+    return model.__dict__.get("_original_forward", model)
