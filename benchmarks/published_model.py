@@ -20,6 +20,7 @@ from real_base import ROOT, autocast, precision, short_rows, write
 
 from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
 from grm_hf.metrics import accuracy, log_loss, pair_margins
+from grm_hf.training import CHECKPOINTING
 
 
 RESULTS = ROOT / "docs" / "results" / "published"
@@ -69,7 +70,7 @@ def train(name: str) -> GRMRewardTrainer:
             max_tokens_per_batch=2048,
             bf16=precision() == "bf16",
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
+            **{CHECKPOINTING: False},
             disable_tqdm=True,
             report_to="none",
             save_strategy="no",

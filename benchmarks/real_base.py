@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
 from grm_hf.metrics import accuracy, length_bias, log_loss, pair_margins
 from grm_hf.pairs import Encoder
+from grm_hf.training import CHECKPOINTING
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -269,7 +270,7 @@ def trained(settings: dict, folder: Path, work: str) -> GRMRewardTrainer:
             seed=settings["seed"],
             bf16=settings["precision"] == "bf16",
             use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
+            **{CHECKPOINTING: False},
             disable_tqdm=True,
             report_to="none",
             save_strategy="no",

@@ -42,6 +42,7 @@ from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrain
 from grm_hf.layouts import PairCollator
 from grm_hf.logprobs import ROWS, sequence_logps
 from grm_hf.losses import text_loss
+from grm_hf.training import CHECKPOINTING
 
 
 RESULTS = ROOT / "docs" / "results" / "benchmarks_training.json"
@@ -221,7 +222,7 @@ class Sides:
 
     def trainer(self, name: str) -> RewardTrainer:
         if name not in self.trainers:
-            common = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "report_to": "none"}
+            common = {"bf16": False, CHECKPOINTING: False, "use_cpu": True, "report_to": "none"}
             one = pair([2] * 9, [3], [4], 16) | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}
             given = {"train_dataset": Dataset.from_list([one]), "processing_class": self.tokenizer}
             if name == TRL:

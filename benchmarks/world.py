@@ -27,6 +27,7 @@ from grm_hf.devices import quiet
 from grm_hf.lab.base_model import build_model, build_tokenizer, perplexity, pretrain, tokenize_documents
 from grm_hf.lab.world import World
 from grm_hf.metrics import seed_interval
+from grm_hf.training import CHECKPOINTING
 
 
 RESULTS = ROOT / "docs" / "results" / "world.json"
@@ -144,7 +145,7 @@ def train_one(method: str, seed: int, base: str, size: Size) -> dict:
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
+            **{CHECKPOINTING: False},
         )
         trainer = GRMRewardTrainer(
             model=model,

@@ -179,7 +179,7 @@ class _Forecast(TrainerCallback):
 def train_one(method: str, folder: str, output: Path, pairs: int, tests: int, workers: int) -> dict:
     """Trains one reward model and measures it; saves it to `output / "model"` if it is the one to keep."""
     from ..modeling_grm import GRMForSequenceClassification
-    from ..training import GRMRewardConfig, GRMRewardTrainer
+    from ..training import CHECKPOINTING, GRMRewardConfig, GRMRewardTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)  # the head is drawn next, the same for every method
@@ -207,7 +207,7 @@ def train_one(method: str, folder: str, output: Path, pairs: int, tests: int, wo
             disable_tqdm=True,
             use_cpu=True,
             bf16=_fast_bf16(),
-            gradient_checkpointing=False,
+            **{CHECKPOINTING: False},
         )
         trainer = GRMRewardTrainer(
             model=model,

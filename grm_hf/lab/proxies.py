@@ -115,7 +115,9 @@ def train_proxy(output: Path, settings: Settings, labels: str, size: int, method
 
 def machine(settings: Settings) -> dict:
     """Training arguments that say what to run on."""
-    demo: dict = {} if settings.model else {"gradient_checkpointing": False}
+    from ..training import CHECKPOINTING
+
+    demo: dict = {} if settings.model else {CHECKPOINTING: False}
     return {"use_cpu": device(settings).type == "cpu", "bf16": False, **demo}
 
 

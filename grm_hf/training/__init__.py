@@ -6,8 +6,8 @@ except ImportError as error:
     raise ImportError("Training needs TRL: pip install 'grm-hf[train]'.") from error
 
 from ..hub.merge import merge_adapter
-from .config import GRMRewardConfig
+from .config import CHECKPOINTING, GRMRewardConfig
 from .trainer import GRMRewardTrainer
 
 
-__all__ = ["GRMRewardConfig", "GRMRewardTrainer", "merge_adapter"]
+__all__ = ["CHECKPOINTING", "GRMRewardConfig", "GRMRewardTrainer", "merge_adapter"]

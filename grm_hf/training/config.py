@@ -10,6 +10,10 @@ from ..losses import PAIR_LOSSES, TEXT_LOSSES
 
 
 REGULARIZERS = ("none", *TEXT_LOSSES)
+# transformers 5.24 calls gradient checkpointing activation checkpointing, and warns of the old name.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RewardConfig.__dataclass_fields__
+)
 OVERLENGTH = ("truncate_left", "drop", "error")
 REFERENCES = ("adapter_off", "precompute", "model")
 
@@ -122,6 +126,10 @@ class GRMRewardConfig(RewardConfig):
     )
 
     def __post_init__(self):
+        if CHECKPOINTING != "gradient_checkpointing":  # TRL's default has the old name
+            for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+                if getattr(self, new := old.replace("gradient", "activation")) is None:
+                    setattr(self, new, getattr(self, old))
         super().__post_init__()
         for name, choices in {
             "regularizer": REGULARIZERS,
