@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -116,7 +117,7 @@ def run(
 
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used threads may hang
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=quiet) as pool:
-        futures = [
+        futures: list[Future] = [
             pool.submit(train_one, method, str(folder), output, pairs, tests, workers) for method in METHODS
         ]
         futures.append(pool.submit(measure_base, str(folder), tests))
@@ -188,6 +189,7 @@ def train_one(method: str, folder: str, output: Path, pairs: int, tests: int, wo
     train = train.select(range(min(pairs, len(train))))
     held_out = {source: _test_pairs(source, tests) for source in TESTS.values()}
     with tempfile.TemporaryDirectory() as work:
+        off: dict[str, Any] = {CHECKPOINTING: False}
         args = GRMRewardConfig(
             work,
             **METHODS[method],
@@ -207,7 +209,7 @@ def train_one(method: str, folder: str, output: Path, pairs: int, tests: int, wo
             disable_tqdm=True,
             use_cpu=True,
             bf16=_fast_bf16(),
-            **{CHECKPOINTING: False},
+            **off,
         )
         trainer = GRMRewardTrainer(
             model=model,

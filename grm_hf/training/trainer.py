@@ -393,7 +393,7 @@ class GRMRewardTrainer(RewardTrainer):
 
     def _pair_loss(self, inputs):
         """Name of the loss on the rewards of this batch: an evaluation set without margins is measured without."""
-        if "margin" in inputs or self.model.training or not losses.PAIR_LOSSES[self.pair_loss].reads_margin:
+        if "margin" in inputs or self._mode == "train" or not losses.PAIR_LOSSES[self.pair_loss].reads_margin:
             return self.pair_loss
         logger.warning_once(f"The evaluation data has no `margin`: 'bt' is used, and {self.pair_loss!r} in training.")
         return "bt"
