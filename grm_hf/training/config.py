@@ -11,9 +11,9 @@ from ..losses import PAIR_LOSSES, TEXT_LOSSES
 
 REGULARIZERS = ("none", *TEXT_LOSSES)
 # transformers 5.24 calls gradient checkpointing activation checkpointing, and warns of the old name.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in RewardConfig.__dataclass_fields__
-)
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in RewardConfig.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 OVERLENGTH = ("truncate_left", "drop", "error")
 REFERENCES = ("adapter_off", "precompute", "model")
 
