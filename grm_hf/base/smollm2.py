@@ -47,9 +47,11 @@ def folder(source: str | None = None) -> Path:
     """
     if source not in (None, *SOURCES):
         raise ValueError(f"`source` is {source!r}; it must be one of {SOURCES}, or None.")
-    attempts = {"hub": (_cached, _downloaded), "package": (_dequantised,)}.get(
-        source, (_cached, _already_dequantised, _downloaded, _dequantised)
-    )
+    attempts = {
+        None: (_cached, _already_dequantised, _downloaded, _dequantised),
+        "hub": (_cached, _downloaded),
+        "package": (_dequantised,),
+    }[source]
     reasons = []
     for attempt in attempts:
         try:
@@ -108,7 +110,8 @@ def _place() -> Path:
 def gguf_file() -> Path:
     """The GGUF file of the installed package. The package itself is not imported: it needs a compiled llama.cpp."""
     spec = find_spec(PACKAGE.replace("-", "_"))
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    places = (spec and spec.submodule_search_locations) or []
+    found = sorted(file for place in places for file in Path(place).glob("*.gguf"))
     if len(found) != 1:
         raise OSError(f"the package {PACKAGE} has {len(found)} GGUF files, expected 1")
     return found[0]

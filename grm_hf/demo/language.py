@@ -28,7 +28,7 @@ def perplexity(lm, tokenizer, rows: list[dict], max_length: int = 512, batch_siz
     """
     encoder = Encoder(tokenizer, max_length)
     texts = sorted((encoder.encode(row["prompt"], row["chosen"]) for row in rows), key=lambda text: len(text.ids))
-    total = tokens = 0
+    total, tokens = 0.0, 0
     for i in range(0, len(texts), batch_size):
         batch = texts[i : i + batch_size]
         width = len(batch[-1].ids)
