@@ -78,10 +78,25 @@ def test_the_two_commands_come_first_and_ci_runs_one_of_them():
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
-def test_linked_files_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in link:
-            assert (ROOT / link).exists(), link
+            assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == {"index.md", *re.findall(r"\]\((\w+\.md)\)", index)}
+
+
+def test_sections_stand_in_the_order_of_a_newcomer():
+    titles = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    order = ["Install", "Score a model", "Train one", "Load anywhere", "Evaluate", "Serve", "Troubleshooting", "More"]
+    assert titles == order
 
 
 def test_loss_tables_are_those_of_the_code():
