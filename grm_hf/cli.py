@@ -355,7 +355,7 @@ def _dataset(script, mixture):
 def summary(trainer) -> str:
     """What a training run did, in a few lines: rows, accuracies, where the model is and how to load it."""
     lines = ["", *(str(counts) for counts in trainer.data_counts.values())]
-    for name, label in (("accuracy", "reward head"), ("implicit_accuracy", "language-model head")):
+    for name, label in (("accuracy", "reward head"), ("implicit_accuracy", "LM head")):
         for prefix, where in (("eval_", "evaluation"), ("", "training (last log line)")):
             found = [row[prefix + name] for row in trainer.state.log_history if prefix + name in row]
             if found:

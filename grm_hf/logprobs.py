@@ -1,4 +1,4 @@
-"""Log-probability of given tokens under the language-model head, summed per sequence, without ever holding the
+"""Log-probability of given tokens under the LM head, summed per sequence, without ever holding the
 `(tokens, vocabulary)` matrix: rows of hidden states go through the head in chunks of at most `ROWS`.
 
 Two exact ways. A head that is one `nn.Linear` makes its gradient while the chunk of logits is still there
@@ -38,7 +38,7 @@ def sequence_logps(
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Last hidden states.
         model ([`GRMForSequenceClassification`]):
-            The model they came from, for its language-model head.
+            The model they came from, for its LM head.
         index (`torch.LongTensor` of shape `(num_tokens,)`):
             Position, in the flattened hidden states, that predicts each token.
         targets (`torch.LongTensor` of shape `(num_tokens,)`):

@@ -22,7 +22,7 @@ from training import CACHED, DPO, LIVE, MIX, NONE, ORIGINAL, OURS, TRL, Shape, S
 from grm_hf import logprobs  # noqa: E402
 
 
-# The proportions of the benchmark's model: the language-model head is about 0.7 of the layers.
+# The proportions of the benchmark's model: the LM head is about 0.7 of the layers.
 SMALL = Shape(layers=2, hidden=64, intermediate=176, keys=32, vocabulary=1024)
 
 

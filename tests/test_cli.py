@@ -94,7 +94,7 @@ def test_train_from_a_trl_reward_yaml(tmp_path, base_folder, capsys):
     out = capsys.readouterr().out
     folder = str(tmp_path / "out")
     assert "train: 12 rows, 0 dropped, " in out and "truncated" in out
-    assert "accuracy of the reward head" in out and "accuracy of the language-model head" in out
+    assert "accuracy of the reward head" in out and "accuracy of the LM head" in out
     load = next(line for line in out.splitlines() if line.startswith("load:"))
     assert load == f"load:  AutoModelForSequenceClassification.from_pretrained({folder!r}, trust_remote_code=True)"
     model = GRMForSequenceClassification.from_pretrained(folder)

@@ -222,7 +222,7 @@ def test_stock_classifier_takes_the_text_head_of_its_base(tmp_path, base):
     lm, head = body(), value_head(layers=0, bias=False)
     # What the authors' `-ft` models say of themselves: an MLP. The weights say linear.
     classifier(tmp_path / "source", lm, head, settings={"vhead_layer_type": "mlp", "vhead_num_neurons": 1024})
-    with pytest.raises(ValueError, match="no language-model head.*--base"):
+    with pytest.raises(ValueError, match="no LM head.*--base"):
         convert(tmp_path / "source", tmp_path / "grm")
     assert not (tmp_path / "grm").exists()
     folder = write(tmp_path / "base", lm, named(value_head()) if base == "authors" else None)
@@ -239,7 +239,7 @@ def test_embeddings_are_a_text_head_only_where_the_base_ties_them(tmp_path):
     lm, head = body(), value_head(layers=0, bias=False)
     source = tmp_path / "source"
     classifier(source, lm, head)
-    with pytest.raises(ValueError, match=r"no language-model head \(\['lm_head.weight'\]\).*not a classifier.*--base"):
+    with pytest.raises(ValueError, match=r"no LM head \(\['lm_head.weight'\]\).*not a classifier.*--base"):
         convert(source, tmp_path / "grm", base=source)
     assert os.listdir(tmp_path) == ["source"]
     tied = body("llama_tied")

@@ -91,7 +91,7 @@ class Converted:
     Attributes:
         model ([`GRMForSequenceClassification`]): The converted model.
         layout (`str`): What the source was found to be.
-        lm_head (`str`): Where the language-model head came from.
+        lm_head (`str`): Where the LM head came from.
     """
 
     model: GRMForSequenceClassification
@@ -123,7 +123,7 @@ def convert(
             Folder to write, new or empty.
         base (`str` or `Path`, *optional*):
             Hub id or folder of the causal language model below. For an adapter by default the one that it names; for a
-            classifier without language-model head (and no tied one) this gives the head, and must be given.
+            classifier without LM head (and no tied one) this gives the head, and must be given.
         bos_policy (`str`, *optional*):
             `"single"` or `"double"`, how the source was trained to read a chat. By default `"double"` for what the
             code of the GRM authors wrote, `"single"` for others.
@@ -361,13 +361,13 @@ def _body(folder: Path, source: str, settings: dict, head: set, base: str | None
     if missing := own & set(info["missing_keys"]):
         if base is None:
             raise ValueError(
-                f"'{source}' has no language-model head ({sorted(missing)}), which a GRM keeps, and its config.json "
+                f"'{source}' has no LM head ({sorted(missing)}), which a GRM keeps, and its config.json "
                 "does not tie it to the embeddings. Say which model it was trained from: `grm convert --base ID`."
             )
         _borrow_lm_head(lm, base, missing)
         return lm, f"of the base '{base}'"
     if base is not None:
-        logger.warning(f"'{source}' has a language-model head of its own, so `base` gives none.")
+        logger.warning(f"'{source}' has a LM head of its own, so `base` gives none.")
     return lm, "tied to the embeddings" if _tied(lm) else "its own"
 
 
@@ -382,7 +382,7 @@ def _zero_biases(folder: Path, names) -> set:
 
 
 def _borrow_lm_head(lm, base: str, names: set):
-    """Put the language-model head of `base` into `lm`: that alone is read of it."""
+    """Put the LM head of `base` into `lm`: that alone is read of it."""
     folder = _local(base, None)
     embedding = next(name for name, part in lm.named_parameters() if part is lm.get_input_embeddings().weight)
     found: dict[str, torch.Tensor] = {}
@@ -392,7 +392,7 @@ def _borrow_lm_head(lm, base: str, names: set):
             found[_plain(name).removeprefix("lm.")] = tensor
     if names - set(found) and not _says_tied(folder):
         raise ValueError(
-            f"'{base}' has no language-model head ({sorted(names - set(found))}), and its config.json does not tie it "
+            f"'{base}' has no LM head ({sorted(names - set(found))}), and its config.json does not tie it "
             "to the embeddings. `base` must be the language model that this one was trained from, not a classifier: "
             "`grm convert --base ID`."
         )
@@ -401,7 +401,7 @@ def _borrow_lm_head(lm, base: str, names: set):
         theirs = found.get(name, found.get(embedding) if name.endswith("weight") else None)
         if theirs is None or theirs.shape != ours.shape:
             raise ValueError(
-                f"The language-model head of '{base}' does not fit: {name} is "
+                f"The LM head of '{base}' does not fit: {name} is "
                 f"{'missing' if theirs is None else tuple(theirs.shape)}, and must be {tuple(ours.shape)}. `base` "
                 "must be the model that this one was trained from, with the same vocabulary."
             )
@@ -410,7 +410,7 @@ def _borrow_lm_head(lm, base: str, names: set):
 
 
 def _says_tied(folder: Path) -> bool:
-    """Whether the configuration ties the language-model head to the embeddings; if unsaid, its type does."""
+    """Whether the configuration ties the LM head to the embeddings; if unsaid, its type does."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):

@@ -139,7 +139,7 @@ def _config(model, tokenizer):
     if ours.head_type != "linear":
         _require_layout(ours, text)
         config.head_hidden_size = ours.head_hidden_size
-        # There is no language-model head in the file for a loader to tie.
+        # There is no LM head in the file for a loader to tie.
         config.tied_lm_head, config.tie_word_embeddings = text.tie_word_embeddings, False
     for name in ("auto_map", "architectures"):
         if getattr(config, name, None) is not None:
@@ -392,7 +392,7 @@ def _card(name, config, tokenizer, folder: Path, served: dict, temperature, diff
             if pad is not None
             else "- In transformers one text at a time: there is no padding token."
         )
-    lines += ["- It has no language-model head: it cannot generate.\n"]
+    lines += ["- It has no LM head: it cannot generate.\n"]
     example = row["chat"]["response"]
     if linear:
         lines += [

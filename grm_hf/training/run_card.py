@@ -159,7 +159,7 @@ def _metrics(row, prefix, pairs):
     for key, label in (
         ("margin", "mean margin"),
         ("loss", "loss"),
-        ("implicit_accuracy", "accuracy of the language-model head"),
+        ("implicit_accuracy", "accuracy of the LM head"),
         ("perplexity", "perplexity of the chosen responses"),
     ):
         if f"{prefix}_{key}" in row:

@@ -1,4 +1,4 @@
-"""The GRM trainer: TRL's `RewardTrainer` with a text-generation loss on the kept language-model head.
+"""The GRM trainer: TRL's `RewardTrainer` with a text-generation loss on the kept LM head.
 
 What differs from TRL, all of it here: the loss; where a text is cut when it is too long (`grm_hf.pairs`); metrics that
 are exact over ranks, accumulation and uneven batches; predictions of shape (pairs, 2); adapters that always carry the
