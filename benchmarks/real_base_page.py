@@ -143,12 +143,13 @@ def section(results: Path = RESULTS) -> str:
         "repository).",
         "",
         *_opening(runs, base, about, level, len(done), len(planned)),
-        "",
-        f"![Differences in accuracy, GRM minus Bradley-Terry]({FIGURE.relative_to(ROOT / 'docs')})",
-        "",
-        "### What was compared",
-        "",
-        *_protocol(runs, selection, base, level, len(primary)),
+    ]
+    if runs:
+        lines += ["", f"![Differences in accuracy, GRM minus Bradley-Terry]({FIGURE.relative_to(ROOT / 'docs')})"]
+    lines += ["", "### What is compared", "", *_protocol(runs, selection, base, level, len(primary))]
+    if not runs:  # tables without a number say nothing
+        return "\n".join(lines)
+    lines += [
         "",
         "### GRM (sft) minus Bradley-Terry (none), accuracy in points",
         "",
@@ -207,9 +208,9 @@ def _mean(runs, condition, method, value) -> str:
 def _opening(runs, base, about, level, done, planned) -> list[str]:
     first = ("rmb", 600, 0.0)
     sentences = [
-        f"SmolLM2-135M-Instruct was fine-tuned in full on real preference pairs, with and without the text loss: "
+        f"SmolLM2-135M-Instruct is fine-tuned in full on real preference pairs, with and without the text loss: "
         f"{done} of {planned} runs are done"
-        + ("." if done == planned else ", and what follows is computed from these."),
+        + ("." if done in (0, planned) else ", and what follows is computed from these."),
     ]
     for tests, where in zip(_primary_tests(first), ("on held-out pairs of the same kind", "elsewhere"), strict=True):
         found = difference(runs, about, first, "sft", tests, level)
@@ -435,4 +436,5 @@ def draw(results: Path = RESULTS, path: Path = FIGURE) -> None:
 
 if __name__ == "__main__":
     write_section("real_base", section())
-    draw()
+    if load()[0]:
+        draw()
