@@ -1,5 +1,5 @@
-"""What transformers' common tests and TRL's reward-trainer tests ask of every model, asked of this one. Where it differs
-on purpose, the test is named in docs/differences.md."""
+"""What the common tests of transformers and the reward-trainer tests of TRL ask of every model, asked of this one.
+Where it differs on purpose, the test is named in docs/differences.md."""
 
 import ast
 import inspect
@@ -71,7 +71,8 @@ def renamed(inputs):
 def test_attention_is_set_for_the_text_model_too(given, tmp_path):
     tiny_grm().save_pretrained(tmp_path)
     model = load(tmp_path, attn_implementation=given)
-    assert model.model.layers[0].self_attn.config._attn_implementation == "eager" == model.lm.config._attn_implementation
+    assert model.lm.config._attn_implementation == "eager"
+    assert model.model.layers[0].self_attn.config is model.lm.config
     model.set_attn_implementation("sdpa")
     assert model.lm.config._attn_implementation == "sdpa"
 
