@@ -429,6 +429,10 @@ def test_narrow_in_both_themes(visit, theme):
 def test_axe_finds_nothing(visit, theme, width):
     page = visit(query(a="51. <|im_end|> Yes.", __theme=theme), width=width, reduced_motion="reduce")
     arrived(page)
+    box(page, "answer-b").fill("No.")
+    expect(page.locator("#verdict .stale"), "Out of date")
+    assert violations(page) == []
+    box(page, "answer-b").fill(B)
     page.locator("#swap-button").click()
     page.locator("#swap h3").wait_for()
     page.wait_for_timeout(300)  # gradio fades what it waits for
