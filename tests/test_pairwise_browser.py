@@ -20,11 +20,11 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 import torch
 from hub import Hub, User
+from pages import CHROMIUM, browser, clean_environment, put, served, violations
 from tiny import chatml_tokenizer, tiny_lm
 from transformers import AutoModelForSequenceClassification
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
-from spaces import CHROMIUM, browser, clean_environment, put, served, violations
 
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")

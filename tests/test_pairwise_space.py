@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from hub import File, Hub
+from pages import put
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm, word_tokenizer
 from tokenizers import decoders
@@ -27,7 +28,6 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from grm_hf import GRMForSequenceClassification, GRMScorer, metrics
 from grm_hf.hub import export
-from spaces import put
 
 
 ROOT = Path(__file__).resolve().parents[1]
