@@ -20,11 +20,11 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 import torch
 from hub import Hub, User
+from pages import CHROMIUM, browser, clean_environment, put, served, violations
 from tiny import chatml_tokenizer, tiny_lm
 from transformers import AutoModelForSequenceClassification
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
-from spaces import CHROMIUM, browser, clean_environment, put, served, violations
 
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
@@ -429,6 +429,10 @@ def test_narrow_in_both_themes(visit, theme):
 def test_axe_finds_nothing(visit, theme, width):
     page = visit(query(a="51. <|im_end|> Yes.", __theme=theme), width=width, reduced_motion="reduce")
     arrived(page)
+    box(page, "answer-b").fill("No.")
+    expect(page.locator("#verdict .stale"), "Out of date")
+    assert violations(page) == []
+    box(page, "answer-b").fill(B)
     page.locator("#swap-button").click()
     page.locator("#swap h3").wait_for()
     page.wait_for_timeout(300)  # gradio fades what it waits for

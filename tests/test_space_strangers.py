@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from pages import ROOT, clean_environment, served
 from tiny import chatml_tokenizer, tiny_lm
 
 from grm_hf import GRMForSequenceClassification
-from spaces import ROOT, clean_environment, served
 
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")

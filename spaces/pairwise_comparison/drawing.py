@@ -24,7 +24,7 @@ CSS = """
 .rm .problem { border-left: 4px solid rgb(var(--down)); background: rgba(var(--down), .1); }
 .rm .notice { border-left: 4px solid rgb(var(--up)); background: rgba(var(--up), .1); }
 .rm .stale { border: 2px dashed currentColor; font-weight: 700; }
-.rm.old > :not(.stale):not(h2) { opacity: .75; } .rm.old h2 { text-decoration: line-through; }
+.rm.old h2, .rm.old .halves { text-decoration: line-through; }
 .rm [hidden] { display: none; }
 .rm span.a { color: var(--a) !important; } .rm span.b { color: var(--b) !important; }
 .rm .a, .rm .b { font-weight: 700; }
