@@ -242,7 +242,7 @@ def test_a_real_small_model(tmp_path):
         base = folder_of_smollm2()
     except OSError as error:
         pytest.skip(f"the real base cannot be had: {error}")
-    grm = GRMForSequenceClassification.from_base(base).eval()
+    grm = GRMForSequenceClassification.from_base(base, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     folder = write(tmp_path / "grm", grm, tokenizer)
     scorer = GRMScorer(grm, tokenizer)
