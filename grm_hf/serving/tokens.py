@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..chats import as_messages
 from ..encoding import Encoder
 from ..scoring.golden import CHATS
 
@@ -18,10 +19,7 @@ def template_is_exact(tokenizer: Any, config: "GRMConfig") -> bool:
         return False
     encoder = replace(Encoder.from_config(tokenizer, config), max_length=None)
     for chat in CHATS:
-        messages = chat.get("messages") or [
-            {"role": "user", "content": chat["prompt"]},
-            {"role": "assistant", "content": chat["response"]},
-        ]
+        messages = as_messages(chat)
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         if list(ids) != list(encoder.encode_chat(messages).ids):
             return False

@@ -1,13 +1,12 @@
 """`grm verify FOLDER --url ...`: the golden rows of a folder, asked of a running server."""
 
-import json
 from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
 from ..rewards.remote import PROTOCOLS, RemoteScorer
 from ..rewards.rollouts import Rendered
-from ..scoring.golden import FILE, TOLERANCES, GoldenError
+from ..scoring.golden import FILE, TOLERANCES, GoldenError, difference, read_rows
 
 
 def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str:
@@ -31,7 +30,7 @@ def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str
         `ValueError`: there are no golden rows, or the server refuses them; `ConnectionError`: it does not answer.
     """
     path, bare = str(path), url.rstrip("/")
-    content = json.loads(Path(str(cached_file(path, FILE))).read_text(encoding="utf-8"))
+    content = read_rows(str(cached_file(path, FILE)))
     named = any(bare.split("?")[0].endswith(route) for route in PROTOCOLS)
     remote = RemoteScorer(bare if named else f"{bare}/classify", tokenizer=path, api_key=api_key)
     sent = [row["chat"] if named else Rendered(row["ids"]) for row in content["rows"]]
@@ -39,10 +38,10 @@ def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str
     limit = TOLERANCES.get(dtype, 5e-2)
     lines, wrong = ["row  tokens      stored      served  difference"], []
     for number, (row, served) in enumerate(zip(content["rows"], remote.score(sent), strict=True)):
-        difference = abs(served - row["score"]) / max(1.0, abs(row["score"]))
-        holds = difference <= limit
+        off = difference(served, row["score"])
+        holds = off <= limit
         mark = "" if holds else "  DIFFERS"
-        lines.append(f"{number:3}  {len(row['ids']):6} {row['score']:11.6f} {served:11.6f}     {difference:.1e}{mark}")
+        lines.append(f"{number:3}  {len(row['ids']):6} {row['score']:11.6f} {served:11.6f}     {off:.1e}{mark}")
         if not holds:
             wrong.append(number)
     lines.append(f"a difference, relative to max(1, |reward|), may be {limit:.0e} (saved in {dtype})")
