@@ -518,7 +518,7 @@ def test_grm_push(hub, publisher, reader, folder):
     (folder / "plots").mkdir(exist_ok=True)
     code, out, err = grm(publisher, "push", folder, "lab/cli", "--private", "--tag", "v1", "--message", "First")
     assert code == 0, err
-    assert "that are not pushed: ['plots/']" in err and "checkpoint-5" not in err
+    assert "Not pushed of" in err and "['plots/']" in err and "checkpoint-5" not in err
     oid = hub.repos["models", "lab/cli"].branches["main"]
     assert out == (
         f"pushed: {hub.url}/lab/cli (revision {oid})\n"
