@@ -593,7 +593,31 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if not torch.compiler.is_compiling() and not real.all():
             row = int(real.long().argmin())
             raise ValueError(f"Row {row} of the batch has no token: `attention_mask` is zero everywhere in it.")
+        recurrent = getattr(self.lm, "_is_stateful", False) and not torch.compiler.is_compiling()
+        if recurrent and not mask[:, 0].all() and not self._skips_left_padding():
+            raise ValueError(
+                f"{type(self.model).__name__} is recurrent and reads padding on the left as text, which changes the "
+                "reward. Pad on the right: `tokenizer.padding_side = 'right'`."
+            )
         return mask
+
+    @torch.no_grad()
+    def _skips_left_padding(self):
+        """Whether padding on the left leaves the hidden states of a text as they are (two runs, once a model)."""
+        if not hasattr(self, "_left_padding_is_skipped"):
+            ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
+            training = self.lm.training
+            self.lm.eval()
+            try:
+                alone = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                mask = torch.tensor([[0] * 4 + [1] * 8], device=ids.device)
+                padded = self.model(input_ids=torch.cat([ids[:, :4], ids], 1), attention_mask=mask, use_cache=False)
+            finally:
+                self.lm.train(training)
+            theirs, ours = alone.last_hidden_state, padded.last_hidden_state[:, 4:]
+            tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
+            self._left_padding_is_skipped = bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+        return self._left_padding_is_skipped
 
 
 def _decoder_name(lm):

@@ -1087,3 +1087,17 @@ def test_multimodal_base_is_refused_and_what_the_message_says_works(kind):
         exec(step, names)
     model = GRMForSequenceClassification.from_base(names["lm"].eval())
     torch.testing.assert_close(model(ids, return_lm_logits=True).lm_logits, full(ids).logits)
+
+
+def test_left_padding_of_recurrent_decoders_is_skipped_or_refused():
+    ids, mask = torch.tensor([[2, 7, 3]]), torch.tensor([[0, 0, 1, 1, 1]])
+    padded = torch.tensor([[0, 0, 2, 7, 3]])
+    hybrid = GRMForSequenceClassification.from_base(tiny_lm("falcon_h1"), head_hidden_size=8).eval()
+    theirs = hybrid(input_ids=ids).logits.item()
+    assert hybrid(input_ids=padded, attention_mask=mask).logits.item() == pytest.approx(theirs, rel=1e-5)
+    recurrent = GRMForSequenceClassification.from_base(tiny_lm("recurrent_gemma"), head_hidden_size=8).eval()
+    with pytest.raises(ValueError, match="RecurrentGemmaModel is recurrent.*Pad on the right"):
+        recurrent(input_ids=padded, attention_mask=mask)
+    theirs = recurrent(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item()
+    right = recurrent(input_ids=padded.flip(1)[:, [2, 1, 0, 3, 4]], attention_mask=mask.flip(1)).logits.item()
+    assert right == pytest.approx(theirs, rel=1e-5)
