@@ -62,6 +62,7 @@ def their_text_loss(kind, beta, c, r, ref_c, ref_r, tokens):
         return -c / tokens
     if kind == "dpo_noref":
         return -math.log(sigmoid(beta * (c - r)))
+    assert kind == "dpo", kind
     return -math.log(sigmoid(beta * ((c - r) - (ref_c - ref_r))))
 
 

@@ -39,8 +39,9 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 def _detail_names(results: Results) -> list[str]:
     """Figures of a suite that belong into a short table."""
-    hidden = ("score", "pairs/", "cell/", "best_of_", "auc/", "n", "complete")
-    names = [n for n in results.summary if not n.startswith(hidden) or n in ("normal",)]
+    elsewhere = {"score", "score_low", "score_high", "n", "complete"}
+    long = ("pairs/", "cell/", "best_of_", "auc/")
+    names = [name for name in results.summary if name not in elsewhere and not name.startswith(long)]
     return [name for name in names if name.count("/") < 2]
 
 
