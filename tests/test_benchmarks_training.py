@@ -19,6 +19,13 @@ import training  # noqa: E402
 from results_page import write_section  # noqa: E402
 from training import CACHED, DPO, LIVE, MIX, NONE, ORIGINAL, OURS, TRL, Shape, Sides  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def denormals():
+    """A measurement rounds them to zero for its whole process."""
+    yield
+    torch.set_flush_denormal(False)
+
 from grm_hf import logprobs  # noqa: E402
 
 

@@ -542,7 +542,7 @@ def test_the_commands_of_the_page_are_understood():
     text = (ROOT / "docs" / "overoptimization.md").read_text(encoding="utf-8")
     lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("grm ")]
     for line in lines:
-        assert cli._parser().parse_args(shlex.split(line)[1:]).run is cli._lab
+        assert cli.command_line().parse_args(shlex.split(line)[1:]).run is cli._lab
     assert len(lines) == 3 and "\nlab:" in (ROOT / "Makefile").read_text()
 
 

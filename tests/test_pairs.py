@@ -674,7 +674,7 @@ def test_real_pairs(file, chat):
             cut = cut or length(whole) > max_length
         too_long += cut
         response_too_long += response_cut
-    assert counts == Counts(file, len(dataset), 0, too_long, response_too_long)
+    assert counts == Counts(file, rows=len(dataset), truncated=too_long, response_cut=response_too_long)
     assert 0 < response_too_long < too_long < len(dataset)
 
 
