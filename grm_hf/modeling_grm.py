@@ -593,8 +593,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if not torch.compiler.is_compiling() and not real.all():
             row = int(real.long().argmin())
             raise ValueError(f"Row {row} of the batch has no token: `attention_mask` is zero everywhere in it.")
-        recurrent = getattr(self.lm, "_is_stateful", False) and not torch.compiler.is_compiling()
-        if recurrent and not mask[:, 0].all() and not self._skips_left_padding():
+        # transformers 5.0 does not mark RecurrentGemma.
+        recurrent = getattr(self.lm, "_is_stateful", False) or self.config.text_config.model_type == "recurrent_gemma"
+        if recurrent and not torch.compiler.is_compiling() and not mask[:, 0].all() and not self._skips_left_padding():
             raise ValueError(
                 f"{type(self.model).__name__} is recurrent and reads padding on the left as text, which changes the "
                 "reward. Pad on the right: `tokenizer.padding_side = 'right'`."

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-pytest.importorskip("trl", reason="training extra")
+pytest.importorskip("trl.kernels.chunked_logprob", reason="needs the newest TRL")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu  # noqa: E402
