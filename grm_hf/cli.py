@@ -505,6 +505,7 @@ def _eval(args):
         raise ValueError("--compare needs --output: rows are compared one by one, and they are kept there.")
     if args.card and not Path(args.model).is_dir():
         raise ValueError(f"--card writes into a folder, and {args.model!r} is none.")
+    _check_place(args.model)
     accelerator = _accelerator()
     if args.member:
         scorer = RewardEnsemble([args.model, *args.member])
@@ -570,6 +571,7 @@ def _serve(args):
 
     if unknown := sorted(set(args.route or ()) - set(ROUTES)):
         raise ValueError(f"there is no route {unknown[0]!r}; the routes are {', '.join(ROUTES)}.")
+    _check_place(args.model)
     serve(
         args.model,
         host=args.host,
@@ -645,9 +647,20 @@ def _demo(args):
         run(args.output, args.pairs)
 
 
+def _check_place(place):
+    """One sentence for a mistyped or broken folder, before anything is loaded."""
+    from .folders import readable
+
+    with readable(place):
+        pass
+
+
 def _lab(args):
     from .lab.run import make_settings, run
 
+    for place in (args.model, args.gold if ":" not in (args.gold or ":") else None):
+        if place:
+            _check_place(place)
     settings = make_settings(
         args.quick, args.settings, gold=args.gold, model=args.model, prompts=args.prompts,
         eval_prompts=args.eval_prompts,
