@@ -192,8 +192,8 @@ class GRMRewardTrainer(RewardTrainer):
             wanted = "packed"  # the auxiliary loss is an average over tokens: a shared prefix would count once
         elif wanted == "shared_prefix" and routers:
             logger.warning(
-                "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, which is then "
-                "another number than with padded rows. layout='packed' gives the same."
+                "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, so this loss "
+                "is another number than with padded rows. layout='packed' gives the same."
             )
         self.layout = resolve_layout(wanted, self.model)
         if data_collator is None:
