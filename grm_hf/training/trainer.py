@@ -192,7 +192,7 @@ class GRMRewardTrainer(RewardTrainer):
             wanted = "packed"  # the auxiliary loss is an average over tokens: a shared prefix would count once
         elif wanted == "shared_prefix" and routers:
             logger.warning(
-                "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, so this loss "
+                "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, so it "
                 "is another number than with padded rows. layout='packed' gives the same."
             )
         self.layout = resolve_layout(wanted, self.model)
