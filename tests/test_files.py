@@ -102,7 +102,9 @@ def test_a_named_pipe(tmp_path):
 
 def test_a_cell_above_the_limit_of_csv(tmp_path):
     (tmp_path / "long.csv").write_text(f'text\n"{"x" * 140_000}"\n')
+    usual = csv.field_size_limit()
     assert len(read_file(tmp_path / "long.csv")[0].content["text"]) == 140_000
+    assert csv.field_size_limit() == usual  # it is the whole process's
 
 
 @pytest.mark.parametrize(

@@ -118,16 +118,19 @@ def _json(text: str, name: str) -> Iterator[Row]:
 
 
 def _csv(text: str, name: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than a long answer
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    usual = csv.field_size_limit(2**31 - 1)  # 128 KiB is less than a long answer; the limit is the whole process's
     try:
-        for cells in reader:
-            place = f"{name}, line {reader.line_num}"
-            if None in cells:
-                raise ValueError(f"{place}: the row has more cells than the first line has names.")
-            yield _checked({key: _cell(cell) for key, cell in cells.items() if cell not in (None, "")}, place)
+        rows = [(reader.line_num, cells) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(usual)
+    for line, cells in rows:
+        place = f"{name}, line {line}"
+        if None in cells:
+            raise ValueError(f"{place}: the row has more cells than the first line has names.")
+        yield _checked({key: _cell(cell) for key, cell in cells.items() if cell not in (None, "")}, place)
 
 
 def _cell(cell: str) -> Any:
