@@ -25,6 +25,7 @@ from grm_hf.training import CHECKPOINTING
 
 RESULTS = ROOT / "docs" / "results" / "published"
 RUNS = ROOT / "runs" / "published"
+NAME = "grm-smollm2-135m"
 RANK = 8
 # What a candidate is trained on: sources of the shipped pairs, and files of `shared/data` (MIT) beside them.
 COMMON = {"regularizer": "sft", "seed": 0, "epochs": 2, "learning_rate": 5e-4, "rank": RANK, "files": []}
@@ -33,10 +34,10 @@ CANDIDATES: dict[str, dict] = {
     "shipped": {**COMMON, "sources": SHIPPED},
     "instructions": {**COMMON, "sources": ["pandalm", "ultrafeedback"]},
     "with_hh": {**COMMON, "sources": SHIPPED, "files": ["hh_singleturn"]},
-    "instructions_full": {
-        **COMMON, "sources": ["pandalm", "ultrafeedback"], "learning_rate": 3e-5, "rank": None
-    },
+    "instructions_full": {**COMMON, "sources": ["pandalm", "ultrafeedback"], "learning_rate": 3e-5, "rank": None},
 }
+# The Bradley-Terry twin of each: the same but for the text loss.
+CANDIDATES |= {f"{name}_bt": {**candidate, "regularizer": "none"} for name, candidate in CANDIDATES.items()}
 
 
 def training_pairs(candidate: dict) -> Dataset:
@@ -94,7 +95,9 @@ def judged(trainer: GRMRewardTrainer) -> dict:
         of_source = [pair for pair, row in zip(pairs, rows, strict=True) if row["source"] == source]
         margins = pair_margins(*zip(*of_source, strict=True))
         result[source] = {
-            "pairs": len(of_source), "accuracy": round(accuracy(margins), 4), "log_loss": round(log_loss(margins), 4)
+            "pairs": len(of_source),
+            "accuracy": round(accuracy(margins), 4),
+            "log_loss": round(log_loss(margins), 4),
         }
     return result
 
@@ -114,6 +117,7 @@ def main() -> None:
         started = time.process_time()
         trainer = train(args.candidate)
         trainer.save_model()
+        trainer.create_model_card(NAME)
         result = {
             "candidate": CANDIDATES[args.candidate],
             "base": base.origin(base.folder("package")),
