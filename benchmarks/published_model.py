@@ -13,13 +13,14 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from real_base import ROOT, autocast, precision, short_rows, write
 
 from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
-from grm_hf.metrics import accuracy, log_loss, pair_margins
+from grm_hf.metrics import accuracy, fit_temperature, log_loss, pair_margins
 from grm_hf.training import CHECKPOINTING
 
 
@@ -84,22 +85,40 @@ def train(name: str) -> GRMRewardTrainer:
     return trainer
 
 
-def judged(trainer: GRMRewardTrainer) -> dict:
-    """Accuracy and log loss on the validation pairs, by source."""
+def validation_margins(trainer: GRMRewardTrainer) -> dict[str, np.ndarray]:
+    """Chosen minus rejected reward of the validation pairs, by source."""
     rows = base.load_pairs("validation").to_list()
     scorer = GRMScorer(trainer.model, trainer.processing_class, max_tokens_per_batch=2048, layout="shared_prefix")
     with autocast():
         pairs = scorer.score_pairs([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])
-    result = {}
-    for source in dict.fromkeys(row["source"] for row in rows):
-        of_source = [pair for pair, row in zip(pairs, rows, strict=True) if row["source"] == source]
-        margins = pair_margins(*zip(*of_source, strict=True))
-        result[source] = {
-            "pairs": len(of_source),
-            "accuracy": round(accuracy(margins), 4),
-            "log_loss": round(log_loss(margins), 4),
-        }
-    return result
+    margins, sources = pair_margins(*zip(*pairs, strict=True)), np.array([row["source"] for row in rows])
+    return {source: margins[sources == source] for source in dict.fromkeys(sources.tolist())}
+
+
+def finish(trainer: GRMRewardTrainer) -> dict:
+    """Judge a trained candidate on the validation pairs, fit its temperature on them, and save it with its card."""
+    model = trainer.model
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)  # as it is published
+    margins = validation_margins(trainer)
+    temperature, at_bound = fit_temperature(np.concatenate(list(margins.values())))
+    config = (model.get_base_model() if hasattr(model, "peft_config") else model).config
+    config.reward_temperature = 1.0 if at_bound else round(temperature, 3)
+    config.base_model = base.MODEL_ID
+    trainer.save_model()
+    trainer.create_model_card(NAME)
+    return {
+        "temperature": config.reward_temperature,
+        "validation": {
+            source: {
+                "pairs": len(values),
+                "accuracy": round(accuracy(values), 4),
+                "log_loss": round(log_loss(values), 4),
+            }
+            for source, values in margins.items()
+        },
+    }
 
 
 def main() -> None:
@@ -116,14 +135,12 @@ def main() -> None:
     else:
         started = time.process_time()
         trainer = train(args.candidate)
-        trainer.save_model()
-        trainer.create_model_card(NAME)
         result = {
             "candidate": CANDIDATES[args.candidate],
             "base": base.origin(base.folder("package")),
             "pairs": trainer.data_counts["train"].rows,
             "loss": [log["loss"] for log in trainer.state.log_history if "loss" in log],
-            "validation": judged(trainer),
+            **finish(trainer),
             "processor_seconds": round(time.process_time() - started),
         }
         write(Path(RESULTS / f"{args.candidate}.json"), result)

@@ -303,14 +303,22 @@ def scored(trainer: GRMRewardTrainer, rows: list[dict]) -> dict:
     }
 
 
-@torch.no_grad()
-def perplexity(lm, tokenizer, rows: list[dict], batch_size: int = 8) -> float:
+def perplexity(lm, tokenizer, rows: list[dict]) -> float:
     """exp of the mean negative log-likelihood, in nats, of a token of the chosen responses."""
+    sums, tokens = zip(*log_likelihoods(lm, tokenizer, rows, "chosen"), strict=True)
+    return math.exp(-sum(sums) / sum(tokens))
+
+
+@torch.no_grad()
+def log_likelihoods(lm, tokenizer, rows: list[dict], side: str, batch_size: int = 8) -> list[tuple[float, int]]:
+    """Of each row's response the log-probability under `lm`, in nats, and its number of tokens."""
     encoder = Encoder(tokenizer, RECIPE["max_length"])
-    texts = sorted((encoder.encode(row["prompt"], row["chosen"]) for row in rows), key=lambda text: len(text.ids))
-    total = tokens = 0
-    for i in range(0, len(texts), batch_size):
-        batch = texts[i : i + batch_size]
+    texts = [encoder.encode(row["prompt"], row[side]) for row in rows]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(texts)
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = [texts[i] for i in numbers]
         width = len(batch[-1].ids)
         ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in batch], device=lm.device)
         position = torch.arange(width, device=lm.device)
@@ -319,9 +327,10 @@ def perplexity(lm, tokenizer, rows: list[dict], batch_size: int = 8) -> float:
         with autocast():
             logits = lm(input_ids=ids, attention_mask=real.long()).logits[:, :-1].float()  # (B, width - 1, V)
         targets = ids.masked_fill(~response, -100)[:, 1:]
-        total += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        tokens += int((targets != -100).sum())
-    return math.exp(total / tokens)
+        losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
+        for i, loss, count in zip(numbers, losses.tolist(), (targets != -100).sum(1).tolist(), strict=True):
+            found[i] = (-loss, count)
+    return found
 
 
 @torch.no_grad()
