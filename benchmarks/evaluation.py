@@ -24,7 +24,7 @@ from statistics import median
 import numpy as np
 import scoring
 import torch
-from results_page import ROOT, write_section
+from sections import ROOT, write_section
 from transformers import pipeline
 
 from grm_hf import GRMScorer
@@ -178,7 +178,7 @@ def main() -> None:
             print(section(results))
             return
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_section("evaluation", section(json.loads(RESULTS.read_text(encoding="utf-8"))), scoring.PAGE)
+    write_section("evaluation", section(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

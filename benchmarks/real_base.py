@@ -4,7 +4,7 @@ each method, from the same pairs in the same order, and tested in and out of dis
     python benchmarks/real_base.py               # every unit that has no file yet, the most informative first
     python benchmarks/real_base.py --workers 2   # two at a time
     python benchmarks/real_base.py --list        # what there is, and what is left
-    python benchmarks/real_base_page.py          # the section of docs/results.md, from what there is
+    python benchmarks/results.py                 # its page, from the units that there are
 
 A unit is one run and one small JSON file, named by a digest of its settings. Interrupt it when you like: what has no
 file is done again. Each unit is a process of its own, with one thread and a low priority.

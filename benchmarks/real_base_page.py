@@ -1,7 +1,7 @@
-"""The study on a real base as a section of docs/results.md: every number and every verdict in it is computed here from
-the files that `benchmarks/real_base.py` left in docs/results/real_base, complete or not.
+"""docs/results/real_base.md, the study on a real base. Every number and every verdict is computed here from the files
+that `benchmarks/real_base.py` left in docs/results/real_base, whether the study is complete or not.
 
-    python benchmarks/real_base_page.py
+    python benchmarks/results.py    # writes this page, its figure and all other results pages
 """
 
 import json
@@ -11,7 +11,6 @@ from statistics import NormalDist
 
 import numpy as np
 from real_base import METHODS, PROMPTS, RATES, RESULTS, ROOT, SELECTION, TESTS, plan
-from results_page import write_section
 
 from grm_hf.metrics import accuracy, bootstrap_interval, pair_margins, pair_wins, seed_interval
 
@@ -27,15 +26,14 @@ NAMES = {
     "rmb": "RMB", "hhh": "HHH", "hh_harmless": "hh harmless", "hh_helpful": "hh helpful", "pandalm": "PandaLM",
     "rm_bench": "RM-Bench", "gsm8k": "GSM8K",
 }
-# Before the study, three runs a method: differences in accuracy sft - none, by seed (issue 12's table). Power is
-# computed from them, and from nothing that the study found.
+# Differences in accuracy, sft - none, of three seeds run before the study. The power is computed from them alone.
 PILOT = {
     "rmb": (1.6, 2.4, -0.8),
     "hhh": (0.6, 1.2, -2.3),
     "hh_harmless": (-0.6, 1.7, 1.1),
     "rm_bench": (1.2, 2.9, -0.8),
 }
-# The paper's own (400,000 and 40,000 pairs of Unified-Feedback, gemma-2b-it, LoRA; accuracy in %).
+# The paper's own numbers: 400,000 and 40,000 pairs of Unified-Feedback, gemma-2b-it, LoRA; accuracy in %.
 PAPER = {
     "400,000 pairs": {"none": (72.1, 73.4), "dpo": (73.8, 79.2), "dpo_noref": (73.9, 79.7), "sft": (73.2, 79.8)},
     "40,000 pairs": {"none": (68.8, 70.3), "dpo": (70.2, 71.6), "dpo_noref": (71.4, 76.6), "sft": (71.5, 78.7)},
@@ -109,7 +107,7 @@ def difference(runs: dict, about: dict, condition, method: str, tests: list[str]
 
 
 def verdict(*intervals: tuple[float, float]) -> str:
-    """Better or worse where every interval is on that side of zero."""
+    """`better` or `worse` if every interval lies on that side of zero."""
     if all(low > 0 for low, _ in intervals):
         return "better"
     if all(high < 0 for _, high in intervals):
@@ -118,8 +116,8 @@ def verdict(*intervals: tuple[float, float]) -> str:
 
 
 def detectable(deviation: float, seeds: int, level: float, power: float = 0.8) -> float:
-    """The true difference that an interval over so many seeds excludes zero for with probability `power`, if single
-    differences have this standard deviation (normal approximation for the power, Student's t for the interval)."""
+    """The true difference that this many seeds show with probability `power`, if single differences have this standard
+    deviation. The interval is Student's t; the power is a normal approximation."""
     ramp = np.arange(seeds)
     spread = seed_interval(ramp / ramp.std(ddof=1), level)  # of any values whose standard deviation is 1
     half = (spread["high"] - spread["low"]) / 2
@@ -129,31 +127,46 @@ def detectable(deviation: float, seeds: int, level: float, power: float = 0.8) -
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def section(results: Path = RESULTS) -> str:
-    """Markdown of the section."""
-    runs, selection, base, about = load(results)
+def findings(results: Path = RESULTS) -> list[str]:
+    """What the study found, in sentences: how far it is, the accuracy on each side, the LM head, the power."""
+    runs, _, base, about = load(results)
     planned = plan()
-    done = [unit for unit in planned if (*_key(unit), unit[1]["seed"]) in _keys(runs)]
-    primary = [(c, tests) for c in CONDITIONS for tests in _primary_tests(c)]
-    level = 1 - 0.05 / len(primary)
+    done = sum((*_key(unit), unit[1]["seed"]) in runs for unit in planned)
+    return _opening(runs, base, about, _level(), done, len(planned))
+
+
+def _primary() -> list[tuple]:
+    """The comparisons that the study was made for: (condition, test sets whose accuracy is averaged)."""
+    return [(condition, tests) for condition in CONDITIONS for tests in _primary_tests(condition)]
+
+
+def _level() -> float:
+    """The level of an interval, by Bonferroni's correction for the primary comparisons."""
+    return 1 - 0.05 / len(_primary())
+
+
+def markdown(results: Path = RESULTS) -> str:
+    """The page."""
+    runs, selection, base, about = load(results)
+    primary, level = _primary(), _level()
     lines = [
-        "## Does GRM help on a real base?",
+        "# Does GRM help on a real base?",
         "",
-        "`python benchmarks/real_base.py`, then `python benchmarks/real_base_page.py` (needs `shared/data` beside the "
-        "repository).",
+        "`python benchmarks/real_base.py` runs the study (it needs `shared/data` beside the repository). "
+        "`python benchmarks/results.py` writes this page.",
         "",
-        *_opening(runs, base, about, level, len(done), len(planned)),
+        " ".join(findings(results)),
     ]
     if runs:
-        lines += ["", f"![Differences in accuracy, GRM minus Bradley-Terry]({FIGURE.relative_to(ROOT / 'docs')})"]
-    lines += ["", "### What is compared", "", *_protocol(runs, selection, base, level, len(primary))]
+        lines += ["", f"![Differences in accuracy, GRM minus Bradley-Terry](../images/{FIGURE.name})"]
+    lines += ["", "## What is compared", "", *_protocol(runs, selection, base, level, len(primary))]
     if not runs:  # tables without a number say nothing
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *_paper(runs), ""])
     lines += [
         "",
-        "### GRM (sft) minus Bradley-Terry (none), accuracy in points",
+        "## GRM (sft) minus Bradley-Terry (none), accuracy in points",
         "",
-        f"Intervals hold together with 95 % for these {len(primary)} comparisons (each has {100 * level:.2f} %).",
+        f"All {len(primary)} intervals hold together with 95 %; each one alone holds with {100 * level:.2f} %.",
         "",
         "| trained on | tested on | seeds | difference | over seeds | over prompts | verdict |",
         "|---|---|---|---|---|---|---|",
@@ -165,16 +178,12 @@ def section(results: Path = RESULTS) -> str:
         lines.append(f"| {CONDITIONS[condition]} | {where} {cells}")
     for part in (_every_test(runs, about), _language(runs, base), _rm_bench(runs, about), _paper(runs)):
         lines += ["", *part]
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def _key(unit):
     method, data = unit
     return (data["train"], data["pairs"], data["flipped"]), method
-
-
-def _keys(runs):
-    return {(condition, method, seed) for condition, method, seed in runs}
 
 
 def _primary_tests(condition) -> list[list[str]]:
@@ -208,14 +217,15 @@ def _mean(runs, condition, method, value) -> str:
 def _opening(runs, base, about, level, done, planned) -> list[str]:
     first = ("rmb", 600, 0.0)
     sentences = [
-        f"SmolLM2-135M-Instruct is fine-tuned in full on real preference pairs, with and without the text loss: "
+        "The study trains all weights of SmolLM2-135M-Instruct on real preference pairs, with or without a text loss.",
         f"{done} of {planned} runs are done"
-        + ("." if done in (0, planned) else ", and what follows is computed from these."),
+        + ("." if done in (0, planned) else "; every number here is computed from these."),
     ]
-    for tests, where in zip(_primary_tests(first), ("on held-out pairs of the same kind", "elsewhere"), strict=True):
+    places = ("on held-out pairs of the training set", "on the other test sets")
+    for tests, where in zip(_primary_tests(first), places, strict=True):
         found = difference(runs, about, first, "sft", tests, level)
         if found is None:
-            sentences.append(f"Nothing can be said yet of the accuracy {where}.")
+            sentences.append(f"The accuracy {where} is not known yet.")
         else:
             sentences.append(
                 f"After {CONDITIONS[first]}, GRM's accuracy {where} differs from Bradley-Terry's by "
@@ -229,10 +239,10 @@ def _opening(runs, base, about, level, done, planned) -> list[str]:
         )
     deviation = _pilot_deviation()
     sentences.append(
-        f"With 8 seeds the study can show a difference of {detectable(deviation, 8, level):.1f} points or more; "
-        "smaller ones stay open."
+        f"With 8 seeds the study can show a difference of {detectable(deviation, 8, level):.1f} points; smaller ones "
+        "stay open."
     )
-    return [" ".join(sentences)]
+    return sentences
 
 
 def _pilot_deviation() -> float:
@@ -245,12 +255,13 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
         rates[method][rate] = unit["held_out"]["log_loss"]
     units = [*runs.values(), *selection.values()]
     lines = [
-        "- Methods: `linear` and `none` are Bradley-Terry models with a linear and with the paper's MLP head; `sft`, "
-        "`dpo_noref` and `dpo` add that text loss to the MLP head, with alpha 0.01 and beta 0.1. Within a seed all "
-        "methods have the same pairs, labels, order, steps, and (but for `linear`) head; a seed draws all of these.",
-        f"- Learning rates were chosen for each method by itself, by the log loss on {_held_out(selection)} held-out "
-        f"RMB training pairs after training on {SELECTION['pairs']} others, with one seed that is not used again, and "
-        "hold for every training set: "
+        "- `linear` and `none` are Bradley-Terry models: `linear` has a linear head, `none` has the paper's MLP head. "
+        "`sft`, `dpo_noref` and `dpo` have the MLP head and add that text loss, with alpha 0.01 and beta 0.1.",
+        "- A seed draws the pairs, the labels, their order and the head. Within a seed all methods share these; "
+        "only `linear` has a head of its own.",
+        f"- Each method has its own learning rate, for all training sets. It has the lowest log loss on "
+        f"{_held_out(selection)} held-out RMB training pairs after training on {SELECTION['pairs']} others, with one "
+        "seed that is not used again. "
         + "; ".join(
             f"{method} {min(found, key=found.__getitem__):g} ("
             + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in found.items())
@@ -259,16 +270,16 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
             if len(found) == len(RATES)
         )
         + _waiting(rates),
-        "- Only short pairs, prompt and response of at most 1,000 characters. No prompt of a test set is in a "
+        "- All pairs are short: prompt and response have at most 1,000 characters. No prompt of a test set is in a "
         "training set. Each response is scored once, under the autocast of training.",
-        "- An interval over seeds (Student's t) holds for these test pairs, an interval over prompts (bootstrap, each "
-        "prompt with all its pairs, of the average over seeds) for these runs. Differences are paired by seed and by "
-        "pair. A verdict needs both on one side of zero, after Bonferroni's correction for the comparisons of its "
-        "table.",
-        f"- Power, stated before the study from three earlier runs a method: single differences have a standard "
+        "- Differences are paired by seed and by pair. The interval over seeds (Student's t) holds for these test "
+        "pairs. The interval over prompts (bootstrap of the average over seeds; a prompt keeps all its pairs) holds "
+        "for these runs. A verdict needs both intervals on one side of zero, after Bonferroni's correction for the "
+        "comparisons of its table.",
+        f"- The power was stated before the study, from three earlier seeds: their differences have a standard "
         f"deviation of {_pilot_deviation():.1f} points. Corrected for {comparisons} comparisons, 8 seeds show a true "
-        f"difference of {detectable(_pilot_deviation(), 8, level):.1f} points with probability 0.8, 5 seeds one of "
-        f"{detectable(_pilot_deviation(), 5, level):.1f}.",
+        f"difference of {detectable(_pilot_deviation(), 8, level):.1f} points with probability 0.8; 5 seeds show one "
+        f"of {detectable(_pilot_deviation(), 5, level):.1f}.",
     ]
     if base:
         versions = ", ".join(f"{name} {number}" for name, number in base["versions"].items())
@@ -286,7 +297,8 @@ def _held_out(selection) -> str:
 
 def _waiting(rates) -> str:
     missing = [method for method, found in rates.items() if len(found) < len(RATES)]
-    return f". Not chosen yet: {', '.join(missing)}." if missing else "."
+    chosen = ". " if len(missing) < len(rates) else ""
+    return f"{chosen}Not chosen yet: {', '.join(missing)}." if missing else "."
 
 
 def _every_test(runs, about) -> list[str]:
@@ -299,10 +311,10 @@ def _every_test(runs, about) -> list[str]:
     ]
     level = 1 - 0.05 / len(compared)
     lines = [
-        "### Every method on every test set, accuracy in %",
+        "## Every method on every test set, accuracy in %",
         "",
-        f"Means over seeds; `length` is the accuracy of choosing the longer response. Differences from `none` on the "
-        f"seeds that both have, corrected for {len(compared)} comparisons.",
+        f"Values are means over seeds. `length` is the accuracy of choosing the longer response. Differences from "
+        f"`none` use the seeds that both have; their intervals are corrected for {len(compared)} comparisons.",
         "",
         "| trained on | tested on | method | seeds | accuracy | log loss | length correlation | minus `none` "
         "| over seeds | over prompts | verdict |",
@@ -332,11 +344,11 @@ def _every_test(runs, about) -> list[str]:
 
 def _language(runs, base) -> list[str]:
     lines = [
-        "### What the LM head still knows and says",
+        "## What the LM head still knows",
         "",
         "Perplexity of HHH's chosen answers"
         + (f"; the base has {base['perplexity']:.2f}" if base else "")
-        + ". Mean and half width of the 95 % interval over seeds.",
+        + ". Values are means with half widths of 95 % intervals over seeds.",
         "",
         "| trained on | " + " | ".join(METHODS) + " |",
         "|---" * (1 + len(METHODS)) + "|",
@@ -348,7 +360,7 @@ def _language(runs, base) -> list[str]:
     if base and shown:
         lines += [
             "",
-            "What they write, greedily, at most 40 tokens (600 RMB pairs, seed 0):",
+            "Greedy answers of at most 40 tokens, after 600 RMB pairs with seed 0:",
             "",
             "| prompt | base | " + " | ".join(shown) + " |",
             "|---|---" + "|---" * len(shown) + "|",
@@ -361,16 +373,16 @@ def _language(runs, base) -> list[str]:
 
 
 def _rm_bench(runs, about) -> list[str]:
-    """Accuracy by domain, and by the styles of the pair: easy where the right answer is the more elaborate one."""
+    """Accuracy by domain and by style: a pair is easy if its right answer has the more elaborate style."""
     domains, styles = (np.array(about["rm_bench"][name]) for name in ("domains", "styles"))
     sign = np.array([int(style[0]) - int(style[1]) for style in styles])
     groups = {name: domains == name for name in dict.fromkeys(domains)}
     groups |= {"easy": sign > 0, "normal": sign == 0, "hard": sign < 0}
     lines = [
-        "### RM-Bench by domain and style",
+        "## RM-Bench by domain and style",
         "",
-        "Accuracy in %, means over seeds. Easy, normal and hard: the right answer is written in a more elaborate, an "
-        "equal, a plainer style than the wrong one.",
+        "Accuracy in %, means over seeds. In an easy pair the right answer has the more elaborate style; in a normal "
+        "pair both have the same style; in a hard pair the right answer has the plainer style.",
         "",
         "| trained on | method | " + " | ".join(f"{name} ({mask.sum()})" for name, mask in groups.items()) + " |",
         "|---|---" + "|---" * len(groups) + "|",
@@ -387,11 +399,11 @@ def _rm_bench(runs, about) -> list[str]:
 
 def _paper(runs) -> list[str]:
     lines = [
-        "### Beside the paper",
+        "## Beside the paper",
         "",
-        "Accuracy in %. The paper (Tables 1 and 2) trained gemma-2b-it by LoRA on Unified-Feedback; its baseline has "
-        "the same data. Here the base has 135 million parameters instead of 2.5 billion, there are 33 to 667 times "
-        "fewer pairs, and all weights are trained. RMB stands in the place of Unified-Feedback.",
+        "Accuracy in %. The paper (Tables 1 and 2) trained gemma-2b-it by LoRA on Unified-Feedback. Here the base has "
+        "135 million parameters instead of 2.5 billion, there are 33 to 667 times fewer pairs, all weights are "
+        "trained, and RMB takes the place of Unified-Feedback.",
         "",
         "| | method | in distribution | HHH |",
         "|---|---|---|---|",
@@ -409,12 +421,31 @@ def _paper(runs) -> list[str]:
     return lines
 
 
+def verdicts(results: Path = RESULTS) -> list[str]:
+    """The verdicts of the primary comparisons that have two seeds."""
+    runs, _, _, about = load(results)
+    found = [difference(runs, about, condition, "sft", tests, _level()) for condition, tests in _primary()]
+    return [each["verdict"] for each in found if each is not None]
+
+
+def forest(results: Path = RESULTS) -> dict[str, dict[str, list[float]]]:
+    """The primary comparisons that have two seeds: row: method: mean, low and high of the difference over seeds."""
+    runs, _, _, about = load(results)
+    rows: dict = {}
+    for condition, tests in _primary():
+        found = difference(runs, about, condition, "sft", tests, _level())
+        if found is not None:
+            where = "in distribution" if tests == [in_distribution(condition)] else "other test sets"
+            rows[f"{CONDITIONS[condition]},\n{where}"] = {"GRM sft": [found["mean"], *found["over_seeds"]]}
+    return rows
+
+
 def draw(results: Path = RESULTS, path: Path = FIGURE) -> None:
-    """The difference sft - none of each seed, its mean and interval over seeds, by training condition."""
+    """The difference sft - none in each training condition: every seed, the mean, the interval over seeds."""
     from matplotlib.figure import Figure
 
     runs, _, _, about = load(results)
-    level = 1 - 0.05 / (2 * len(CONDITIONS))
+    level = _level()
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     ticks = []
@@ -432,9 +463,3 @@ def draw(results: Path = RESULTS, path: Path = FIGURE) -> None:
     axes.set(xlabel="GRM (sft) minus Bradley-Terry (none), accuracy in points", xlim=(-8, 8))
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-if __name__ == "__main__":
-    write_section("real_base", section())
-    if load()[0]:
-        draw()

@@ -1,11 +1,10 @@
-"""GRM in the world whose true reward is known (docs/demo_world.md): the Bradley-Terry baseline and three GRMs, trained
-alike on the same pairs over five seeds, tested on topics they were trained on and on others.
+"""GRM in the world whose true reward is known (docs/demo_world.md). The Bradley-Terry baseline and three GRMs train on
+the same pairs with five seeds. The test pairs are about topics of the training pairs and about other topics.
 
-    python benchmarks/world.py             # 20 minutes on two cores; then the section in docs/results.md
-    python benchmarks/world.py --report    # the section only, from docs/results/world.json
+    python benchmarks/world.py      # 20 minutes on two cores; writes docs/results/world.json
+    python benchmarks/results.py    # its page
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -18,7 +17,7 @@ from importlib.metadata import version
 
 import torch
 from datasets import Dataset
-from results_page import ROOT, write_section
+from sections import ROOT
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM, PrinterCallback, set_seed
 
@@ -227,26 +226,53 @@ def table(results: dict, quantity: str, digits: int, scale: float) -> list[str]:
     return lines
 
 
-def section(results: dict) -> str:
-    """Markdown of the section."""
+def findings(results: dict) -> list[str]:
+    """What the run found, in sentences."""
+    shown = [
+        f"{method} is {e['verdict']} {DOMAINS[domain]} by {100 * e['difference']:+.1f} ± "
+        f"{100 * e['difference_half_width']:.1f} points"
+        for domain, method, e in against_baseline(results)
+        if e["verdict"] != NO_DIFFERENCE
+    ]
+    before, after = results["perplexity_before"]["id"], results["comparison"]["perplexity"]["id"]
+    perplexities = ", ".join(f"{entry['mean']:.2f} after {method}" for method, entry in after.items())
+    return [
+        f"{results['seeds']} seeds. Accuracy: {'; '.join(shown) or 'no GRM differs from Bradley-Terry'}; no other "
+        "difference is shown. The intervals are not corrected for the number of comparisons.",
+        f"Perplexity of the LM head {DOMAINS['id']}: {before:.2f} before training, {perplexities}.",
+    ]
+
+
+def against_baseline(results: dict) -> list[tuple[str, str, dict]]:
+    """Comparisons of accuracy: (domain, method, entry)."""
+    return [
+        (domain, method, entry)
+        for domain in DOMAINS
+        for method, entry in results["comparison"]["accuracy"][domain].items()
+        if method != BASELINE
+    ]
+
+
+def markdown(results: dict) -> str:
+    """docs/results/world.md."""
     size = results["size"]
     lines = [
-        "## The world whose true reward is known",
+        "# The world whose true reward is known",
         "",
-        "`python benchmarks/world.py`",
+        "`python benchmarks/world.py` runs the study. `python benchmarks/results.py` writes this page.",
         "",
-        f"A small world with a gold reward ([design](demo_world.md)). {results['versions']}.",
+        f"A small world with a gold reward ([design](../demo_world.md)). {results['versions']}.",
         "",
-        f"{results['seeds']} seeds, {size['train_pairs']} training pairs with noisy labels, {size['test_pairs']} test "
-        "pairs per split ordered by gold reward.",
-        "Means with 95 % intervals over seeds; differences are paired by seed. One world, one base model, one test "
-        "set: the intervals say nothing about others. No correction for the number of comparisons.",
+        f"{results['seeds']} seeds; {size['train_pairs']} training pairs with noisy labels; {size['test_pairs']} test "
+        "pairs a split, ordered by gold reward. Values are means with 95 % intervals over seeds; differences are "
+        "paired by seed. The intervals hold for this world, base and test set. They are not corrected for the number "
+        "of comparisons.",
         "",
-        "### Accuracy (%)",
+        "## Accuracy (%)",
         "",
         *table(results, "accuracy", 1, 100),
         "",
-        "### Perplexity of the LM head on held-out text (lower is better)",
+        "## Perplexity of the LM head on held-out text (lower is better)",
         "",
         *table(results, "perplexity", 2, 1),
         "",
@@ -254,13 +280,5 @@ def section(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the methods in the world whose true reward is known.")
-    parser.add_argument("--report", action="store_true", help="only write the section, from the results file")
-    if not parser.parse_args().report:
-        RESULTS.write_text(json.dumps(run(Size()), indent=1) + "\n", encoding="utf-8")
-    write_section("world", section(json.loads(RESULTS.read_text(encoding="utf-8"))))
-
-
 if __name__ == "__main__":
-    main()
+    RESULTS.write_text(json.dumps(run(Size()), indent=1) + "\n", encoding="utf-8")

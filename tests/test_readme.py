@@ -78,7 +78,7 @@ def test_the_two_commands_come_first_and_ci_runs_one_of_them():
     assert "make test" in (ROOT / ".ci/run").read_text()
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

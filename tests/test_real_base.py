@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import real_base  # noqa: E402
 import real_base_page as page  # noqa: E402
-from results_page import PAGE  # noqa: E402
 
 
 ORIGIN = "a base"
@@ -196,7 +195,7 @@ def synthetic(folder, better, seeds=8):
 
 
 def test_the_page_says_what_the_intervals_say(tmp_path):
-    text = page.section(synthetic(tmp_path / "a", better=12))
+    text = page.markdown(synthetic(tmp_path / "a", better=12))
     planned = len(real_base.plan())
     assert f"16 of {planned} runs are done" in text
     assert "| 600 RMB pairs | RMB | 8 | +20.0 | +20.0 to +20.0 |" in text and "| better |" in text
@@ -204,13 +203,18 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     assert "| 1,200 RMB pairs | RMB | 0 | | | | too few seeds yet |" in text
     assert "sft 1e-05 (0.0000 at 1e-05" in text and "Not chosen yet: linear, dpo_noref, dpo." in text
     assert "perplexity on HHH's chosen answers is 14.0 before training, 18.50 ± 2.05 after" in text
-    text = page.section(synthetic(tmp_path / "b", better=0))
+    rows = page.forest(tmp_path / "a")
+    assert list(rows) == ["600 RMB pairs,\nin distribution", "600 RMB pairs,\nother test sets"]
+    assert rows["600 RMB pairs,\nin distribution"]["GRM sft"] == pytest.approx([20.0, 20.0, 20.0])
+    assert page.verdicts(tmp_path / "a") == ["better", "better"]
+    text = page.markdown(synthetic(tmp_path / "b", better=0))
     assert "| 600 RMB pairs | RMB | 8 | +0.0 | +0.0 to +0.0 | +0.0 to +0.0 | no difference shown |" in text
 
 
 def test_the_page_with_hardly_any_results(tmp_path):
-    text = page.section(synthetic(tmp_path / "a", better=3, seeds=1))
-    assert "Nothing can be said yet of the accuracy elsewhere." in text and "| too few seeds yet |" in text
+    text = page.markdown(synthetic(tmp_path / "a", better=3, seeds=1))
+    assert "The accuracy on the other test sets is not known yet." in text and "| too few seeds yet |" in text
+    assert page.forest(tmp_path / "a") == {} and page.verdicts(tmp_path / "a") == []
     page.draw(tmp_path / "a", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -230,8 +234,3 @@ def test_power_is_that_of_students_test():
     # 8 runs, level 0.95: t(7) = 2.3646; 5 runs: t(4) = 2.7764
     assert page.detectable(1.0, 8, 0.95) == pytest.approx((2.3646 + 0.8416) / math.sqrt(8), rel=1e-3)
     assert page.detectable(2.0, 5, 0.95) == pytest.approx(2 * (2.7764 + 0.8416) / math.sqrt(5), rel=1e-3)
-
-
-def test_the_published_section_is_made_from_the_published_results():
-    text = f"<!-- real_base: begin -->\n{page.section().strip()}\n<!-- real_base: end -->"
-    assert text in PAGE.read_text(encoding="utf-8")

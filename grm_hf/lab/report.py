@@ -1,5 +1,4 @@
-"""The report of a run: `results.json`, CSV files, one HTML page with its figures inside, and the section for
-docs/results.md."""
+"""The report of a run: `results.json`, CSV files, one HTML page with its figures inside, and docs/results/lab.md."""
 
 import csv
 import html
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..metrics import seed_interval
-from .findings import GRM, INITIAL, QUANTITIES, SAME, collect, span, summary
+from .findings import GRM, INITIAL, QUANTITIES, SAME, collect, findings, span, summary
 from .policies import ALGORITHMS
 from .proxies import BASELINE, ENSEMBLES, LABELS, NAMES
 from .settings import SET_NAMES, Settings
@@ -210,32 +209,34 @@ def about(results: dict) -> list[str]:
     ]
 
 
-def section(results: dict) -> str:
-    """The outcome for docs/results.md."""
+def markdown(results: dict) -> str:
+    """docs/results/lab.md."""
     lines = [
-        "## Over-optimisation in the demo world",
+        "# Over-optimisation in the demo world",
         "",
-        "`make lab`, then `python benchmarks/lab.py`. What is measured and why: "
-        "[overoptimization.md](overoptimization.md).",
+        "`make lab` runs the study and `python benchmarks/lab.py` keeps its results. `python benchmarks/results.py` "
+        "writes this page. [overoptimization.md](../overoptimization.md) says what is measured and why.",
+        "",
+        "## Findings",
+        "",
+        *(f"- {line}" for line in findings(results)),
+        "",
+        "## What was measured",
         "",
         *(f"- {line}" for line in about(results)),
         "",
-        "### Findings",
-        "",
-        *(f"- {line}" for line in results["findings"]),
-        "",
-        "### Best-of-n, averaged over the sizes",
+        "## Best-of-n, averaged over the sizes",
         "",
         *_markdown(best_of_n_table(results, sizes=False)),
         "",
-        "### Best-of-n, each size",
+        "## Best-of-n, each size",
         "",
         *_markdown(best_of_n_table(results, sizes=True)),
     ]
     if results["policies"]:
-        lines += ["", "### Policies", "", *_markdown(policy_table(results))]
-        lines += ["", "### Policies against each other, by gold", "", *_markdown(wins_table(results))]
-    return "\n".join(lines)
+        lines += ["", "## Policies", "", *_markdown(policy_table(results))]
+        lines += ["", "## Policies against each other, by gold", "", *_markdown(wins_table(results))]
+    return "\n".join([*lines, ""])
 
 
 def _markdown(rows):
