@@ -1,11 +1,11 @@
 """The attention of packed and shared-prefix batches (`grm_hf.layouts`): each segment of a row attends to its prefix
 and to itself.
 
-An explicit table says what a segment attends to; it is never inferred from position ids. It travels in the place of
-the attention mask, as a `(1, 1, segments, 4)` integer tensor: transformers hands a mask of four dimensions to the
-attention function as it is. [`serve_segments`] wraps the attention function that a model calls: a call that brings a
-table goes to ours, any other to the one that was there. Each call decides for itself, so nothing is switched: threads
-may run different layouts on one model, and configurations and saved files stay as they are.
+An explicit table says what a segment attends to; position ids do not. The table takes the place of the attention mask,
+as a `(1, 1, segments, 4)` integer tensor: transformers passes a mask with four dimensions to the attention function
+unchanged. [`serve_segments`] wraps the attention function that a model calls: a call with a table goes to ours, any
+other call to the original. Each call decides for itself, so threads may run different layouts on one model, and
+configurations and saved files do not change.
 """
 
 import functools
@@ -31,7 +31,7 @@ class _Plan:
     def __init__(self, table: list[list[int]]):
         self.starts = [start for start, *_ in table]
         self.lengths = [length for _, length, *_ in table]
-        self.prefixes: list[list[tuple[int, int]]] = []  # of each segment: (segment, how many of its first tokens)
+        self.prefixes: list[list[tuple[int, int]]] = []  # for each segment: (segment, how many of its first tokens)
         for _, _, parent, shared in table:
             runs = [*self.prefixes[parent], (parent, self.lengths[parent])] if shared else []
             ends = itertools.accumulate((n for _, n in runs), initial=0)
@@ -42,8 +42,8 @@ class _Plan:
         self.windowed = 0  # calls that asked for a sliding window
 
     def mask(self, queries: int, keys: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """`(queries, keys)`, 0 or -inf: the last query sees all keys, each one before it a key less at the end; with
-        `window`, only so many keys back."""
+        """`(queries, keys)`, 0 or -inf: the last query sees all keys, and each query before it one key fewer; with
+        `window`, only that many keys back."""
         key = (queries, keys, window, like.dtype, like.device)
         if key not in self.masks:
             at = torch.arange(keys - queries, keys, device=like.device)[:, None]
@@ -53,7 +53,7 @@ class _Plan:
         return self.masks[key]
 
     def ragged(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """For ragged batches: places of each segment's keys, ends of queries and of keys, longest of each."""
+        """For ragged batches: places of each segment's keys, ends of queries and keys, and the longest of both."""
         if self.varlen is None:
             runs = [
                 [*((self.starts[s], n) for s, n in prefix), (start, length)]
@@ -71,7 +71,7 @@ _plans = WeakTensorKeyDictionary()  # one for all layers of a forward, and for t
 
 
 def is_table(attention_mask) -> bool:
-    """Whether what stands in the place of an attention mask is a table of segments."""
+    """Whether the attention mask is a table of segments."""
     return (
         isinstance(attention_mask, torch.Tensor)
         and attention_mask.dtype == torch.int64
@@ -82,13 +82,13 @@ def is_table(attention_mask) -> bool:
 
 
 def plan_of(table: torch.Tensor) -> _Plan:
-    """What the attention makes of a table of segments; the same object for all layers."""
+    """The plan for a table of segments; the same object for all layers."""
     if table not in _plans:
         _plans[table] = _Plan(table[0, 0].tolist())
     return _plans[table]
 
 
-# What decoders hand down that does not change the attention. Anything else might (sinks, biases, chosen blocks).
+# Arguments of decoders that do not change the attention. Any other might (sinks, biases, chosen blocks).
 HARMLESS = {
     "cache",
     "cache_params",
@@ -163,7 +163,7 @@ def _softcapped(q, k, v, mask, scaling, dropout, softcap):
 
 
 def _flash_kernel(query, value, dropout, softcap) -> Callable | None:
-    """A kernel on ragged batches, where there is one: flash-attn's, or the one that torch brings along."""
+    """A kernel for ragged batches, if there is one: flash-attn's or torch's."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return None
     if query.shape[-1] > 256 or query.shape[-1] != value.shape[-1]:
@@ -219,8 +219,8 @@ _installing = threading.Lock()
 
 def serve_segments(model: nn.Module) -> None:
     """
-    From here on, `model` also runs packed and shared-prefix batches, besides all that it ran before. To be called
-    again after its layers or its attention implementation were changed; it costs next to nothing when done already.
+    Lets `model` run packed and shared-prefix batches too. Call it again after a change of the layers or of the
+    attention implementation; a repeated call costs almost nothing.
 
     Args:
         model (`nn.Module`):
@@ -232,7 +232,7 @@ def serve_segments(model: nn.Module) -> None:
         if name in ALL_ATTENTION_FUNCTIONS:
             if not hasattr(ALL_ATTENTION_FUNCTIONS[name], "serves_segments"):
                 AttentionInterface.register(name, _either(ALL_ATTENTION_FUNCTIONS[name]))
-        else:  # "eager" is a function of each family's own module, by this name
+        else:  # "eager" is a function of this name in each family's module
             for file in {sys.modules[type(m).__module__] for m in decoder.modules()}:
                 eager = getattr(file, "eager_attention_forward", None)
                 if eager is not None and not hasattr(eager, "serves_segments"):
@@ -253,8 +253,8 @@ def _either(attention: Callable) -> Callable:
 
 
 class _LastLayer(threading.local):
-    """The pass of this thread through the last layer: which rows are read afterwards, of how many, and the parts of
-    the layer that are at work on these alone."""
+    """One pass of this thread through the last layer: which of how many rows are read afterwards, and which parts of
+    the layer work on these rows only."""
 
     reference: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)  # weak: forgotten with the batch
     length = 0
@@ -269,9 +269,9 @@ _last = _LastLayer()
 
 
 def _finish_read_rows_only(decoder: PreTrainedModel) -> None:
-    """The last layer must make keys and values of every token, but queries and all that follows them only where its
-    output is read (`output_rows`, which travels with the call). Hooks on those parts of the layer, which work on each
-    token by itself, see to that; layers with other names for them are left whole."""
+    """The last layer needs keys and values of every token, but queries and later parts only where its output is read
+    (`output_rows`, an argument of the call). Hooks on those parts, which work on each token by itself, select these
+    rows. Layers with other names for them run on all rows."""
     stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     last = next((m for m in stacks if len(m) == decoder.config.num_hidden_layers), None)
     if last is None:
@@ -299,7 +299,7 @@ def _leave(module, args, output):
 
 
 def _gather(module, args):
-    # A part within a part (a layer that PEFT wrapped afterwards) gets what the outer one has gathered already.
+    # A part within a part (a layer that PEFT wrapped afterwards) gets rows that the outer part has selected already.
     if not args or args[0].dim() != 3 or args[0].shape[1] != _last.length:
         return None
     if (rows := _last.rows(args[0])) is None:

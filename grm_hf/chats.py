@@ -1,7 +1,7 @@
-"""What a chat may look like, and what a prompt that is a string means; said once. docs/scoring.md has the table.
+"""The one place that says what a chat may look like and what a string prompt means. docs/scoring.md has the table.
 
-Where somebody asks for the score of an answer to a question, a string is the user's question, so it goes through the
-chat template. In a data set it is text, which the response follows directly: TRL trains on it that way.
+In a request for the score of an answer, a string is the user's question and goes through the chat template. In a data
+set it is text, and the response follows it directly, because TRL trains on it that way.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ def user_turn(prompt: str | list[dict]) -> list[dict]:
 
 
 def as_messages(chat: list[dict] | dict) -> list[dict]:
-    """A chat of any form but plain text as one list of messages, which ends with the answer."""
+    """A chat as one list of messages that ends with the answer. Any form but plain text."""
     if isinstance(chat, list):
         return chat
     if chat.get("messages") is not None:
@@ -26,12 +26,12 @@ def as_messages(chat: list[dict] | dict) -> list[dict]:
 
 def to_score(chat: Any, has_template: bool) -> Any:
     """
-    A chat as [`Encoder.encode_chat`] takes it, from what somebody asks a score for.
+    Turns a chat to score into the form that [`Encoder.encode_chat`] takes.
 
     Args:
         chat (`list[dict]`, `str` or `dict`):
             Messages, plain text, or a row with `messages`, with `prompt` and `response` (or `completion`), or with
-            `text`. A key whose value is null is absent.
+            `text`. A null value counts as a missing key.
         has_template (`bool`):
             Whether the tokenizer has a chat template. If so, a prompt that is a string is one turn of the user.
 
@@ -56,8 +56,8 @@ def to_score(chat: Any, has_template: bool) -> Any:
 
 def rows_of(chats: Any, one: str = "chat") -> Iterable:
     """
-    Several chats (or rows) as something to go through: a list or any other iterable, the rows of a pandas DataFrame or
-    of an Arrow table. A single chat is refused, because going through it gives its characters or its keys.
+    Several chats (or rows) as an iterable: a list or any other iterable, or the rows of a pandas DataFrame or an Arrow
+    table. A single chat is refused, because its elements are characters or keys.
     """
     table: Any = chats
     if hasattr(table, "to_pylist"):  # pyarrow

@@ -1,5 +1,5 @@
-"""The `grm` command. It ends with 0 (done), 1 (could not be done) or 2 (wrong usage). What is found to be wrong before
-the work starts is one line; what goes wrong after that has its traceback and a line that says how to go on."""
+"""The `grm` command. Its exit code is 0 (done), 1 (failed) or 2 (wrong usage). An error before the work starts is one
+line. An error after that has its traceback and a line that says how to go on."""
 
 import argparse
 import contextlib
@@ -53,7 +53,7 @@ class _Begun(Exception):
 
 @contextlib.contextmanager
 def _work(how_to_go_on: Callable[[], str]):
-    """Around what takes long, when all that can be checked before is checked."""
+    """A context around long work, after all checks."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -64,7 +64,7 @@ _SAME = "To go on where this stopped, run the same command again."
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands; docs/cli.md is written from it."""
+    """The parser of all commands. docs/cli.md is written from it."""
     parser = argparse.ArgumentParser(
         prog="grm", description="Generalizable Reward Models: train, score, compare.", allow_abbrev=False
     )
@@ -102,7 +102,7 @@ def command_line() -> argparse.ArgumentParser:
         default="mean",
         help="how members combine, standardized: mean (default), median, min, mean_minus_std, nominal_min",
     )
-    score.add_argument("--transform", help="of the reward: center, standardize, log_sigmoid or clip")
+    score.add_argument("--transform", help="transform of the reward: center, standardize, log_sigmoid or clip")
     score.add_argument("--reference", type=float, help="reference reward of log_sigmoid, threshold of clip")
     score.add_argument("--output", help="JSONL file to write (default: standard output)")
     score.set_defaults(run=_score)
@@ -120,7 +120,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--data", help="file or folder in the official format, or Hub id (default: the suite's)")
     evaluation.add_argument("--subset", action="append", help="subset to keep; several times: several")
-    evaluation.add_argument("--limit", type=int, help="most rows of each suite, from all over it")
+    evaluation.add_argument("--limit", type=int, help="largest number of rows of each suite, spread over it")
     evaluation.add_argument("--output", help="folder for rows, report.html, results.csv and results.json")
     evaluation.add_argument(
         "--compare", nargs="+", default=[], metavar="RESULTS", help="outputs of other models on the same rows"
@@ -149,7 +149,7 @@ def command_line() -> argparse.ArgumentParser:
     best.add_argument("prompt")
     best.add_argument("answers", nargs="*", metavar="answer")
     best.add_argument(
-        "--answers", dest="file", help="file with further answers, or -: a line each, as it is or as a JSON string"
+        "--answers", dest="file", help="file with further answers, or -: one a line, as text or as a JSON string"
     )
     best.add_argument("--model", required=True, help="Hub id or folder of a reward model")
     best.add_argument("--json", action="store_true", help="print JSON")
@@ -158,12 +158,12 @@ def command_line() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="score a model's golden rows again and compare",
-        description="Tokenise and score again the texts that were stored beside the weights when they were saved. "
-        "Ends with 1 if token ids differ, or a reward does by more than rounding.",
+        description="Tokenise and score the golden rows again: the texts that are stored beside the weights. "
+        "Ends with 1 if token ids differ, or if a reward differs by more than rounding.",
     )
     verify.add_argument("model", help="Hub id or folder of a reward model or an adapter")
     verify.add_argument("--url", help="ask the server at this address instead of loading the weights")
-    verify.add_argument("--api-key", help="of that server")
+    verify.add_argument("--api-key", help="API key of that server")
     verify.set_defaults(run=_verify)
 
     serve = commands.add_parser(
@@ -171,15 +171,15 @@ def command_line() -> argparse.ArgumentParser:
         help="serve a reward model over HTTP to trainers and engines' clients",
         description="Serve a reward model on the routes of docs/serving.md, without vLLM: /score, /classify, "
         "/pooling, /get_reward (OpenRLHF), /v1/score/evaluation (LLaMA-Factory), /slime, /predict (TEI), /health, "
-        "/metrics, /v1/models. Texts that arrive together are scored together. At Ctrl-C or SIGTERM it answers what "
-        "is in work, then it stops.",
+        "/metrics, /v1/models. Texts that arrive together are scored together. At Ctrl-C or SIGTERM it answers the "
+        "requests in work and stops.",
     )
     serve.add_argument("model", help="Hub id or folder of a reward model or an adapter")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     serve.add_argument("--route", action="append", metavar="NAME", help="offer this route; repeatable (default: all)")
     serve.add_argument("--name", help="what the model is called in replies (default: as given)")
-    serve.add_argument("--api-key", help="required of requests, and for any address but loopback (or GRM_API_KEY)")
+    serve.add_argument("--api-key", help="key that requests must send; required beyond loopback (or GRM_API_KEY)")
     serve.add_argument("--max-tokens-per-batch", type=int, default=8192, help="most tokens of a batch (default: 8192)")
     serve.add_argument("--max-body", type=int, default=16 * 2**20, help="most bytes of a request (default: 16 MiB)")
     serve.add_argument("--max-texts", type=int, default=1024, help="most texts of a request (default: 1024)")
@@ -195,7 +195,7 @@ def command_line() -> argparse.ArgumentParser:
         "push",
         help="push a reward model to the Hub",
         description="Push the folder of a reward model, a checkpoint or an adapter (merged into its base, the "
-        "adapter beside it) to the Hub in one commit: weights, code, tokenizer, card, results. What did not change is "
+        "adapter beside it) to the Hub in one commit: weights, code, tokenizer, card, results. Unchanged files are "
         "not sent again; a card that somebody has edited is merged. Log in first: `hf auth login`, or HF_TOKEN.",
     )
     push.add_argument("folder", help="folder of a model, a checkpoint or an adapter")
@@ -212,9 +212,9 @@ def command_line() -> argparse.ArgumentParser:
     refresh = commands.add_parser(
         "refresh",
         help="put this version's code files into a saved model",
-        description="Put the code files of this grm_hf into a model that was saved with an earlier one, and nothing "
-        "else. Scores its golden rows before (by the code it carries: refresh models that you trust) and after, and "
-        "writes nothing where they differ. A Hub repository gets one commit.",
+        description="Replace the code files of a model that an earlier grm_hf saved, and nothing else. Scores its "
+        "golden rows with the old code (refresh only models that you trust) and with the new code, and writes nothing "
+        "if they differ. A Hub repository gets one commit.",
     )
     refresh.add_argument("model", help="folder or Hub id of a reward model")
     refresh.add_argument("--revision", help="branch of the Hub repository (default: main)")
@@ -224,12 +224,12 @@ def command_line() -> argparse.ArgumentParser:
         "convert",
         help="make a reward model of a checkpoint of another layout",
         description="Convert a checkpoint with a value head (the GRM authors', TRL's, LLaMA-Factory's), a stock "
-        "sequence classifier, an exported model or a LoRA adapter with such a head. What it is, is read from its "
-        "weights; none of its code is run. Layouts and policies: docs/formats.md.",
+        "sequence classifier, an exported model or a LoRA adapter with such a head. The weights decide what "
+        "it is; none of its code is run. Layouts and policies: docs/formats.md.",
     )
     convert.add_argument("source", help="Hub id or folder of the checkpoint or adapter")
     convert.add_argument("output", help="folder to write")
-    convert.add_argument("--base", help="Hub id or folder of the language model below (adapters; untied text heads)")
+    convert.add_argument("--base", help="Hub id or folder of the language model below (adapters; untied LM heads)")
     convert.add_argument("--bos-policy", choices=["single", "double"], help="how its training read chats")
     convert.add_argument("--max-length", type=int, help="longest sequence to score (default: its tokenizer's)")
     convert.add_argument("--revision", help="branch, tag or commit of the source")
@@ -239,8 +239,8 @@ def command_line() -> argparse.ArgumentParser:
         "export",
         help="write a reward model in a layout that transformers, vLLM and SGLang know",
         description="Write a linear head as the native sequence classifier of its body, an MLP head on a Llama or "
-        "Qwen body as the engines' reward model: the same function, checked on the golden rows, or refused. The LM "
-        "head stays behind. The card in the folder says how to serve it.",
+        "Qwen body as the engines' reward model. The result is the same function, checked on the golden rows, or the "
+        "export is refused. The LM head stays behind. The card in the folder says how to serve it.",
     )
     export.add_argument("model", help="Hub id or folder of a reward model")
     export.add_argument("output", help="folder to write")
@@ -248,7 +248,7 @@ def command_line() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     demo = commands.add_parser(
-        "demo", help="train a Bradley-Terry model and GRM on real pairs, and compare what they know and say"
+        "demo", help="train a Bradley-Terry model and GRM on real pairs, and compare what they learned and still say"
     )
     demo.add_argument("--output", default="runs/demo", help="folder for results (default: runs/demo)")
     demo.add_argument("--pairs", type=int, default=240, help="pairs to train on (default: 240)")
@@ -353,7 +353,7 @@ def _dataset(script, mixture):
 
 
 def summary(trainer) -> str:
-    """What a training run did, in a few lines: rows, accuracies, where the model is and how to load it."""
+    """A training run in a few lines: rows, accuracies, the model's folder and how to load it."""
     lines = ["", *(str(counts) for counts in trainer.data_counts.values())]
     for name, label in (("accuracy", "reward head"), ("implicit_accuracy", "LM head")):
         for prefix, where in (("eval_", "evaluation"), ("", "training (last log line)")):
@@ -384,7 +384,7 @@ def _score(args):
         model = model_digest(scorer)
         results = Results(args.output, [digest(row.content, model, depends) for row in rows], write=is_main)
         missing = set(results.missing)
-        # Texts share what they have in common within a window, and round by it: so a window is computed as it was.
+        # Texts share a beginning within a window, which affects rounding: so the windows stay the same.
         window = WINDOW * (1 if accelerator is None else accelerator.num_processes)
         begun = {i // window for i in missing}
         todo = [i for i in todo if i // window in begun]
@@ -415,7 +415,7 @@ def _score(args):
 
 
 def _scorer(args, accelerator):
-    """What scores, what is done to each score, and what that depends on besides the weights."""
+    """The scorer, the transform of each score, and the settings that the result depends on besides the weights."""
     from .rewards import RewardEnsemble, Transform
     from .scoring import GRMScorer
 
@@ -443,7 +443,7 @@ def _accelerator():
     from accelerate import Accelerator
     from torch.accelerator import is_available
 
-    return Accelerator(cpu=not is_available())  # left to itself it takes processes on CPUs for one
+    return Accelerator(cpu=not is_available())  # by itself it does not see several processes on CPUs
 
 
 # ----------------------------------------------------------------------------------------------------- compare, others
@@ -484,7 +484,7 @@ def _best_of_n(args):
 
 
 def _answer(line):
-    """An answer from a line: the line itself, or the string that it is as JSON (which may hold line breaks)."""
+    """The answer in a line: the line itself, or the JSON string in it (which may hold line breaks)."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError:
@@ -532,7 +532,7 @@ def _eval(args):
 
 
 def _evaluated(folder, runs):
-    """Put results on the card of a model's folder, and say so."""
+    """Put results on the card of a model's folder, and print that."""
     from .evaluation.report import card_rows
     from .hub.card import add_results
 

@@ -1,7 +1,7 @@
-"""Configuration of a Generalizable Reward Model: the base's own text configuration, the reward head, and every policy
-that a score depends on (beginning and end tokens, maximum length, scale), so that one folder gives one number.
+"""Configuration of a Generalizable Reward Model: the base's text configuration, the reward head, and every policy that
+a score depends on (beginning and end tokens, maximum length, scale). One folder thus gives one number.
 
-This file is shipped to the Hub as it is: it imports transformers and nothing else.
+This file is shipped to the Hub as it is, so it imports only transformers.
 """
 
 import copy
@@ -17,7 +17,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_grm.GRMForSequenceClassification",
     "AutoModelForSequenceClassification": "modeling_grm.GRMForSequenceClassification",
 }
-TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # what rewardbench loads a model with
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # rewardbench loads a model with it
 CHECKED_ON_4 = (
     *("bloom", "cohere", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
     *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3"),
@@ -39,9 +39,9 @@ def _text_property(name):
 
 
 def as_in_transformers_4(fields):
-    """The fields of a text configuration as transformers 4 reads them. What transformers 5 writes about rotary
-    embeddings and kinds of layers, 4 does not know: it would go on with a default, to another number without a word.
-    `ValueError` where it cannot be told, or where nobody has checked."""
+    """The fields of a text configuration as transformers 4 reads them. transformers 4 does not know the fields of 5
+    for rotary embeddings and kinds of layers: it would use a default and silently give a different score. `ValueError`
+    if the fields cannot be translated, or if nobody has checked the translation."""
     fields = dict(fields)
     kind, layers = fields["model_type"], fields.get("layer_types") or []
     rope = fields.pop("rope_parameters", None) or {}
@@ -56,7 +56,7 @@ def as_in_transformers_4(fields):
     rope = dict(rope)
     known = known and rope.get("rope_type", "default") in ("default", "linear", "dynamic", "yarn", "llama3")
     if rope.get("rope_type") == "yarn":
-        longest = rope.get("original_max_position_embeddings", 0) * rope["factor"]  # some releases of 4 assume that
+        longest = rope.get("original_max_position_embeddings", 0) * rope["factor"]  # some releases of 4 assume it
         known = known and rope.get("truncate", True) and longest == fields.get("max_position_embeddings")
     if kind not in CHECKED_ON_4 or layers != usual or fields.get("use_sliding_window") or not known:
         raise ValueError(
@@ -87,14 +87,14 @@ class GRMConfig(PretrainedConfig):
             Number of hidden layers of the MLP head.
         head_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the hidden state before the head, while training. TRL's trainers set every dropout to 0 unless
-            told otherwise (`disable_dropout=False`); the original used 0.1.
+            `disable_dropout=False`; the original used 0.1.
         bos_policy (`str`, *optional*, defaults to `"single"`):
-            `"single"` never doubles the beginning-of-sequence token; `"double"` tokenises rendered chat text with
-            special tokens, as the original did: for checkpoints that were trained that way.
+            `"single"` never doubles the beginning-of-sequence token. `"double"` is for checkpoints trained as the
+            original: rendered chat text is tokenised with special tokens.
         max_sequence_length (`int`, *optional*):
             Longest token sequence that is scored, prompt and response together. Set by the trainer. `None`: no limit.
         overlength (`str`, *optional*, defaults to `"truncate_left"`):
-            What happens to a longer one when scoring: `"truncate_left"` (the response and its terminator stay) or
+            What scoring does with a longer one: `"truncate_left"` (the response and its terminator stay) or
             `"error"`.
         reward_mean (`float`, *optional*, defaults to `0.0`):
             Mean reward over the last evaluation set (training sets it).
@@ -126,7 +126,7 @@ class GRMConfig(PretrainedConfig):
     ]
 
     # What rewardbench, TRL, PEFT and DeepSpeed read (and write) on a model's top-level configuration. Explicit
-    # properties: a `__getattr__` would make the base class act on the child's attributes while it initialises.
+    # properties: a `__getattr__` would let the base class act on the child's attributes while it initialises.
     vocab_size = _text_property("vocab_size")
     hidden_size = _text_property("hidden_size")
     num_hidden_layers = _text_property("num_hidden_layers")
@@ -186,8 +186,8 @@ class GRMConfig(PretrainedConfig):
                 fields = as_in_transformers_4(fields)
             text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:
-            # The base class pushes its own attention setting into sub-configurations: hand the child's on, and work
-            # on a copy, or a live language model would lose its causal mask (transformers 5.23).
+            # The base class pushes its own attention setting into sub-configurations. So the child's is handed on, and
+            # a copy is changed: otherwise a live language model would lose its causal mask (transformers 5.23).
             kwargs.setdefault("attn_implementation", text_config._attn_implementation)
             if hasattr(text_config, "_experts_implementation"):
                 kwargs.setdefault("experts_implementation", text_config._experts_implementation)
@@ -197,7 +197,7 @@ class GRMConfig(PretrainedConfig):
             raise ValueError(f"A reward model gives one number, found {labels} labels. Leave `num_labels` at 1.")
         if not kwargs.get("id2label"):
             kwargs.update(id2label={0: "REWARD"}, label2id={"REWARD": 0})
-        # "regression" is what keeps the text-classification pipeline and vLLM from putting a sigmoid on the reward.
+        # "regression" keeps the text-classification pipeline and vLLM from putting a sigmoid on the reward.
         kwargs["problem_type"] = kwargs.get("problem_type") or "regression"
         # sentence-transformers' CrossEncoder reads this, and would put a sigmoid on the reward.
         kwargs.setdefault("sentence_transformers", {"activation_fn": "torch.nn.modules.linear.Identity"})
@@ -216,21 +216,21 @@ class GRMConfig(PretrainedConfig):
         self.reward_std = reward_std
         self.reward_temperature = reward_temperature
         self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
-        # The base class gives what it does not get its own default, transformers 4 also the ids and the tying.
+        # The base class sets its own default for what it does not get; transformers 4 does so for ids and tying too.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "output_hidden_states"):
             if hasattr(text_config, name):
                 kwargs.setdefault(name, getattr(text_config, name))
         output_attentions = kwargs.pop("output_attentions", text_config.output_attentions)
         super().__init__(**kwargs)
         self.output_attentions = output_attentions
-        # One class can be registered for one Auto class only: the map names all three. The files it names are saved
-        # beside it; a repository that the model was loaded from is not asked for them again.
+        # A class can be registered for one Auto class only, so the map names all three. The files that it names are
+        # saved beside it; no repository is asked for them again.
         self.auto_map = {**auto_map, **AUTO_MAP}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """The configuration file of a reward model; a `ValueError` for that of any other model, which would otherwise
-        become the default configuration: a language model of 7 billion random weights."""
+        """The configuration file of a reward model. The file of any other model is a `ValueError`: it would otherwise
+        become the default configuration, a language model of 7 billion random weights."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         path, model_type = pretrained_model_name_or_path, config.get("model_type")
         if model_type != cls.model_type:
@@ -248,7 +248,7 @@ class GRMConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """The configuration of a dictionary, changed by keywords; those of `text_config` are written there."""
+        """The configuration from a dictionary, changed by keywords. Keywords of `text_config` are written there."""
         wanted = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         for name in list(unused):

@@ -1,5 +1,5 @@
-"""What a process does with its device: which one is its own, whether it holds a whole model, who uses a model in
-evaluation mode and who trains it, and the settings of a worker."""
+"""The device of a process, whether the process holds a whole model, which threads evaluate or train a model, and the
+settings of a worker."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 
 class _Turns:
-    """Who uses a model: any number of threads in evaluation mode, or one that has it to itself."""
+    """Who uses a model: several threads in evaluation mode, or one thread alone."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -37,8 +37,8 @@ def _turns_of(model: nn.Module) -> _Turns:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within it, for this thread and all others that evaluate; after the last of them every module has
-    the mode it had. Waits while another thread has the model [`alone`]."""
+    """A context with the model in evaluation mode, for this thread and all others that evaluate. After the last of
+    them every module has its earlier mode. Waits while another thread has the model [`alone`]."""
     turns, me = _turns_of(model), threading.get_ident()
     with turns.changed:
         nested = turns.evaluating[me] > 0 or turns.owner == me
@@ -60,8 +60,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """For a training step, or whatever else changes the state of `model`: within it no other thread evaluates, trains
-    or changes its mode. Waits until none does."""
+    """A context for a training step, or for any other change of the state of `model`: meanwhile no other thread
+    evaluates it, trains it or changes its mode. Waits until none does."""
     turns, me = _turns_of(model), threading.get_ident()
     with turns.changed:
         turns.waiting += 1
@@ -79,8 +79,8 @@ def alone(model: nn.Module) -> Iterator[None]:
 
 
 def is_whole(model: nn.Module) -> bool:
-    """Whether this process can run `model` alone: no part of it is with other processes (FSDP, ZeRO-3, tensor
-    parallelism), where a forward waits until all of them run one."""
+    """Whether this process can run `model` alone. If parts are with other processes (FSDP, ZeRO-3, tensor
+    parallelism), a forward waits until all processes run one."""
     split = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     offloaded = getattr(model, "hf_device_map", None) is not None  # its meta weights are brought in by hooks
     return not split and not any(
@@ -98,7 +98,7 @@ def own_device() -> torch.device:
 
 
 def quiet() -> None:
-    """What a worker process sets before its first run."""
+    """The settings of a worker process before its first run."""
     import datasets
     import transformers
 

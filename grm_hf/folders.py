@@ -1,5 +1,5 @@
-"""A folder (or Hub id) to read a model from, with one sentence for all that can be wrong with it before anything is
-loaded; and a folder to write into, all or nothing."""
+"""Checks a folder (or Hub id) before a model is loaded from it, with one sentence for each fault; writes a folder all
+or nothing."""
 
 import json
 import os
@@ -22,11 +22,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 @contextmanager
 def readable(place: str | Path) -> Iterator[str]:
     """
-    A folder or Hub id to load from within it, as a string. Every command and [`GRMScorer`] load this way.
+    A context that gives a folder or Hub id to load from, as a string. Every command and [`GRMScorer`] load this way.
 
     Raises:
         `ValueError`: there is no such folder; it is a file; a file in it is a git-lfs pointer or incomplete; it holds
-            two sets of weights; or what is loaded within it is no repository that can be reached.
+        two sets of weights; or the repository cannot be reached.
     """
     place = os.fspath(place)
     if os.path.isdir(place):
@@ -47,7 +47,7 @@ def readable(place: str | Path) -> Iterator[str]:
 
 
 def check_files(folder: str | Path) -> None:
-    """Refuse a folder whose files are not what they seem: git-lfs pointers, files cut short, two sets of weights."""
+    """Refuse a folder with git-lfs pointers, files cut short, or two sets of weights."""
     for path in sorted(Path(folder).iterdir()):
         if not path.is_file() or not (path.suffix in WEIGHTS or path.name.startswith("tokenizer")):
             continue
@@ -75,7 +75,8 @@ def check_files(folder: str | Path) -> None:
 
 
 def loaded_weights(folder: str | Path) -> list[str]:
-    """The safetensors files that `from_pretrained` takes of a folder: the single file, or the shards of the index."""
+    """The safetensors files that `from_pretrained` reads from a folder: the single file, or the shards of the
+    index."""
     single = "model.safetensors"
     return [single] if (Path(folder) / single).is_file() else _shards(folder, single) or [single]
 
@@ -115,7 +116,7 @@ def _cut(path: Path) -> str | None:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` at the end, or nothing: no half of one is ever left there."""
+    """A context with a folder to write into. It becomes `output` at the end; after an error nothing is left."""
     path = Path(output).resolve()  # a link to an empty folder stays one
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"'{output}' exists and is not an empty folder. Choose another one; nothing is overwritten.")

@@ -1,6 +1,6 @@
-"""The reward heads: a hidden state in, one number out, always computed in float32.
+"""The reward heads turn a hidden state into one number. They always compute in float32.
 
-This file is shipped to the Hub as it is: it imports torch and nothing else.
+This file is shipped to the Hub as it is, so it imports only torch.
 """
 
 import torch
@@ -8,8 +8,8 @@ from torch import nn
 
 
 class GRMLinear(nn.Linear):
-    """A linear layer that computes in float32 or wider, whatever the dtype of its weights and whatever autocast says:
-    rewards differ by little, and bfloat16 would round the difference away."""
+    """A linear layer that computes in float32 or wider, whatever the dtype of its weights and autocast. Rewards differ
+    by little, and bfloat16 would round the difference away."""
 
     def forward(self, x):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -35,7 +35,7 @@ class GRMMLPHead(nn.Module):
     def __init__(self, hidden_size, width=1024, num_layers=1, dropout=0.0):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        # Names such as `mlp`, `gate` or `experts` are targets of renaming rules for published checkpoints: not used.
+        # Not named `mlp`, `gate` or `experts`: renaming rules for published checkpoints change such names.
         self.dense = nn.ModuleList(GRMLinear(hidden_size if i == 0 else width, width) for i in range(num_layers))
         self.out = GRMLinear(width, 1)
 

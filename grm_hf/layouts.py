@@ -1,9 +1,9 @@
-"""A batch of preference pairs as padded rows, as one packed row, or as one row of trees in which every common prefix
-stands once; and which of these a model can run exactly.
+"""A batch of preference pairs as padded rows, as one packed row, or as one row of trees that has every common prefix
+once; and which of these a model can run exactly.
 
-`shared_prefix` is the padded computation without its repetitions: a token's hidden state depends on its position and
-on the tokens before it, so sequences that begin alike share the states of what they share. Each token is computed
-once, at the position it has in its own sequence; a branch attends to its prefix and to itself (`grm_hf.attention`).
+`shared_prefix` is the padded computation without its repetitions. A token's hidden state depends on its position and
+on the tokens before it, so sequences share the states of a common beginning. Each token is computed once, at its
+position in its own sequence. A branch attends to its prefix and to itself (`grm_hf.attention`).
 """
 
 import warnings
@@ -20,7 +20,7 @@ from .modeling_grm import GRMForSequenceClassification
 
 
 LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
-MIN_SHARED = 8  # tokens: below that, a branch's mask and copied keys cost more than what it saves
+MIN_SHARED = 8  # tokens: a shorter prefix saves less than a branch's mask and copied keys cost
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -28,18 +28,18 @@ MIN_SHARED = 8  # tokens: below that, a branch's mask and copied keys cost more 
 
 class Segment(NamedTuple):
     """
-    A run of a row: tokens that follow each other in all sequences that they belong to.
+    A run of tokens in a row that follow each other in all their sequences.
 
     Args:
         start, length (`int`):
             Where it stands in the row.
         parent (`int`):
-            The segment that comes before it in its sequences; -1 for none.
+            The segment before it in its sequences; -1 for none.
         shared (`int`):
-            How many tokens come before the run in its sequences. They are the first ones of the sequence that ends
-            with `parent`: if `shared` is less than that sequence has, the two part within it.
+            How many tokens come before the run in its sequences. They are the first tokens of the sequence that ends
+            with `parent`. If that sequence is longer than `shared`, the two part within it.
 
-    Three answers, of which the first two begin alike; the third parts from the second within what that one shares:
+    Three answers. The first two begin alike. The third parts from the second within the part that the second shares:
 
     ```python
     >>> prompt, begin = list(range(10)), list(range(10, 20))
@@ -88,7 +88,7 @@ class Forest:
 def plant(sequences: Sequence[Sequence[int]], share: bool = True) -> Forest:
     """Lay token sequences out in one row, with (`share`) or without their common prefixes merged."""
     forest = Forest([], [], [], [[] for _ in sequences])
-    # In sorted order the longest prefix that a sequence has in common with any before it, it has with its neighbour.
+    # In sorted order a sequence has its longest common prefix with its neighbour.
     order = sorted(range(len(sequences)), key=lambda i: list(sequences[i])) if share else range(len(sequences))
     before: Sequence[int] = ()
     path: list[int] = []
@@ -117,7 +117,7 @@ def lay_out(
     sequences: Sequence[Sequence[int]], layout: str, pad_token_id: int = 0, pad_to_multiple_of: int | None = None
 ) -> tuple[dict[str, torch.Tensor], Sequence[Sequence[int]]]:
     """
-    The one way from token sequences to a batch, for training and for scoring.
+    Makes a batch of token sequences, for training and for scoring.
 
     Args:
         sequences (`Sequence[Sequence[int]]`):
@@ -133,7 +133,7 @@ def lay_out(
     Returns:
         The batch for [`model_kwargs`]: `input_ids`, and `attention_mask` (padded), or `position_ids`, `segments`
         `(num_segments, 4)`, `read_index` `(num_sequences,)` (where each reward is read) and `output_rows` (every index
-        whose hidden state is read). And for each sequence the index of each of its tokens in the flattened batch.
+        whose hidden state is read); and for each sequence the index of each of its tokens in the flattened batch.
     """
     if layout == "padded":
         length = filled(max(map(len, sequences)), pad_to_multiple_of)
@@ -183,13 +183,13 @@ class PairCollator:
         pad_to_multiple_of (`int`, *optional*):
             Fill rows up to a multiple of this length.
         max_tokens (`int`, *optional*):
-            Split the pairs, in their order, into batches of at most so many tokens, padding included (a longer pair
-            is a batch by itself), and return `{"parts": [batch, ...]}`.
+            Split the pairs, in their order, into batches of at most this many tokens with padding, and return
+            `{"parts": [batch, ...]}`. A longer pair is a batch by itself.
 
     A pair is a `dict` with `chosen_ids`, `rejected_ids` (`list[int]`), `chosen_start`, `rejected_start` (`int`, index
     of the first response token; needed with a text loss), and optionally `margin`, `ref_chosen_logps`,
-    `ref_rejected_logps` (`float`). A response at index 0 has no hidden state that predicts its first token: this token
-    is left out of the text loss.
+    `ref_rejected_logps` (`float`). If a response starts at index 0, no hidden state predicts its first token, and the
+    text loss leaves this token out.
 
     Returns:
         `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments` (see [`Forest`]),
@@ -281,8 +281,8 @@ def resolve_layout(
     layout: str, model: GRMForSequenceClassification, warn: Callable[[str], None] = warnings.warn
 ) -> str:
     """
-    The layout to train with: `layout`, if it is exact for this model, otherwise `"padded"`. One look at the model's
-    class and configuration, and one run of a few tokens in both layouts.
+    The layout to train with: `layout` if it is exact for this model, otherwise `"padded"`. Reads the model's class and
+    configuration, and runs a few tokens in both layouts.
 
     Args:
         layout (`str`):
@@ -290,7 +290,7 @@ def resolve_layout(
         model ([`GRMForSequenceClassification`]):
             The model, as it is or wrapped by PEFT.
         warn (`Callable`, *optional*):
-            Takes the one message that says why it is `"padded"`.
+            Gets the message that says why the result is `"padded"`.
 
     Returns:
         `str`: `"padded"`, `"packed"` or `"shared_prefix"`.
@@ -320,7 +320,7 @@ def _why_inexact(layout: str, model: GRMForSequenceClassification) -> str | None
     if other := sorted(set(layer_types or ()) - {"full_attention", "sliding_attention"}):
         return f"{name} has layers of type {', '.join(other)}"
     if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
-        return None  # weights are elsewhere (ZeRO-3, meta device): there is nothing to try it on
+        return None  # weights are elsewhere (ZeRO-3, meta device), so nothing can be tried
     try:
         error, tolerance, windows = _try(layout, model)
     except Exception as problem:
@@ -338,8 +338,8 @@ def _why_inexact(layout: str, model: GRMForSequenceClassification) -> str | None
 
 @torch.no_grad()
 def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float, int]:
-    """Relative difference of hidden states between `layout` and padded rows, what rounding explains, and the number of
-    layers that asked for a sliding window."""
+    """Relative difference of hidden states between `layout` and padded rows, the part that rounding explains, and the
+    number of layers that asked for a sliding window."""
     embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randint(embeddings.shape[0], (n,), generator=generator).tolist()  # noqa: E731

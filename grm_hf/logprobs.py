@@ -1,9 +1,9 @@
-"""Log-probability of given tokens under the LM head, summed per sequence, without ever holding the
-`(tokens, vocabulary)` matrix: rows of hidden states go through the head in chunks of at most `ROWS`.
+"""Log-probability of given tokens under the LM head, summed per sequence. The `(tokens, vocabulary)` matrix never
+exists as a whole: hidden states go through the LM head in chunks of at most `ROWS` rows.
 
-Two exact ways. A head that is one `nn.Linear` makes its gradient while the chunk of logits is still there
-(`_LinearHead`: three matrix products a token, as with full logits). Any other head (soft-capped, scaled, with an
-adapter) goes through `model.lm_logits`, and each chunk is computed again in the backward.
+There are two exact ways. If the LM head is one `nn.Linear`, its gradient is computed while the chunk of logits is in
+memory (`_LinearHead`: three matrix products a token, as with full logits). Any other LM head (soft-capped, scaled,
+with an adapter) goes through `model.lm_logits`, and the backward computes each chunk again.
 """
 
 from collections.abc import Callable
@@ -48,10 +48,10 @@ def sequence_logps(
         n_sequences (`int`):
             Number of sequences `n`; those without tokens get 0.
         loss (`Callable`, *optional*):
-            The scalar loss that will be taken of the result, as a function of the `(n,)` sums, up to a constant
-            factor; its gradient for sequences `i` and `i + n // 2` may depend on these two sums only (as of every loss
-            that adds up over pairs). It saves one matrix product of four and never changes the result: if the gradient
-            that arrives is another, the head is computed again.
+            The scalar loss of the `(n,)` sums that the caller will compute, up to a constant factor. Its gradient for
+            sequences `i` and `i + n // 2` may depend on these two sums only, as in every loss that is a sum over
+            pairs. It saves one matrix product of four and never changes the result: if another gradient arrives, the
+            chunks are computed again.
 
     Returns:
         `torch.Tensor` of shape `(n,)`: natural logarithms, in float32 (float64 for a float64 model), differentiable.
@@ -79,10 +79,10 @@ def _token_logps(rows: torch.Tensor, targets: torch.Tensor, lm_logits: Callable)
 
 
 def _is_plain_linear(head: nn.Module, model: GRMForSequenceClassification, flat: torch.Tensor) -> bool:
-    """Whether `model.lm_logits` is nothing but this `nn.Linear`, whose weight can be used as it is."""
+    """Whether `model.lm_logits` is just this `nn.Linear`, so that its weight can be used directly."""
     hooked = hasattr(head, "_hf_hook") or head._forward_hooks or head._forward_pre_hooks
     if type(head) is not nn.Linear or hooked or type(head.weight.data) is not torch.Tensor or not len(flat):
-        return False  # adapters, quantised heads, heads whose weight is sharded or elsewhere until they are called
+        return False  # adapters, quantised LM heads, LM heads whose weight is sharded or offloaded until the call
     if head not in _is_plain:
         row = flat[:1].detach()
         with torch.no_grad():
@@ -94,9 +94,9 @@ class _LinearHead(torch.autograd.Function):
     """Sums of log-probabilities under `hidden @ weight.T + bias`.
 
     With G = softmax - onehot of a row, the gradient of sum_i c_i s_i is -c G W for the row and -(c G)^T hidden for the
-    weight. The first is linear in c row by row, so it is kept without c; the second mixes rows, so it needs each
-    sequence's c while G is there: `loss` gives it, pair by pair, and the backward checks that it differs from the
-    gradient that arrives by a constant factor only.
+    weight. The first is linear in c for each row, so it is kept without c. The second mixes rows, so it needs each
+    sequence's c while G is in memory: `loss` gives it, pair by pair. The backward checks that it differs from the
+    arriving gradient by a constant factor only.
     """
 
     @staticmethod
@@ -136,21 +136,22 @@ class _LinearHead(torch.autograd.Function):
 
 
 def _sums_alone(sums, chunks, owner):
-    """Adds up log-probabilities; whatever gradient is asked for later, the chunks are computed again."""
+    """Adds up log-probabilities; a later gradient computes the chunks again."""
     for rows in chunks.all_rows():
         sums.index_add_(0, owner[rows], chunks.compute(rows))
 
 
 def _sums_and_row_gradients(sums, chunks, owner, gradients):
-    """For a head that does not learn: the gradient of each row, up to its coefficient, while its logits are there."""
+    """For an LM head that does not learn: the gradient of each row, up to its coefficient, while its logits are in
+    memory."""
     for rows in chunks.all_rows():
         sums.index_add_(0, owner[rows], chunks.compute(rows))
         gradients.add(rows, chunks)
 
 
 def _sums_and_gradients(sums, chunks, owner, gradients, loss):
-    """For a head that learns: pair by pair, first the two sums, which give the pair's coefficients, then gradients.
-    Returns the coefficients, `(n_sequences,)`."""
+    """For an LM head that learns: for each pair first the two sums, which give the pair's coefficients, then the
+    gradients. Returns the coefficients, `(n_sequences,)`."""
     coefficients = torch.zeros_like(sums)
     for pairs in _pairs(owner, len(sums)):
         for rows in pairs.split(ROWS):
@@ -158,7 +159,7 @@ def _sums_and_gradients(sums, chunks, owner, gradients, loss):
         sequences = owner[pairs]
         coefficients[sequences] = _gradient(loss, sums)[sequences]
         for rows in pairs.split(ROWS):
-            if len(pairs) > ROWS:  # a long pair: its coefficient was not known when a chunk was there first
+            if len(pairs) > ROWS:  # a long pair: its coefficient was not known when its chunks were computed first
                 chunks.compute(rows)
             gradients.add(rows, chunks, coefficients[owner[rows]])
     return coefficients
@@ -194,7 +195,7 @@ class _Chunks:
 
 
 class _Gradients:
-    """What chunks add up to: the gradient of each row before its coefficient, and that of the head."""
+    """The sums over chunks: the gradient of each row before its coefficient, and that of the LM head."""
 
     def __init__(self, needed, weight, bias, n_rows):
         self.rows = weight.new_empty(n_rows, weight.shape[1]) if needed[0] else None
@@ -221,7 +222,7 @@ class _Gradients:
         self.empty = False
 
     def finish(self, flat, index, coefficients, factor):
-        """Gradients of `flat`, of the weight and of the bias; `factor` is what the head's is still to be scaled by."""
+        """Gradients of `flat`, of the weight and of the bias; `factor` scales those of the LM head."""
         grad_flat = None
         if self.rows is not None:
             rows = self.rows.mul_(-coefficients[:, None]).to(flat.dtype)
@@ -240,7 +241,7 @@ def _gradient(loss: Callable[[torch.Tensor], torch.Tensor], sums: torch.Tensor) 
 
 
 def _constant_factor(grad: torch.Tensor, coefficients: torch.Tensor) -> float | None:
-    """`f` if `grad = f * coefficients` to rounding, otherwise `None`."""
+    """`f` if `grad = f * coefficients` up to rounding, otherwise `None`."""
     largest = coefficients.abs().argmax()
     factor = grad[largest] / coefficients[largest]
     epsilon = torch.finfo(grad.dtype).eps

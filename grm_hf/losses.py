@@ -20,10 +20,10 @@ class PairLoss(NamedTuple):
     """A loss on the rewards of a pair.
 
     Attributes:
-        formula (`str`): For people (README, card, `--help`); `r_c` and `r_r` are the rewards.
+        formula (`str`): The formula in README, card and `--help`; `r_c` and `r_r` are the rewards.
         reads_margin (`bool`): Whether it needs the strength of each preference, `margin`.
-        function (`Callable`): `(d, margin, label_smoothing)` to `(B,)`, `d` being the difference of the rewards.
-        source (`str`): Where it is from.
+        function (`Callable`): `(d, margin, label_smoothing)` to `(B,)`; `d` is the difference of the rewards.
+        source (`str`): The publication or library it comes from.
     """
 
     formula: str
@@ -33,8 +33,8 @@ class PairLoss(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """What text losses are made of: tensors `(B,)` of summed log-probabilities, and of the number of tokens in a sum.
-    `None` where the loss does not read it."""
+    """The input of a text loss: tensors `(B,)` of summed log-probabilities, and of the number of tokens in a sum.
+    `None` if the loss does not read it."""
 
     chosen: torch.Tensor
     chosen_tokens: Any = None
@@ -47,12 +47,10 @@ class TextLoss(NamedTuple):
     """A loss on the log-probabilities of a pair's responses.
 
     Attributes:
-        formula (`str`): For people (README, card, `--help`); `s_c` and `s_r` are the sums, `ref_c` and `ref_r` those
-            of the reference.
-        sides (`str`): The responses whose log-probability it reads, `"chosen"` or `"both"`.
-        reference (`bool`): Whether it needs the log-probabilities under a reference model.
-        function (`Callable`): `(responses, beta)` to `(B,)`.
-        source (`str`): What is said of it.
+        formula (`str`): The formula in README, card and `--help`; `s_c` and `s_r` are the sums, `ref_c` and `ref_r`
+        those of the reference. sides (`str`): The responses whose log-probability it reads, `"chosen"` or `"both"`.
+        reference (`bool`): Whether it needs the log-probabilities under a reference model. function (`Callable`):
+        `(responses, beta)` to `(B,)`. source (`str`): A remark for README and card.
     """
 
     formula: str
@@ -183,11 +181,11 @@ def text_loss(
         beta (`float`):
             Inverse temperature. Not used by `"sft_nll"` and `"sft_token_mean"`.
         chosen_logps, rejected_logps (`torch.Tensor` of shape `(B,)`):
-            Summed log-probabilities of the responses. `TEXT_LOSSES[name].sides` tells which are needed.
+            Summed log-probabilities of the responses. `TEXT_LOSSES[name].sides` says which are needed.
         chosen_tokens (`torch.Tensor` of shape `(B,)`):
             Number of response tokens in each sum; for `"sft_token_mean"`. Where it is 0, the loss is 0.
         ref_chosen_logps, ref_rejected_logps (`torch.Tensor` of shape `(B,)`):
-            The same sums under the reference model, where `TEXT_LOSSES[name].reference`.
+            The same sums under the reference model, if `TEXT_LOSSES[name].reference`.
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
@@ -202,7 +200,7 @@ def centering(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 def total_loss(pair: torch.Tensor, text: torch.Tensor | None, alpha: float) -> torch.Tensor:
-    """`(1 - alpha) * pair + alpha * text`; the very same `pair` where there is no text loss or alpha is 0."""
+    """`(1 - alpha) * pair + alpha * text`; exactly `pair` if there is no text loss or alpha is 0."""
     if text is None or alpha == 0:
         return pair
     return (1 - alpha) * pair + alpha * text

@@ -1,12 +1,11 @@
-"""How good a reward model is, from rewards alone: accuracy, calibration, intervals, benchmark scores, best-of-n, rank
+"""Measures of a reward model from its rewards: accuracy, calibration, intervals, benchmark scores, best-of-n, rank
 correlations, length bias, and the distance between two rewards.
 
-A preference pair enters as its *margin*, the reward of the chosen response minus that of the rejected one, in the
-units of the reward model; `sigmoid(margin / temperature)` is the probability that the model gives to the human's
-choice. Every function is pure, needs numpy only, gives numbers as Python floats, and refuses what has no meaning (an
-empty input, unequal lengths, NaN, infinity) by index. `pairwise_metrics`, `one_to_many_metrics` and `graded_metrics`
-put the small functions together into one flat dictionary; there, a number that is not defined for the data is left
-out.
+The *margin* of a preference pair is the reward of the chosen response minus that of the rejected one, in the units of
+the reward model. `sigmoid(margin / temperature)` is the probability that the model gives to the human's choice. Every
+function is pure, needs numpy only and returns Python floats. It refuses invalid input (an empty input, unequal
+lengths, NaN, infinity) and names the index. `pairwise_metrics`, `one_to_many_metrics` and `graded_metrics` combine the
+small functions into one flat dictionary. They leave out a number that is not defined for the data.
 
 Random numbers come from a seeded generator: equal inputs give equal intervals.
 """
@@ -25,8 +24,8 @@ Sections = Literal["rewardbench"] | Mapping[str, Mapping[str, float] | Sequence[
 # The fitted temperature stays within this factor of the mean absolute margin.
 TEMPERATURE_BOUND = 1000.0
 
-# RewardBench 1 (arXiv 2403.13787): the subsets of each section and their weights, which are the numbers of pairs
-# except for `math-prm`: 447 pairs that count as 984, as many as the six code subsets together.
+# RewardBench 1 (arXiv 2403.13787): the subsets of each section and their weights. A weight is the number of pairs,
+# except for `math-prm`: its 447 pairs count as 984, as many as the six code subsets together.
 REWARDBENCH: dict[str, dict[str, float]] = {
     "Chat": {
         "alpacaeval-easy": 100,
@@ -100,7 +99,7 @@ def _require_equal_lengths(**columns: Sequence | np.ndarray) -> None:
 
 
 def _codes(name: str, labels: Iterable[Hashable] | None, n: int) -> tuple[np.ndarray, list]:
-    """Labels as integers in the order of first appearance, and the labels; without labels each row is its own."""
+    """Labels as integers in the order of first appearance, and the labels; without labels each row has its own."""
     if labels is None:
         return np.arange(n), list(range(n))
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
@@ -115,7 +114,7 @@ def _codes(name: str, labels: Iterable[Hashable] | None, n: int) -> tuple[np.nda
 
 
 def _key(label: Any) -> Hashable:
-    """What equal labels have in common, also where these are lists, such as the messages of a prompt."""
+    """A hashable key that equal labels share, also for lists such as the messages of a prompt."""
     if isinstance(label, dict):
         return (dict, *sorted((key, _key(value)) for key, value in label.items()))
     return (list, *map(_key, label)) if isinstance(label, (list, tuple)) else label
@@ -149,8 +148,8 @@ def pair_margins(chosen: Any, rejected: Any) -> np.ndarray:
 
 def pair_wins(margins: Any, ties: Ties = 0.5) -> np.ndarray:
     """
-    What each pair counts: 1 for a positive margin, 0 for a negative one, and for a margin of exactly zero `ties`: 0
-    (as RewardBench 1 counts), 0.5 (a fair coin), 1, or `"drop"`, which gives NaN.
+    The win of each pair: 1 for a positive margin, 0 for a negative one, `ties` for a margin of exactly zero: 0 (as in
+    RewardBench 1), 0.5 (a fair coin), 1, or `"drop"`, which gives NaN.
 
     >>> pair_wins([1.0, 0.0, -1.0], ties=0.5).tolist()
     [1.0, 0.5, 0.0]
@@ -225,9 +224,9 @@ def reliability(margins: Any, temperature: float = 1.0, bins: int = 10) -> list[
     """
     The bars of a reliability diagram.
 
-    The confidence of a prediction is `max(p, 1 - p)`, between 1/2 and 1, and it is right when the chosen response has
-    the higher reward; a tie is right half of the time. (With the chosen response always named first, all labels are 1:
-    the calibration of `p` itself would measure nothing.)
+    The confidence of a prediction is `max(p, 1 - p)`, between 1/2 and 1. The prediction is right if the chosen
+    response has the higher reward; a tie is half right. (The chosen response always comes first, so all labels are 1,
+    and the calibration of `p` itself would measure nothing.)
 
     Args:
         margins (`Sequence[float]`):
@@ -283,11 +282,11 @@ def fit_temperature(margins: Any) -> tuple[float, bool]:
     The temperature with the lowest [`log_loss`] on these pairs (temperature scaling, arXiv 1706.04599), and whether it
     hit its bound.
 
-    The loss is convex in `1 / temperature`, so the minimum is unique. It lies at infinity when the margins are not
-    positive on average (the best use of such a reward is a coin), and at zero when no margin is negative (separable
-    pairs: there is nothing to learn a scale from). The result then is `TEMPERATURE_BOUND` times, or one part in
-    `TEMPERATURE_BOUND` of, the mean absolute margin, and the second value is `True`. Margins that are all zero fit
-    every temperature: `(1.0, True)`. Scaling the margins scales the result.
+    The loss is convex in `1 / temperature`, so the minimum is unique. It lies at infinity if the margins are not
+    positive on average (a coin is then better), and at zero if no margin is negative (separable pairs give no scale).
+    The result is then `TEMPERATURE_BOUND` times, or one part in `TEMPERATURE_BOUND` of, the mean absolute margin, and
+    the second value is `True`. Margins that are all zero fit every temperature: `(1.0, True)`. Scaling the margins
+    scales the result.
 
     >>> temperature, at_bound = fit_temperature([1.0, 1.0, 1.0, -1.0])  # right 3 times in 4: sigmoid(1 / T) = 3 / 4
     >>> round(temperature * math.log(3), 6), at_bound
@@ -321,9 +320,9 @@ def fit_temperature(margins: Any) -> tuple[float, bool]:
 
 def wilson_interval(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """
-    Interval for a share, from the score test (Wilson, 1927). Assumes independent trials: for several pairs of one
-    prompt see [`bootstrap_interval`]. `successes` may be half-integer; a half win varies less than a trial that is won
-    or lost, so the interval then is a little wide.
+    Interval for a share, from the score test (Wilson, 1927). It assumes independent trials: for several pairs of one
+    prompt see [`bootstrap_interval`]. `successes` may be half-integer. A half win varies less than a whole one, so the
+    interval is then a little wide.
 
     >>> [round(x, 4) for x in wilson_interval(8, 10)]
     [0.4902, 0.9433]
@@ -368,7 +367,7 @@ def bootstrap_interval(
     """
     Percentile interval for the mean of `values`, from whole groups drawn with replacement.
 
-    Pairs of one prompt succeed and fail together, so it is prompts that are drawn, each with all its pairs.
+    Pairs of one prompt succeed and fail together, so prompts are drawn, each with all its pairs.
 
     Args:
         values (`Sequence[float]`):
@@ -406,9 +405,9 @@ def strata_interval(
     """
     Percentile interval for a weighted mean of the strata's means, such as a benchmark's score over its subsets.
 
-    Whole groups are drawn with replacement, each with all its values in whatever strata they lie. The sizes of the
-    strata are held fixed: what varies is the sum of `weight / size * (value - mean of the stratum)`. An end beyond the
-    least or the greatest value, which few groups can bring about, is moved there.
+    Whole groups are drawn with replacement, each with all its values in all strata. The sizes of the strata stay
+    fixed, and the sum of `weight / size * (value - mean of the stratum)` varies. With few groups an end may lie beyond
+    the least or the greatest value; it is then moved to that value.
 
     Args:
         values (`Sequence[float]`):
@@ -416,7 +415,7 @@ def strata_interval(
         strata (`Iterable[Hashable]`):
             The stratum of each value.
         weights (`Mapping[Hashable, float]`):
-            Of each stratum. They are divided by their sum.
+            Weight of each stratum. Weights are divided by their sum.
         groups, level, resamples, seed:
             As in [`bootstrap_interval`].
 
@@ -472,9 +471,9 @@ def compare_models(
 
     Returns:
         `dict[str, float]`: `accuracy_a`, `accuracy_b`, their `difference`, its paired bootstrap interval
-        (`difference_low`, `difference_high`, over groups), in how many groups each model does better (`better_a`,
-        `better_b`), and `p_value`: the exact sign test of these two counts, which without groups and ties is the exact
-        test of McNemar (1947).
+        (`difference_low`, `difference_high`, over groups), the number of groups in which each model does better
+        (`better_a`, `better_b`), and `p_value`, the exact sign test of these two counts. Without groups and ties it is
+        the exact test of McNemar (1947).
 
     >>> result = compare_models([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, -1.0])
     >>> result["difference"], result["better_a"], round(result["p_value"], 4)
@@ -529,7 +528,7 @@ def seed_interval(values: Any, level: float = 0.95) -> dict[str, float]:
             Confidence level.
 
     Returns:
-        `dict[str, float]`: `mean`, `std` (of single runs, `n - 1` in the denominator), `low`, `high`.
+        `dict[str, float]`: `mean`, `std` (of single runs, with `n - 1` in the denominator), `low`, `high`.
 
     >>> {name: round(x, 3) for name, x in seed_interval([0.70, 0.72, 0.74]).items()}
     {'mean': 0.72, 'std': 0.02, 'low': 0.67, 'high': 0.77}
@@ -556,7 +555,7 @@ def seed_interval(values: Any, level: float = 0.95) -> dict[str, float]:
 
 def subset_means(values: Any, subsets: Iterable[Hashable]) -> dict[Hashable, float]:
     """
-    Mean of `values` (wins, say) in each subset, in the order of first appearance.
+    Mean of `values` (for example wins) in each subset, in the order of first appearance.
 
     >>> subset_means([1.0, 0.0, 1.0], ["chat", "chat", "code"])
     {'chat': 0.5, 'code': 1.0}
@@ -572,8 +571,8 @@ def section_means(scores: Mapping[Any, float], sections: Mapping[str, Mapping[st
     Score of each section: the mean of its subsets' scores, weighted. The benchmark's score is the plain mean of the
     sections.
 
-    With [`REWARDBENCH`] these are the sections of RewardBench 1; the scores must come from `ties=0`, as its scripts
-    count. (Its leaderboard also averages in older test sets; they are not part of this.)
+    With [`REWARDBENCH`] these are the sections of RewardBench 1; the scores must come from `ties=0`, as in its
+    scripts. (The older test sets in the average of its leaderboard are left out.)
 
     Args:
         scores (`Mapping[str, float]`):
@@ -609,12 +608,13 @@ def one_to_many(chosen: Any, rejected: Iterable[Any], ties: Ties | Literal["shar
         rejected (`Iterable[Sequence[float]]` of length n):
             Rewards of the wrong responses to the same prompt; their number may differ.
         ties (*optional*, defaults to `0`):
-            What a prompt counts whose correct response shares the highest reward with wrong ones: as in [`pair_wins`],
-            or `"share"`: 1/k with k responses at the top, as RewardBench 2 counts.
+            The win of a prompt whose correct response shares the highest reward with wrong ones: as in [`pair_wins`],
+            or `"share"`: 1/k with k responses at the top, as in RewardBench 2.
 
     Returns:
-        `np.ndarray` of shape `(n, 3)`: for each prompt what it counts; the reciprocal rank of the correct response,
-        behind every wrong response with the same reward; and the reward of the correct one minus the best wrong one.
+        `np.ndarray` of shape `(n, 3)`: for each prompt its win; the reciprocal rank of the correct response, which
+        ranks behind every wrong response with the same reward; and the reward of the correct response minus that of
+        the best wrong one.
 
     >>> one_to_many([2.0, 1.0], [[1.0, 0.0, -1.0], [1.0, 3.0, 0.0]]).round(4).tolist()
     [[1.0, 1.0, 1.0], [0.0, 0.3333, -2.0]]
@@ -639,12 +639,12 @@ def rewardbench2_ties(ids: Sequence[str], scores: Sequence[Any], num_correct: Se
     Score of the `Ties` subset of RewardBench 2 (arXiv 2506.01937), by the formula of its `run_v2.py`.
 
     A prompt comes twice: with one correct response (`"ref:<number>"`) and with several (`"tied:<number>"`). A row is
-    accurate when its worst correct response is above its best wrong one; its *gap* is the distance of these two, and
-    its *spread* that of the best and the worst correct response. The score is the sum of
+    accurate if its worst correct response is above its best wrong one. Its *gap* is the distance of these two. Its
+    *spread* is the distance of the best and the worst correct response. The score is the sum of
 
     - 0.30 times the share of tied rows, and 0.30 times the share of ref rows, that are accurate;
-    - 0.20 times the share of prompts whose tied gap is larger than their spread, and 0.20 times the share of those for
-      which the smaller of the ref and the tied gap is;
+    - 0.20 times the share of prompts whose tied gap is larger than their spread, and 0.20 times the share of prompts
+      whose smaller gap (ref or tied) is larger;
     - 0.01 times the mean of `tanh(smaller gap / spread - 1)` over the prompts with a spread above 0.
 
     The score of RewardBench 2 is the plain mean of this and of the accuracies of the other five subsets, by
@@ -669,8 +669,8 @@ def rewardbench2_ties(ids: Sequence[str], scores: Sequence[Any], num_correct: Se
 
 def rewardbench2_tie_shares(ids: Sequence[str], scores: Sequence[Any], num_correct: Sequence[int]) -> np.ndarray:
     """
-    What each row adds to [`rewardbench2_ties`], whose arguments these are; `(n,)`. What a prompt counts that has both
-    rows, the tied one adds.
+    The part that each row adds to [`rewardbench2_ties`], `(n,)`; arguments as there. The tied row adds what depends on
+    both rows of a prompt.
 
     >>> rewardbench2_tie_shares(["ref:1", "tied:1"], [[3.0, 0.0], [3.0, 2.5, 0.0]], [1, 2]).round(6).tolist()
     [0.3, 0.709993]
@@ -719,9 +719,9 @@ def best_of_n(rewards: Any, gold: Any, n: int) -> float:
     Expected gold reward of the response that `rewards` picks among n, drawn without replacement from one prompt's
     samples.
 
-    The mean over all subsets of size n, in closed form: the sample of rank i by reward (from below) is the best of its
-    subset with probability `C(i - 1, n - 1) / C(N, n)`. Unbiased for n fresh samples. Equal rewards are picked among
-    at random.
+    This is the mean over all subsets of size n, in closed form: the sample of rank i by reward (from below) is the
+    best of its subset with probability `C(i - 1, n - 1) / C(N, n)`. It is unbiased for n fresh samples. Among equal
+    rewards it picks at random.
 
     Args:
         rewards, gold (`Sequence[float]` of length N):
@@ -843,7 +843,7 @@ def preference_graph(margins: Any) -> dict[str, float]:
 
 def roc_auc(scores: Any, labels: Any) -> float:
     """
-    Chance that a right response scores above a wrong one, of all such pairs; equal scores count half.
+    Share of pairs of a right and a wrong response in which the right one scores higher; equal scores count half.
 
     Args:
         scores (`Sequence[float]`):
@@ -885,19 +885,19 @@ def _starc_inputs(a: Any, b: Any, groups: Iterable[Hashable]) -> tuple[np.ndarra
 def starc_distance(a: Any, b: Any, groups: Iterable[Hashable]) -> float:
     """
     How different the preferences of two rewards are (STARC, Skalse et al., arXiv 2309.15257), for responses that end
-    an episode: each reward is centred on each prompt, brought to length 1, and the distance of the two vectors is
-    taken.
+    an episode. Each reward is centred on each prompt and scaled to length 1; the result is the distance of the two
+    vectors.
 
-    It equals `sqrt(2 - 2 * rho)`, rho being the correlation of the centred rewards: 0 for rewards that are equal up to
-    a positive factor and a shift for each prompt, sqrt(2) for unrelated ones, 2 for opposite ones, and 1 when one of
-    them is constant on every prompt. It depends on the policy that wrote the responses, few responses a prompt inflate
-    it, and it does not say which of the rewards is right.
+    It equals `sqrt(2 - 2 * rho)`, where rho is the correlation of the centred rewards: 0 for rewards that are equal up
+    to a positive factor and a shift for each prompt, sqrt(2) for unrelated ones, 2 for opposite ones, and 1 when one
+    of them is constant on every prompt. It depends on the policy that wrote the responses. Few responses a prompt
+    inflate it. It does not say which reward is right.
 
     Args:
         a, b (`Sequence[float]`):
             Both rewards of each response.
         groups (`Iterable[Hashable]`):
-            The prompt of each response. Prompts with a single response say nothing and count nothing.
+            The prompt of each response. Prompts with a single response do not count.
 
     Returns:
         `float` between 0 and 2.
@@ -958,20 +958,20 @@ def length_bias(
         chosen, rejected (`Sequence[float]`):
             Rewards.
         chosen_lengths, rejected_lengths (`Sequence[float]`):
-            Lengths of the responses, in any unit (tokens, say).
+            Lengths of the responses, in any unit, for example tokens.
         ties (*optional*, defaults to `0.5`):
             As in [`pair_wins`].
 
     Returns:
         `dict[str, float]`:
         - `chosen_longer_rate`, of the pairs with two different lengths; the accuracy of the rule "the longer one";
-        - `accuracy_chosen_longer`, `accuracy_chosen_shorter`: accuracy on either kind of pair; far apart, they are the
-          sign of a bias;
+        - `accuracy_chosen_longer`, `accuracy_chosen_shorter`: accuracy on either kind of pair; a large difference is a
+          sign of bias;
         - `length_pearson`, `length_spearman`: correlation of reward and length over all responses;
-        - `length_pearson_within`: the same with both centred on each pair, so that easy prompts with long answers do
-          not count. The only one of the three that a shift of a prompt's rewards does not change.
+        - `length_pearson_within`: the same with both centred on each pair, so easy prompts with long answers do not
+          count. A shift of a prompt's rewards changes the other two, but not this one.
 
-        What is not defined for the data (no chosen response is longer; all lengths are equal) is left out.
+        A number that is not defined for the data (no chosen response is longer; all lengths are equal) is left out.
 
     >>> length_bias([2.0, 1.0], [1.0, 0.0], [20, 10], [10, 20])["length_pearson_within"]
     0.0
@@ -1042,19 +1042,17 @@ def pairwise_metrics(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    Everything about preference pairs in one flat dictionary.
+    All metrics of preference pairs in one flat dictionary.
 
     Args:
         chosen, rejected (`Sequence[float]` of length n):
             Rewards.
         ties (*optional*, defaults to `0.5`):
-            What a pair with two equal rewards counts for the accuracies: 0, 0.5, 1 or `"drop"`. RewardBench 1 counts
-            0.
+            The win of a pair with two equal rewards: 0, 0.5, 1 or `"drop"`. RewardBench 1 counts 0.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the margins before `log_loss`, `brier` and `ece` are computed.
         groups (`Iterable[Hashable]`, *optional*):
-            The prompt of each pair: adds the clustered interval, which is the right one when prompts have several
-            pairs.
+            The prompt of each pair. Adds the clustered interval, which is valid for prompts with several pairs.
         subsets (`Iterable[Hashable]`, *optional*):
             The subset of each pair.
         sections (*optional*):
@@ -1063,7 +1061,7 @@ def pairwise_metrics(
         chosen_lengths, rejected_lengths (`Sequence[float]`, *optional*):
             Lengths of the responses; both or neither.
         level, resamples, seed (*optional*, default to `0.95`, `2000`, `0`):
-            Of the intervals.
+            Settings of the intervals.
 
     Returns:
         `dict[str, float]`: `n`, `accuracy`, `accuracy_ci_low`, `accuracy_ci_high` (Wilson: assumes independent pairs),
@@ -1165,7 +1163,7 @@ def graded_metrics(
         rewards, gold (`Iterable[Sequence[float]]`):
             For each prompt, both rewards of its responses.
         level, resamples, seed (*optional*, default to `0.95`, `2000`, `0`):
-            Of the interval.
+            Settings of the interval.
 
     Returns:
         `dict[str, float]`: `n_prompts`; `best_of_1`, `best_of_2`, `best_of_4`, .. up to the smallest number of
@@ -1206,14 +1204,14 @@ def graded_metrics(
 
 def compute_metrics(eval_prediction: Any, ties: Ties = 0) -> dict[str, float]:
     """
-    [`pairwise_metrics`] as the `compute_metrics` of a trainer whose predictions are `(n, 2)`: the rewards of the
-    chosen and of the rejected responses, as those of [`GRMRewardTrainer`] are.
+    [`pairwise_metrics`] as the `compute_metrics` of a trainer whose predictions, like those of [`GRMRewardTrainer`],
+    are the rewards of the chosen and of the rejected responses, `(n, 2)`.
 
     Args:
         eval_prediction ([`~transformers.EvalPrediction`]):
             Its `predictions` are used.
         ties (*optional*, defaults to `0`):
-            As in [`pair_wins`]; the default is what the trainer's own accuracy does.
+            As in [`pair_wins`]; the trainer's own accuracy uses the default.
 
     Returns:
         `dict[str, float]`.

@@ -1,12 +1,12 @@
-"""A Generalizable Reward Model: one decoder whose last hidden state feeds two heads, the reward head `score` and the
-LM head that came with the base (Yang et al., arXiv 2406.10216).
+"""A Generalizable Reward Model (Yang et al., arXiv 2406.10216): the last hidden state of one decoder feeds two heads,
+the reward head `score` and the base's own LM head.
 
-The model owns the base's *complete* causal language model as `lm`, so that every family's own head (tied or not, soft
-capped, scaled, with bias) stays exact. The reward is read at the last real token of each row, found in the attention
-mask, never by comparing token ids with a padding id.
+The model owns the base's *complete* causal language model as `lm`, so every family's LM head (tied or not, soft
+capped, scaled, with bias) stays exact. The reward is read at the last real token of each row. The attention mask says
+which token that is, not the padding id.
 
-This file is shipped to the Hub as it is: it imports torch, transformers and its two neighbours, nothing else
-(and peft, if there is an adapter to load).
+This file is shipped to the Hub as it is, so it imports only torch, transformers and its two neighbours (and peft, if
+there is an adapter to load).
 """
 
 import inspect
@@ -35,7 +35,7 @@ from .configuration_grm import TRANSFORMERS_4, GRMConfig
 from .heads_grm import build_head
 
 
-# Names that releases of transformers and families have for the cache, the newest first; and the one of outputs here.
+# Names of the cache in releases of transformers and in families, the newest first; and its name in outputs here.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE = next(name for name in CACHE_NAMES if name in SequenceClassifierOutputWithPast.__dataclass_fields__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -46,12 +46,13 @@ SHIPPED = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
 @dataclass
 class GRMOutput(SequenceClassifierOutputWithPast):
     """
-    Output of [`GRMForSequenceClassification`]: that of a stock sequence classifier (`loss`, `logits`, the cache under
-    the name this transformers has for it, `hidden_states`, `attentions`), and what the language model adds.
+    Output of [`GRMForSequenceClassification`]: the fields of a stock sequence classifier (`loss`, `logits`, the
+    cache under its name in this transformers, `hidden_states`, `attentions`), and those of the language model.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-            Mean squared error between rewards and `labels`; with `aux_loss`, plus `router_aux_loss_coef` times that.
+            Mean squared error between rewards and `labels`, plus `router_aux_loss_coef` times `aux_loss` if there is
+            one.
         logits (`torch.FloatTensor` of shape `(batch_size, 1)`):
             Rewards, raw (no sigmoid).
         lm_logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
@@ -62,7 +63,7 @@ class GRMOutput(SequenceClassifierOutputWithPast):
             Load balancing loss of a mixture of experts as the family computes it, unweighted, with
             `output_router_logits=True`.
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
-            Of each layer, with `output_router_logits=True`.
+            Router logits of each layer, with `output_router_logits=True`.
     """
 
     lm_logits: torch.FloatTensor | None = None
@@ -78,7 +79,7 @@ def last_token_positions(attention_mask):
 
 
 class _States:
-    """What a decoder returns, as far as an LM head reads it: the last hidden state, and nothing else."""
+    """The part of a decoder's output that an LM head reads: the last hidden state."""
 
     def __init__(self, last_hidden_state):
         self.last_hidden_state = last_hidden_state
@@ -91,7 +92,7 @@ class _States:
 
 
 class _Computed:
-    """A decoder that has run already: called, it gives what it gave."""
+    """A decoder that has run already: a call returns its output again."""
 
     def __init__(self, decoder, output):
         self._decoder, self._output = decoder, output
@@ -105,7 +106,7 @@ class _Computed:
 
 
 class _AfterDecoder:
-    """A causal language model as its own `forward` sees it once the decoder has run."""
+    """A causal language model whose `forward` finds that its decoder has run already."""
 
     def __init__(self, lm, decoder_name, output):
         self._lm, self._name, self._output = lm, decoder_name, output
@@ -117,14 +118,15 @@ class _AfterDecoder:
 
 class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     r"""
-    A reward model that can still speak. Make one with [`~GRMForSequenceClassification.from_base`], load one with
+    A reward model that keeps its LM head. Make one with [`~GRMForSequenceClassification.from_base`], load one with
     [`~GRMForSequenceClassification.from_pretrained`].
 
     Args:
         config ([`GRMConfig`]):
             Configuration.
         lm ([`~transformers.PreTrainedModel`], *optional*):
-            A live causal language model to own. Made from `config.text_config` if left out.
+            A live causal language model, which the reward model then owns. By default it is made from
+            `config.text_config`.
 
     Attributes:
         lm: the base's complete causal language model.
@@ -136,7 +138,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     # transformers 4 (rewardbench) looks for weights under this name; there TRL's PPO computes logits it does not use.
     base_model_prefix = "lm" if TRANSFORMERS_4 else "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # `forward` takes any argument; Trainer would leave it to divide accumulated losses
+    accepts_loss_kwargs = False  # `forward` takes any argument, so Trainer would let it divide accumulated losses
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -146,7 +148,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # transformers would copy the file of the subclass, with whatever that imports; `save_pretrained` copies ours.
+        # transformers would copy the file of the subclass, with all its imports; `save_pretrained` copies ours.
         cls._auto_class = None
 
     def __init__(self, config, lm=None):
@@ -160,7 +162,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             lm = AutoModelForCausalLM.from_config(config.text_config)
         else:
             for part in (*lm.modules(), *lm.parameters()):
-                part._is_hf_initialized = True  # `post_init` would draw new weights for what lacks the mark
+                part._is_hf_initialized = True  # `post_init` would draw new weights for modules without this mark
         # One configuration object for all: a pad id that TRL writes, an attention that a user sets reach every layer.
         config.text_config = lm.config
         self.lm = lm
@@ -169,7 +171,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         self._decoder_name = _decoder_name(lm)
         self._decoder_takes = frozenset(inspect.signature(type(self.model).forward).parameters)
         self._lm_takes = frozenset(inspect.signature(type(lm).forward).parameters)
-        # Not `hidden_size`: OPT's decoder may project to another width before its head.
+        # Not `hidden_size`, because OPT's decoder may project to another width before its head.
         self.score = build_head(config, self._read_width()).float()
         self.post_init()
 
@@ -194,13 +196,13 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def is_custom_code(cls):
-        # Of custom code transformers fears that its initialisation overwrites what was loaded, and leaves out every
-        # module without weights of its own, for the whole tree: Falcon-H1's decoder, which fills its layers' buffers.
+        # transformers assumes that the initialisation of custom code overwrites loaded weights. In the whole tree it
+        # skips every module without weights of its own, also Falcon-H1's decoder, which fills its layers' buffers.
         return False
 
     @classmethod
     def _can_set_experts_implementation(cls):
-        return True  # transformers looks into this file for experts; whether `lm` can, `lm` says when it is made
+        return True  # transformers looks for experts in this file; `lm` says whether it has them
 
     # ------------------------------------------------------------------------------------------------- making, loading
 
@@ -215,8 +217,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         **load_kwargs,
     ):
         r"""
-        Make a reward model from a causal language model: its weights and LM head are kept as they are, the
-        reward head is new (random: train it).
+        Make a reward model from a causal language model. Its weights and LM head stay as they are. The reward
+        head is new and random: train it.
 
         Args:
             base (`str` or [`~transformers.PreTrainedModel`]):
@@ -232,7 +234,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             [`GRMForSequenceClassification`].
 
         Raises:
-            `ValueError`: the base is a reward model already, multimodal, an encoder, a classifier or an adapter, or
+            `ValueError`: the base is a reward model already, multimodal, an encoder, a classifier or an adapter, or it
             lacks weights.
         """
         base_model = None
@@ -290,16 +292,16 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         r"""
-        Load a saved reward model, or an adapter folder trained on one. Takes what
-        [`~transformers.PreTrainedModel.from_pretrained`] takes; unlike it, raises when a weight is missing, has
-        another shape, or has no place in the model.
+        Load a saved reward model, or the folder of an adapter trained on one. Arguments are those of
+        [`~transformers.PreTrainedModel.from_pretrained`]. A weight that is missing, has another shape or has no place
+        in the model is an error.
 
         Args:
             pretrained_model_name_or_path (`str`):
                 Hub id or folder.
             allow_missing_head (`bool`, *optional*, defaults to `False`):
-                Accept a checkpoint whose reward head is missing; the head is then random. Anything else that is
-                missing is refused all the same.
+                Accept a checkpoint without a reward head; the head is then random. Any other missing weight is still
+                refused.
 
         Raises:
             `ValueError`: the folder holds another kind of model, or weights that do not fit.
@@ -307,7 +309,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         path = pretrained_model_name_or_path
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter_name = kwargs.pop("adapter_name", "default")
-        adapter = adapter_kwargs.pop("_adapter_model_path", None)  # set by an Auto class, and `path` is then its base
+        adapter = adapter_kwargs.pop("_adapter_model_path", None)  # set by an Auto class; `path` is then the base
         if path is not None:
             path = os.fspath(path)
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -320,7 +322,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
                     kwargs.pop(name, None)
             _require_grm(path, adapter, hub)
             _refuse_two_sets(os.path.join(path, hub.get("subfolder", "")))
-        # Shapes that differ are reported below, with what to do, together with whatever else is wrong.
+        # Different shapes are reported below, with all other faults and with what to do.
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         _check_loaded(path, info, allow_missing_head)
@@ -329,8 +331,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As [`~transformers.PreTrainedModel.save_pretrained`]. A subclass that has not registered itself with an Auto
-        class is saved as what it is to everybody else: with the code of this class. An adapter that
+        """As [`~transformers.PreTrainedModel.save_pretrained`]. A subclass that is not registered with an Auto class
+        is saved with the code of this class, because other processes do not know the subclass. An adapter that
         [`~GRMForSequenceClassification.from_pretrained`] loaded is saved as peft saves it."""
         if (adapted := self.__dict__.get("_adapted")) is not None and not kwargs.get("push_to_hub"):
             adapted.save_pretrained(os.fspath(save_directory), is_main_process=is_main_process)
@@ -340,7 +342,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{type(self).__name__} is a subclass. Save it to a folder, and push that folder.")
         before = _weight_files(save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:  # of an earlier save in another number of files, which transformers leaves there
+        if is_main_process:  # left by an earlier save in another number of files; transformers does not remove them
             after = _weight_files(save_directory)
             if len(after) == 2:
                 for name in [name for name in after if after[name] == before.get(name)]:
@@ -351,12 +353,12 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def find_base(name, adapter):
-        """Where the base is that the adapter in a folder names. The package grm_hf knows one more place."""
+        """Path or id of the base that the adapter in a folder names. The package grm_hf looks in one more place."""
         return name
 
     def _init_weights(self, module):
-        # torch's own defaults, as the original head has; through `torch.nn.init`, which loaded weights are shielded
-        # from. Only the reward head gets here: the language model initialises itself.
+        # torch's own defaults, as in the original head. `torch.nn.init` leaves loaded weights alone. Only the reward
+        # head gets here: the language model initialises itself.
         if isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -381,15 +383,15 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return self.model
 
     def lm_logits(self, hidden_states):
-        """Next-token scores of hidden states, as the base's own forward makes them of its decoder's last ones:
-        `(..., hidden_size)` to `(..., vocab_size)`. [`~GRMForSequenceClassification.lm_head_is_exact`] tells whether
-        the base makes them of that alone."""
+        """Next-token scores of last hidden states, as the base's own forward computes them: `(..., hidden_size)` to
+        `(..., vocab_size)`. [`~GRMForSequenceClassification.lm_head_is_exact`] says whether the base needs nothing
+        else for them."""
         shape = hidden_states.shape
         out = self._after_decoder(_States(hidden_states.reshape(1, math.prod(shape[:-1]), shape[-1])))
         return out.logits.reshape(*shape[:-1], out.logits.shape[-1])
 
     def _after_decoder(self, output, **arguments):
-        """What the base's own forward returns, given what its decoder returned."""
+        """Output of the base's own forward, from the output of its decoder."""
         arguments = {"output_router_logits": False, "return_dict": True, **arguments}
         arguments = {name: value for name, value in arguments.items() if name in self._lm_takes}
         view = _AfterDecoder(self.lm, self._decoder_name, output)
@@ -397,7 +399,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def lm_head_is_exact(self):
-        """Whether [`~GRMForSequenceClassification.lm_logits`] gives what the base's own forward gives (one run)."""
+        """Whether [`~GRMForSequenceClassification.lm_logits`] equals the base's own forward (takes one run)."""
         input_ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         inputs = dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
         training = self.lm.training
@@ -411,14 +413,14 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
     def freeze_lm_head(self):
-        """Stop gradients of the LM head, for losses that do not use it: under DDP a parameter without
-        gradient is an error. A tied head is left alone, since it is the input embedding."""
+        """Stop gradients of the LM head, for losses that do not use it: under DDP a parameter without a gradient is an
+        error. A tied LM head is left alone, because it is the input embedding."""
         head = self.get_output_embeddings()
         if head.weight is not self.get_input_embeddings().weight:
             head.requires_grad_(False)
 
     def generate(self, *args, **kwargs):
-        """Generate text with the kept LM head, exactly as the base would."""
+        """Generate text with the LM head, exactly as the base would."""
         self.lm.generation_config = self.generation_config
         return self.lm.generate(*args, **kwargs)
 
@@ -467,26 +469,26 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Token ids; or `inputs_embeds`, `(batch_size, sequence_length, hidden_size)`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Non-zero at real tokens; with a cache, of the cached ones too. Without it, leading and trailing padding
-                ids are taken as padding; if the padding id is missing or also begins or ends texts, a single row is
-                taken as unpadded and a batch is refused.
+                Non-zero at real tokens; with a cache it covers the cached tokens too. Without a mask, leading and
+                trailing padding ids count as padding. If the padding id is missing, or also begins or ends texts, a
+                single row counts as unpadded and a batch is refused.
             cache ([`~transformers.Cache`], *optional*):
-                Keys and values of what comes before, for a decoder that keeps them. `past_key_values`, its name before
-                transformers 5.24, is taken too.
+                Keys and values of the tokens before, for a decoder that keeps them. `past_key_values`, the name before
+                transformers 5.24, works too.
             labels (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
                 Target rewards, for regression.
             read_index (`torch.LongTensor` of shape `(num_sequences,)`, *optional*):
-                Where rewards are read, as positions in the flattened `(batch_size * sequence_length)` hidden states;
-                for layouts that put several sequences in a row. `logits` is then `(num_sequences, 1)`. (A list is
-                that of transformers' continuous batching, and goes on to the decoder.)
+                Where rewards are read, as positions in the flattened `(batch_size * sequence_length)` hidden states,
+                for layouts with several sequences in a row. `logits` is then `(num_sequences, 1)`. (A list comes from
+                transformers' continuous batching, and is passed to the decoder.)
             return_lm_logits (`bool`, *optional*, defaults to `False`):
-                Also compute the language-model logits, of the positions that `logits_to_keep` selects.
+                Also compute the LM logits of the positions that `logits_to_keep` selects.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to `0`):
-                As in transformers: the last so many positions, or an index; 0 is all.
+                As in transformers: the number of last positions, or an index; 0 means all.
             lm_fn (`Callable`, *optional*):
                 Called as `lm_fn(hidden_states, model)` with the last hidden states `(batch_size, sequence_length,
-                hidden_size)`; its result is `lm_output`. Losses on the LM head are computed here, inside
-                the forward that DDP and FSDP wrap.
+                hidden_size)`; its result is `lm_output`. Compute losses on the LM head here, inside the forward that
+                DDP and FSDP wrap.
 
         Returns:
             [`GRMOutput`].
@@ -509,7 +511,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
                 position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
         arguments = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         arguments["use_cache"] = bool(use_cache) if cache is None else use_cache
-        # What is left out, the decoder decides by its configuration; it takes `None` for a no.
+        # The configuration decides about what is left out; the decoder takes `None` for a no.
         optional = dict(
             position_ids=position_ids, output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
@@ -560,7 +562,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return self.get_output_embeddings().weight.shape[-1]
 
     def _readable_mask(self, input_ids, given, mask, cache, position_ids):
-        """The mask `(B, cached + T)`, 0 or 1, that says where each row ends; `None` for a single unpadded row."""
+        """The mask `(B, cached + T)` of 0 and 1 that says where each row ends; `None` for a single unpadded row."""
         rows, length = given.shape[:2]
         if mask is None:
             pad, ends = self.config.pad_token_id, (self.config.bos_token_id, self.config.eos_token_id)
@@ -604,7 +606,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _skips_left_padding(self):
-        """Whether padding on the left leaves the hidden states of a text as they are (two runs, once a model)."""
+        """Whether padding on the left leaves the hidden states of a text unchanged (two runs, once for each model)."""
         if not hasattr(self, "_left_padding_is_skipped"):
             ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
             training = self.lm.training
@@ -628,14 +630,14 @@ def _decoder_name(lm):
 
 
 def _a_device(module):
-    """A device on which `module` takes inputs, also where its first weights are offloaded to disk."""
+    """A device on which `module` takes inputs, even if its first weights are offloaded to disk."""
     devices = [parameter.device for parameter in module.parameters()]
     last = torch.device("cpu") if hasattr(module, "_hf_hook") else devices[0]  # accelerate takes inputs from anywhere
     return next((device for device in devices if device.type != "meta"), last)
 
 
 def _refuse_packed(position_ids, mask):
-    """Refuse rows that hold several texts and nothing that says where each ends."""
+    """Refuse rows that hold several texts without saying where each ends."""
     breaks = position_ids[..., 1:] - position_ids[..., :-1] != 1
     if mask is not None:
         breaks = breaks & mask[:, 1:] & mask[:, :-1]
@@ -655,7 +657,7 @@ def _among(token, ends):
 
 
 def _load_base(base, load_kwargs):
-    """Load the causal language model `base` and refuse one that comes with weights missing."""
+    """Load the causal language model `base`; refuse it if weights are missing."""
     hub = {name: load_kwargs[name] for name in HUB_ARGUMENTS if load_kwargs.get(name) is not None}
     if _base_of_adapter(base, hub) is not None:
         raise ValueError(
@@ -683,7 +685,7 @@ def _load_base(base, load_kwargs):
             "config.json belongs to its weights."
         )
     if gguf_file is not None and load_kwargs.get("quantization_config") is None:
-        # transformers has dequantised the weights, and still calls the model quantised, which it then cannot save.
+        # transformers has dequantised the weights. It still calls the model quantised, and then cannot save it.
         for owner in (lm, lm.config):
             for name in (*QUANTIZED, "quantization_config", "_is_quantized"):
                 owner.__dict__.pop(name, None)
@@ -710,15 +712,15 @@ def _refuse_own_code(base, trust_remote_code, hub):
 
 
 def _judged(config):
-    """The configuration that the language model of a folder will have. For a multimodal folder that is the one of its
-    text model, if AutoModelForCausalLM knows both."""
+    """The configuration of the language model in a folder: for a multimodal folder that of its text model, if
+    AutoModelForCausalLM knows both."""
     text = config.get_text_config()
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     return text if known and not getattr(config, "is_encoder_decoder", False) else config
 
 
 def _text_of(full, base):
-    """The text model of a multimodal one, with the same weights."""
+    """The text model of a multimodal model, with the same weights."""
     decoder = full.get_decoder()
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(decoder.config, dtype=full.dtype)
@@ -757,7 +759,7 @@ def _refuse_base(config, name):
 
 
 def _base_of_adapter(path, hub):
-    """What an adapter says it was trained on; `None` for a folder or repository that holds a model."""
+    """The model that an adapter says it was trained on; `None` for a folder or repository that holds a model."""
     folder = os.path.join(path, hub.get("subfolder", ""))
     if os.path.exists(os.path.join(folder, "config.json")):
         if os.path.exists(os.path.join(folder, "adapter_config.json")):
@@ -813,8 +815,8 @@ def _require_grm(path, adapter, hub):
 
 
 def _load_adapter(model, adapter, name, hub):
-    """Put an adapter into `model`, by peft itself: transformers (5.0 to at least 5.12) leaves out the head that the
-    adapter brings, and then reports on the adapter only, not on the model below."""
+    """Put an adapter into `model` with peft. transformers (5.0 to at least 5.12) would leave out the adapter's head,
+    and would report on the adapter only, not on the model below."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -824,7 +826,7 @@ def _load_adapter(model, adapter, name, hub):
     wrapped = PeftModel(model, config, name)  # changes the layers of `model` itself
     try:
         report = wrapped.load_adapter(adapter, name, torch_device=str(model.device), **hub)
-    except (KeyError, RuntimeError) as error:  # the head, or another module that it brings whole
+    except (KeyError, RuntimeError) as error:  # the head, or another module that the adapter brings whole
         raise ValueError(
             f"'{adapter}' does not fit its adapter_config.json and the reward model below, and was not loaded: it "
             f"lacks {error}. Restore the files as `save_pretrained` wrote them."
@@ -833,7 +835,7 @@ def _load_adapter(model, adapter, name, hub):
     missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
     model._hf_peft_config_loaded = True
-    model.__dict__["_adapted"] = wrapped  # no part of `model`: it is the other way round
+    model.__dict__["_adapted"] = wrapped  # not a part of `model`: the PeftModel contains `model`
 
 
 def _check_loaded(path, info, allow_missing_head=False):

@@ -1,4 +1,4 @@
-"""Exported reward models as transformers loads them: the native sequence classifiers, and the layouts for MLP heads
+"""Exported reward models as transformers loads them: the native sequence classifiers, and two layouts for MLP heads
 that engines have and transformers lacks, `Qwen2ForRewardModel` (vLLM and SGLang) and `Qwen3ForRewardModel` (SGLang).
 """
 
@@ -16,12 +16,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrained
 from .modeling_grm import last_token_positions
 
 
-# Set by `grm export`, so that a model that comes back scores as it did.
+# Set by `grm export`, so that `grm convert` gives a model with the same scores.
 POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
 
 
 class _ForRewardModel:
-    """A decoder, and `score` of Linear, ReLU and Linear, all but the last as wide as the decoder. Here it is read at
+    """A decoder with `score` = Linear, ReLU, Linear; the hidden layer is as wide as the decoder. The reward is read at
     the last token of the mask."""
 
     body: type
@@ -60,7 +60,7 @@ ZERO_BIAS = "score.bias"
 
 
 def load_export(folder: str | Path, **kwargs):
-    """An exported model, loaded without remote code; refuses one with weights missing. `.logits` is `(B, 1)`."""
+    """Loads an exported model without remote code; refuses missing weights. `.logits` is `(B, 1)`."""
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
     loader: Any = AutoModelForSequenceClassification
@@ -77,7 +77,7 @@ def load_export(folder: str | Path, **kwargs):
 
 
 def as_qwen2_config(config):
-    """The configuration with which transformers' Qwen2 computes the body: what the engines read of it, and no more."""
+    """The configuration with which transformers' Qwen2 computes the body: only the fields that engines read."""
     if config.model_type == "qwen2":
         return config
     same = (

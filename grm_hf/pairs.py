@@ -46,23 +46,23 @@ _SLOTS = 257  # of counts: this process, and as many workers of a data loader
 
 class Counts:
     """
-    What happened to the rows of a dataset. `str()` gives it as a sentence. The counts of a streaming dataset grow
-    while it is read, also by workers of a data loader, and are those of its fullest reading.
+    What happened to the rows of a dataset; `str()` is a sentence. The counts of a streaming dataset grow while it is
+    read, also by workers of a data loader. They are those of its longest reading.
 
     Attributes:
         name (`str`): Name of the dataset.
         rows (`int`): Rows seen.
         dropped (`int`): Rows left out: too long, or the same on both sides once they were cut.
-        truncated (`int`): Rows kept of which at least one sequence was cut.
+        truncated (`int`): Rows kept in which at least one sequence was cut.
         response_cut (`int`): Rows among those where the cut reached into a response.
-        thinking, tools (`int`): Rows seen whose thinking, or whose tools, the chat template leaves out.
+        thinking, tools (`int`): Rows seen in which the chat template leaves out thinking or tools.
     """
 
     FIELDS = ("rows", "dropped", "truncated", "response_cut", "thinking", "tools")
 
     def __init__(self, name: str, **numbers: int):
         self.name = name
-        # For each process that reads: its present reading, and its fullest one before.
+        # For each process that reads: its present reading, and its longest one before.
         self._table = torch.zeros(_SLOTS, 2, len(self.FIELDS), dtype=torch.int64).share_memory_()
         self._table[0, 0] = torch.tensor([numbers.pop(field, 0) for field in self.FIELDS])
         assert not numbers, numbers
@@ -111,7 +111,7 @@ class Counts:
 
     @property
     def changed(self) -> bool:
-        """Whether anything of any row is not as it was given."""
+        """Whether any row was changed."""
         return any(self.numbers()[1:])
 
 
@@ -136,10 +136,10 @@ def prepare_pairs(
     Takes every preference format of TRL: text or messages, the prompt in a column of its own or as the beginning of
     both sides, with `tools` (list or JSON), `chat_template_kwargs` and `margin` (any finite number). Rows that are
     already tokenised have `chosen_ids`, `rejected_ids` (with BOS and terminator), `chosen_start` and `rejected_start`.
-    All rows must be of one kind. Other columns are left out of the result.
+    All rows must have the same format. Other columns are left out of the result.
 
-    Where two texts hold their prompt only as a common beginning, the response begins with the word (a character, in
-    scripts written without spaces) in which they first differ, and with the white space before it.
+    If two texts have their prompt only as a common beginning, the response begins with the first word that differs (a
+    character, in scripts written without spaces) and the white space before it.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -147,15 +147,14 @@ def prepare_pairs(
         encoder ([`Encoder`]):
             Tokenizer and policies.
         name (`str`, *optional*, defaults to `"train"`):
-            What errors and counts call the dataset.
+            The name of the dataset in errors and counts.
         num_proc (`int`, *optional*):
             Processes; only for a [`~datasets.Dataset`].
         starts_required (`bool`, *optional*, defaults to `True`):
             Whether rows that are already tokenised must say where their responses start. Pass `False` if there is no
             text loss; then the whole sequence counts as response.
         embeddings, positions (`int`, *optional*):
-            Tokens that the model's embedding has, and positions where these are embedded too: rows with others are
-            refused.
+            Numbers of tokens and positions that the model has embeddings for: rows with others are refused.
         whole (`bool`, *optional*, defaults to `False`):
             Read a streaming dataset to its end now, which gives a [`~datasets.Dataset`] (in memory).
 
@@ -165,12 +164,12 @@ def prepare_pairs(
         counts grow with it, and a bad row raises when it is reached.
 
     Raises:
-        `ValueError`: for bad rows, with the index of each, what was found and what to do; for a dataset without rows,
-            or of which every row was dropped.
+        `ValueError`: for bad rows, with the index of each, what was found and what to do; for a dataset without rows;
+        if every row was dropped.
     """
     import datasets
 
-    if getattr(dataset, "format", {}).get("type") != "custom":  # rows as Python objects, but by the user's transform
+    if getattr(dataset, "format", {}).get("type") != "custom":  # Python objects, but for a user's transform
         dataset = dataset.with_format(None)
     for side in ("chosen", "rejected"):  # TRL's earlier names
         if f"{side}_input_ids" in (columns := dataset.column_names or ()) and f"{side}_ids" not in columns:
@@ -199,7 +198,7 @@ def prepare_pairs(
     streaming = isinstance(dataset, datasets.IterableDataset)
 
     if streaming and not whole:
-        prepare(first, 0)  # a mistake in the settings or the columns shows now, not in the first step
+        prepare(first, 0)  # a mistake in settings or columns shows now, not in the first step
         stream = dataset.map(
             partial(_prepare_and_count, prepare=prepare, counts=counts),
             with_indices=True,
@@ -247,7 +246,7 @@ def _read(stream: "IterableDataset", features) -> "Dataset":
 
 
 def _warn_of_texts(first: dict, row_format: "_RowFormat", name: str) -> None:
-    """Says what is probably a mistake in a dataset of texts, judged by its first row."""
+    """Warns of a probable mistake in a dataset of texts, judged by its first row."""
     if row_format.form != "text":
         return
     sides = [first["chosen"], first["rejected"]]
@@ -292,7 +291,7 @@ class _RowFormat(NamedTuple):
 
 @contextmanager
 def _naming(name: str, index: int, side: str = "") -> Iterator[None]:
-    """Puts the dataset, the row and the field in front of a `ValueError` from inside."""
+    """Puts the dataset, the row and the field in front of a `ValueError` that is raised within."""
     try:
         yield
     except ValueError as error:
@@ -411,7 +410,7 @@ def _prepare_row(
 
 
 def _prepare_or_say(row: dict, index: int, *, prepare, columns: tuple[str, ...]) -> dict:
-    """The prepared row, or an empty one with the reason why there is none."""
+    """The prepared row, or an empty row with the reason."""
     try:
         return {**prepare(row, index), "error": ""}
     except ValueError as error:
@@ -453,7 +452,7 @@ def _tokens(row: dict, side: str, tokenizer: PreTrainedTokenizerBase, starts_req
 
 
 def _split_texts(chosen: str, rejected: str) -> dict[str, str]:
-    """The prompt that two different texts have in common, and what each has behind it."""
+    """The prompt that two different texts share, and the rest of each."""
     prompt = os.path.commonprefix([chosen, rejected])
     rests = chosen[len(prompt) :], rejected[len(prompt) :]
     if any(_WORD.match(rest[:1]) for rest in rests):

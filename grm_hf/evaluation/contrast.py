@@ -1,10 +1,10 @@
-"""Contrast Instructions (arXiv 2309.16155): two instructions that are alike, each with its own answer."""
+"""Contrast Instructions (arXiv 2309.16155): two similar instructions, each with its own answer."""
 
 from .examples import TEXT, Example
 from .suite import Suite, parts_by
 
 
-# What the official code writes in front of the instruction, by the task in the file's name.
+# The official code writes this in front of the instruction, by the task in the file's name.
 PREFIXES = {
     "stack": "Question: ",
     "wmt": "",

@@ -1,5 +1,5 @@
-"""`Example`, what every suite's rows become, and the reading of official files: fields checked, row by row, so that a
-wrong file is one sentence with the file, the row and what was expected."""
+"""`Example`, the form of every suite's rows, and the reading of official files. Fields are checked row by row, so a
+wrong file gives one sentence with the file, the row and what is expected."""
 
 import hashlib
 import json
@@ -33,12 +33,12 @@ class Example:
         id (`str`, *optional*):
             The row's name in the suite.
         meta (`dict`, *optional*):
-            What the suite's aggregation needs besides: `pairs` (indices of better and worse responses, where these are
-            not all right ones against all wrong ones), `group` (rows that stand or fall together, by default those of
-            one prompt), `tools` and `chat_template_kwargs` for the chat template.
+            Further input of the suite's aggregation: `pairs` (indices of better and worse responses, if these are not
+            all right against all wrong ones), `group` (rows that are drawn together, by default those of one prompt),
+            `tools` and `chat_template_kwargs` for the chat template.
 
     Raises:
-        `ValueError`: there is no response, or `correct` names one that does not exist.
+        `ValueError`: there is no response, or `correct` names a missing one.
     """
 
     prompt: str | list[dict]
@@ -70,7 +70,7 @@ class Example:
 
     @property
     def group(self) -> str:
-        """What the rows have in common that stand or fall together."""
+        """The key of the rows that are drawn together."""
         return self.meta.get("group") or json.dumps(self.prompt, ensure_ascii=False)
 
     def chat(self, index: int) -> dict | str:
@@ -88,7 +88,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that the suite's own rules leave out, and why. Such rows are counted and said."""
+    """A row that the suite's own rules leave out, with the reason. Such rows are counted and reported."""
 
     reason: str
 
@@ -101,14 +101,14 @@ def text_of(response: str | list[dict]) -> str:
 
 
 def turns(conversation: list[dict]) -> list[dict]:
-    """Messages with what a chat template reads and nothing else: data sets add languages, ids, nulls."""
+    """Messages with only the keys that a chat template reads: data sets add languages, ids, nulls."""
     keys = ("role", "content", "tool_calls", "tool_call_id", "name")
     return [{key: m[key] for key in keys if m.get(key) is not None} for m in conversation]
 
 
 def split_conversations(conversations: list[list[dict]]) -> tuple[list[dict], list]:
-    """The messages that conversations begin with in common, and what follows in each: a text where that is one message
-    of the assistant, messages otherwise."""
+    """The messages that conversations share at their beginning, and the rest of each: a text if the rest is one
+    message of the assistant, otherwise messages."""
     conversations = [turns(conversation) for conversation in conversations]
     shared = 0
     while all(len(c) > shared + 1 and c[shared] == conversations[0][shared] for c in conversations):
@@ -120,7 +120,7 @@ def split_conversations(conversations: list[list[dict]]) -> tuple[list[dict], li
 
 
 def digest_of(examples: list[Example]) -> str:
-    """Names the rows: equal for equal examples in an equal order."""
+    """A digest of the rows: equal for equal examples in an equal order."""
     found = hashlib.sha256()
     for example in examples:
         found.update(json.dumps(asdict(example), ensure_ascii=False, sort_keys=True).encode())
@@ -128,8 +128,8 @@ def digest_of(examples: list[Example]) -> str:
 
 
 def spread(examples: list[Example], limit: int) -> list[Example]:
-    """About `limit` examples from all over the suite, in their order: whole groups, drawn by a hash of what they are,
-    so that a smaller limit gives a part of what a larger one gives."""
+    """About `limit` examples, spread over the suite and in its order. Whole groups are drawn by a hash of their
+    content, so a smaller limit gives a subset of a larger one."""
     if limit < 1:
         raise ValueError(f"the limit is {limit}; at least one example is required.")
     sizes = Counter(example.group for example in examples)
@@ -147,7 +147,7 @@ def spread(examples: list[Example], limit: int) -> list[Example]:
 
 
 class Kind(NamedTuple):
-    """What a field may hold."""
+    """The kind of value that a field may have."""
 
     name: str
     holds: Callable[[Any], bool]
@@ -182,13 +182,13 @@ def one_of(*choices: str) -> Kind:
 
 
 class Row:
-    """A row of a file: its fields, checked on the way out, and where it is."""
+    """A row of a file: its place, and its fields, which are checked when they are read."""
 
     def __init__(self, values: dict, file: str, number: int):
         self.values, self.file, self.number = values, file, number
 
     def __call__(self, name: str, kind: Kind):
-        """The field `name`, which must be there and hold a `kind`. `a.b` is the field `b` of the mapping `a`."""
+        """The field `name`, which must exist and be a `kind`. `a.b` is the field `b` of the mapping `a`."""
         outer, _, inner = name.partition(".")
         if inner:
             return Row(self(outer, MAPPING), self.file, self.number)(inner, kind)
@@ -281,7 +281,7 @@ def _lines(text: str, name: str) -> Iterator[Any]:
 
 
 class Source(NamedTuple):
-    """A part of a suite on the Hub: repository, configuration and split, and what its rows are called."""
+    """A part of a suite on the Hub: repository, configuration and split, and the name of its rows."""
 
     repo: str
     config: str | None

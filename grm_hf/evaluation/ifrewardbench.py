@@ -1,4 +1,4 @@
-"""IF-RewardBench (thu-coai): answers to an instruction, and a graph of which follows it better."""
+"""IF-RewardBench (thu-coai): answers to an instruction, and a graph that says which answer follows it better."""
 
 from ..metrics import preference_graph
 from .examples import COUNT, MAPPINGS, MESSAGES, NAME, Example, one_of, turns

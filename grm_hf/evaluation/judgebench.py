@@ -1,4 +1,4 @@
-"""JudgeBench (ScalerLab): a right and a wrong answer to a hard question, in an order that is fixed."""
+"""JudgeBench (ScalerLab): a right and a wrong answer to a hard question, in a fixed order."""
 
 from .examples import NAME, TEXT, Example, Source, one_of
 from .suite import Suite, parts_by, subset_figures
@@ -22,7 +22,7 @@ def load(rows):
 
 
 def figures(examples, scores):
-    """The decision is "A>B" where A is above B, and "B>A" otherwise."""
+    """The decision is "A>B" if A is above B, otherwise "B>A"."""
     wins = [float((a > b) == (example.correct == [0])) for example, (a, b) in zip(examples, scores, strict=True)]
     parts = parts_by((example.subset for example in examples), wins)
     return subset_figures(parts), parts

@@ -1,5 +1,5 @@
-"""A person's own rows, in any of TRL's formats: pairs (explicit or implicit prompt, text or messages), lists with
-several chosen or rejected responses, and unpaired rows with a label, which are put together by their prompt."""
+"""Your own rows, in any of TRL's formats: pairs (explicit or implicit prompt, text or messages), lists with several
+chosen or rejected responses, and unpaired rows with a label, which are grouped by their prompt."""
 
 import json
 

@@ -1,5 +1,5 @@
 """The protocol of the GRM paper (arXiv 2406.10216): Unified-Feedback in distribution, HHH-Alignment and MT-Bench out
-of it, pairwise accuracy over all pairs."""
+of distribution; pairwise accuracy over all pairs."""
 
 from .examples import MAPPING, MESSAGES, NUMBER, TEXT, Example, Skipped, Source, split_conversations, turns
 from .suite import Suite, parts_by, subset_figures, wins_of
@@ -72,7 +72,7 @@ def load_mt(rows):
             raise row.error(f"`winner` is {winner!r}; 'model_a', 'model_b' or a tie is required")
         prompt, responses = split_conversations([row("conversation_a", MESSAGES), row("conversation_b", MESSAGES)])
         judge = "gpt4_pair" if "gpt4" in row.file else "human"
-        # As the original code reads it, whatever is not 'model_a' says that B is better.
+        # The original code takes every value other than 'model_a' as "B is better".
         correct = [0 if winner == "model_a" else 1]
         meta = {"group": str(row.values.get("question_id", row.number)), "tie": winner not in ("model_a", "model_b")}
         yield Example(prompt, responses, correct, judge, f"{judge}/{row.number}", meta)

@@ -66,7 +66,7 @@ def figures(examples, scores):
             values = wins_of([example], [row])
         else:
             truth = example.meta["truth"]
-            # As the official code: the prediction is "first above second", so a tie says that the second is better.
+            # As in the official code the prediction is "first above second", so a tie means that the second is better.
             values = [float((row[i] > row[j]) == (truth[i] > truth[j])) for i, j in example.meta["conflicts"]]
             found = curves.setdefault(example.subset, {})
             if set(truth) == {0, 1}:

@@ -1,4 +1,4 @@
-"""Results as a table in the terminal, as `report.html` (one file, nothing loaded from elsewhere), CSV and JSON."""
+"""Results as a table in the terminal, as `report.html` (one file, which loads nothing), CSV and JSON."""
 
 import csv
 import html
@@ -38,7 +38,7 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _detail_names(results: Results) -> list[str]:
-    """Figures of a suite that belong into a short table."""
+    """Figures of a suite for a short table."""
     elsewhere = {"score", "score_low", "score_high", "n", "complete"}
     long = ("pairs/", "cell/", "best_of_", "auc/")
     names = [name for name in results.summary if name not in elsewhere and not name.startswith(long)]
@@ -46,7 +46,7 @@ def _detail_names(results: Results) -> list[str]:
 
 
 def terminal(runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = ()) -> str:
-    """What `grm eval` prints: for each suite the headline and its interval, then the suite's own figures."""
+    """The output of `grm eval`: for each suite the headline and its interval, then the suite's own figures."""
     lines = [["suite", "model", "score", "95 % interval", "rows", "tied pairs", ""]]
     for results in runs:
         summary = results.summary
@@ -127,8 +127,8 @@ def write_report(folder: str | Path, runs: Sequence[Results], comparisons: Seque
 
 
 def card_rows(runs: Sequence[Results]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What a model card is told of complete results, for [`grm_hf.hub.card.add_results`], and the suites whose results
-    are of a part, which are no figures of the suite."""
+    """Complete results for a model card ([`grm_hf.hub.card.add_results`]), and the suites that were run in part, whose
+    figures do not go onto a card."""
     whole = [results for results in runs if results.is_complete and results.suite != "own"]
     rows = [
         {
@@ -248,7 +248,7 @@ def bars(runs: Sequence[Results]) -> str:
 
 
 def matrix(results: Results) -> str:
-    """RM-Bench: how often a right answer of one style is above a wrong one of another."""
+    """RM-Bench: how often a right answer in one style is above a wrong one in another."""
     names, size, left, top = ("concise", "detailed", "markdown"), 80, 100, 30
     parts = []
     for i in range(STYLES):
@@ -266,7 +266,7 @@ def matrix(results: Results) -> str:
 
 
 def _pairs(results: Results) -> list[tuple[float, int]]:
-    """Margin and difference of length (in characters) of each pair."""
+    """Margin and difference of lengths (in characters) of each pair."""
     return [
         (row[i] - row[j], example.length(i) - example.length(j))
         for example, row in zip(results.examples, results.scores, strict=True)
@@ -275,7 +275,7 @@ def _pairs(results: Results) -> list[tuple[float, int]]:
 
 
 def curve(results: Results) -> str:
-    """Accuracy against confidence, of all pairs."""
+    """Accuracy against confidence, over all pairs."""
     rows = reliability([margin for margin, _ in _pairs(results)])
     left, top, size = 50, 10, 240
 

@@ -15,7 +15,7 @@ LANGUAGES = (
 
 
 def present_sections(names) -> dict[str, dict[str, float]]:
-    """The sections of RewardBench 1 with those of their subsets that are in `names`, as the official code does."""
+    """The sections of RewardBench 1, with the subsets that are in `names`, as in the official code."""
     present = {
         section: {name: weight for name, weight in members.items() if name in names}
         for section, members in REWARDBENCH.items()
@@ -24,7 +24,7 @@ def present_sections(names) -> dict[str, dict[str, float]]:
 
 
 def weigh(parts: dict[str, Part], prefix: str = "", share: float = 1.0) -> dict[str, Part]:
-    """Parts named `prefix` and a subset, with the weight that the subset has in the mean of the sections."""
+    """Parts called `prefix` and a subset, with the weight of the subset in the mean of the sections."""
     sections = present_sections({name.removeprefix(prefix) for name in parts if name.startswith(prefix)})
     weights = {
         prefix + name: share * weight / sum(members.values()) / len(sections)

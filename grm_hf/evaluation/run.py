@@ -1,5 +1,5 @@
-"""`evaluate`: a model on a suite. Every text is computed once, results are kept row by row and taken up again from any
-byte, by the same model and for the same rows alone."""
+"""`evaluate` scores a suite with a model. Every text is computed once. Results are written row by row, and an
+interrupted run continues from any byte, for the same model and the same rows only."""
 
 import json
 import os
@@ -20,25 +20,25 @@ from .suite import Suite, aggregate_with, headline, interval
 from .suites import SUITES
 
 
-# All of so many prompts say the same of two equal models in less than 5 % of cases: 2 * 0.5**6.
+# For two equal models, so many differing prompts all favour the same one in less than 5 % of cases: 2 * 0.5**6.
 FEWEST_DIFFERING = 6
 
 
 @dataclass
 class Results:
     """
-    What a model reached on a suite.
+    The results of a model on a suite.
 
     Attributes:
         suite (`str`): Name of the suite.
         model (`str`): Name of the model.
-        summary (`dict[str, float]`): What [`aggregate`] gives: `score` is the headline.
+        summary (`dict[str, float]`): The figures of [`aggregate`]; `score` is the headline.
         examples (`list[Example]`): The rows of the suite.
-        scores (`list[list[float]]`): Of each example's responses.
+        scores (`list[list[float]]`): Scores of each example's responses.
         rows (`list[dict]`): For each example its number, id and subset, and scores, tokens and truncation of each of
             its responses.
-        model_digest (`str`): Names the model's weights, configuration and tokenizer. Empty: not computed.
-        rows_digest (`str`): Names the rows.
+        model_digest (`str`): Digest of the model's weights, configuration and tokenizer. Empty: not computed.
+        rows_digest (`str`): Digest of the rows.
         skipped (`dict[str, int]`): Rows that the suite's rules leave out, by reason.
     """
 
@@ -62,7 +62,7 @@ class Results:
 
     @property
     def is_complete(self) -> bool:
-        """Whether these are the rows of the official suite, all of them."""
+        """Whether these are all rows of the official suite."""
         return bool(self.summary["complete"])
 
     def to_json(self) -> str:
@@ -99,7 +99,7 @@ def suite_of(name: str) -> Suite:
 
 def aggregate(suite: str, examples: Sequence[Example], scores: Iterable) -> dict[str, float]:
     """
-    What scores add up to on a suite.
+    The figures of a suite, from scores.
 
     Args:
         suite (`str`):
@@ -112,9 +112,9 @@ def aggregate(suite: str, examples: Sequence[Example], scores: Iterable) -> dict
     Returns:
         `dict[str, float]`: shares between 0 and 1. `score` is the suite's headline by its official rules, `score_low`
         and `score_high` its 95 % interval (prompts drawn with replacement; left out for a single prompt), then the
-        suite's other figures (`section/...`, `subset/...`, and so on), `n` (examples), `complete` (1 where nothing of
-        the official suite is missing; otherwise the headline is over what is there), and `pairs/...`: what
-        [`pairwise_metrics`] gives for all pairs of a right and a wrong response, with the number of `ties`.
+        suite's other figures (`section/...`, `subset/...`, and so on), `n` (examples), `complete` (1 if no row of the
+        official suite is missing; otherwise the headline is over the given rows), and `pairs/...`: the numbers of
+        [`pairwise_metrics`] for all pairs of a right and a wrong response, with the number of `ties`.
 
     Raises:
         `ValueError`: numbers of examples, responses and scores differ, or a score is not finite.
@@ -145,7 +145,7 @@ def load_examples(
         subset (`Sequence[str]`, *optional*):
             Names of subsets to keep, or beginnings of them that end before a `/`.
         limit (`int`, *optional*):
-            Most examples, from all over the suite: see [`spread`].
+            Largest number of examples, spread over the suite: see [`spread`].
         revision (`str`, *optional*):
             Branch, tag or commit of the data on the Hub.
 
@@ -153,7 +153,7 @@ def load_examples(
         `tuple[list[Example], dict[str, int]]`: the examples, and the rows left out by the suite's rules, by reason.
 
     Raises:
-        `ValueError`: a row is not what the suite's files hold, with the file, the row and what is expected.
+        `ValueError`: a row does not have the suite's format; the message has the file, the row and what is expected.
     """
     of = suite_of(suite)
     last: dict[str, Row] = {}
@@ -217,7 +217,7 @@ def _rows(suite: Suite, data, revision) -> Iterable[Row]:
 
 
 def _require_fields(suite: Suite, row: Row) -> None:
-    """Refuse a file of another schema by its first row, with what it seems to be."""
+    """Refuse a file of another schema by its first row, and say what it seems to be."""
     there = set(row.values)
     if any(fields <= there for fields in suite.fields):
         return
@@ -245,7 +245,7 @@ def evaluate(
     trust_remote_code: bool = False,
 ) -> Results:
     """
-    Score a suite with a model and add it up.
+    Score a suite with a model and compute its figures.
 
     Args:
         model:
@@ -256,25 +256,24 @@ def evaluate(
         data, subset, limit, revision:
             See [`load_examples`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Of a live model that was made in memory.
+            Tokenizer of a live model that was made in memory.
         output (`str` or path, *optional*):
-            Folder for the rows (`<suite>.jsonl`). An evaluation that was interrupted goes on there, to the same bytes;
-            rows of another model or of other data are refused.
+            Folder for the rows (`<suite>.jsonl`). An interrupted evaluation continues there, to the same bytes; rows
+            of another model or of other data are refused.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             With several processes: each computes a part, the first one writes.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
         window (`int`, *optional*, defaults to `1024`):
-            Responses that are computed at a time, and share what they have in common; what an interruption costs.
+            Responses that are computed at a time and share their beginnings. An interruption loses at most this many.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Run the code of a model that is no GRM and brings its own.
+            Run the code that a model other than a GRM brings.
 
     Returns:
         [`Results`].
 
     Raises:
-        `ValueError`: for data that is not the suite's, a model that is no reward model, or results of others in
-            `output`.
+        `ValueError`: the data is not the suite's, the model is not a reward model, or `output` has other results.
     """
     if window < 1:
         raise ValueError(f"`window` is {window}; at least one response at a time is required.")
@@ -309,7 +308,7 @@ def evaluate(
 
 
 def _plan(examples: list[Example], window: int) -> tuple[list[int], list[int]]:
-    """The order in which examples are scored, those of one prompt side by side, and where each window ends."""
+    """The order in which examples are scored, with those of one prompt together, and the end of each window."""
     first: dict[str, int] = {}
     for number, example in enumerate(examples):
         first.setdefault(example.group, number)
@@ -325,7 +324,7 @@ def _plan(examples: list[Example], window: int) -> tuple[list[int], list[int]]:
 
 
 def _score(scorer, examples, order, ends, rows, file, shown) -> None:
-    """Score what `rows` does not hold yet, window by window, and append it to `rows` and to `file`."""
+    """Score the rows that `rows` lacks, window by window, and append them to `rows` and to `file`."""
     known: dict[str, Score] = {}
     for row in rows:
         for index, values in enumerate(zip(row["scores"], row["tokens"], row["truncated"], strict=True)):
@@ -377,7 +376,7 @@ def _line(values: dict) -> bytes:
 
 
 def _taken_up(path, results, examples, order, ends):
-    """The first line of the file, the rows it holds up to the end of a window, and how many bytes those are."""
+    """The first line of the file, its rows up to the end of a window, and their number of bytes."""
     header = {
         "suite": results.suite,
         "model": results.model,
@@ -427,10 +426,10 @@ def _header(line: bytes, path: Path) -> dict:
 
 def read_results(path: str | os.PathLike, results: Results) -> Results:
     """
-    Results of another model that lie in a folder (or a file), on the rows of `results`.
+    Results of another model on the rows of `results`, from a folder (or a file).
 
     Raises:
-        `ValueError`: there are none, they are not finished, or they are of other rows.
+        `ValueError`: there are none, they are not finished, or their rows differ.
     """
     path = Path(path)
     path = path / f"{results.suite}.jsonl" if path.is_dir() else path
@@ -453,13 +452,14 @@ def read_results(path: str | os.PathLike, results: Results) -> Results:
 
 def compare(a: Results, b: Results) -> dict[str, Any]:
     """
-    The difference of two models' headlines on the same rows, paired: row by row, with prompts drawn for its interval.
+    The difference of two models' headlines on the same rows. It is paired row by row; prompts are drawn for its
+    interval.
 
     Returns:
-        `dict`: `score_a`, `score_b`, `difference`, `low`, `high` (95 %; the difference itself where there is a single
-        prompt), `differing` (prompts on which the two do not count the same), and `verdict`: which one is better, or
-        "no difference shown". A difference is shown where its interval does not hold 0 and at least six prompts
-        differ: fewer that all say the same are no rare event among equals (sign test).
+        `dict`: `score_a`, `score_b`, `difference`, `low`, `high` (95 %; the difference itself for a single prompt),
+        `differing` (prompts on which the two differ), and `verdict`: the better model, or "no difference shown". A
+        difference is shown if its interval does not contain 0 and at least six prompts differ: fewer prompts that all
+        favour one model are not rare among equals (sign test).
     """
     if a.suite != b.suite or a.rows_digest != b.rows_digest:
         raise ValueError(f"these are results of {a.suite} and {b.suite} on different rows; equal rows are required.")

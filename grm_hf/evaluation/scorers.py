@@ -1,6 +1,6 @@
-"""Whatever scores, behind one method: `stream(chats)`, which gives a [`Score`] for each. A GRM is scored by
-[`GRMScorer`], every other sequence classifier with one label by the plainest loop that is exact; and a digest says
-whether two of them are the same."""
+"""All scorers behind one method, `stream(chats)`, which gives a [`Score`] for each chat. [`GRMScorer`] scores a GRM. A
+plain, exact loop scores every other sequence classifier with one label. A digest shows whether two scorers are the
+same."""
 
 import hashlib
 import json
@@ -24,18 +24,18 @@ VOLATILE = ("_name_or_path", "architectures", "auto_map", "base_model", "dtype",
 
 class ClassifierScorer:
     """
-    Scores with any model of one label that is no GRM, one text at a time and without padding, so that its forward
-    reads the token that it reads in its authors' example. A chat is tokenised by the chat template as it is, nothing
-    is added; without a template, prompt and response are a pair of texts, as cross-encoders take them. A text that is
-    longer than the model can read loses its beginning (a leading BOS stays) and is counted as truncated.
+    Scores with any classifier of one label other than a GRM, one text at a time and without padding. Its forward thus
+    reads the same token as in its authors' example. The chat template tokenises a chat, and nothing is added. Without
+    a template, prompt and response are a pair of texts, as for cross-encoders. A text that is longer than the model
+    can read loses its beginning (a leading BOS stays) and is counted as truncated.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Returns `.logits` of shape `(1, 1)`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer; loaded from the same place if left out.
+            Its tokenizer. By default loaded from the same place.
         progress (`bool`, *optional*, defaults to `False`):
-            Not used: `evaluate` shows the progress.
+            Not used, because `evaluate` shows the progress.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             With several processes: each computes a part, and every one gets all results.
     """
@@ -104,14 +104,14 @@ def as_scorer(
     model, tokenizer=None, accelerator=None, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
     """
-    What scores for `evaluate`.
+    The scorer for `evaluate`.
 
     Args:
         model: Hub id or folder (of a model, or of a GRM's adapter), live model, [`GRMScorer`], [`RewardEnsemble`], or
             an object with `stream(chats)` or `score(chats)`.
-        tokenizer, accelerator: Of a model that comes without.
-        trust_remote_code: For a Hub id or folder that is no GRM and brings its own code.
-        revision: Of a Hub id.
+        tokenizer, accelerator: For a model that comes without them.
+        trust_remote_code: For a Hub id or folder other than a GRM that brings its own code.
+        revision: Revision of a Hub id.
     """
     if isinstance(model, (str, os.PathLike)):
         return _load(os.fspath(model), tokenizer, accelerator, trust_remote_code, revision)
@@ -124,7 +124,7 @@ def as_scorer(
         return ClassifierScorer(model, tokenizer, accelerator=accelerator)
     if tokenizer is not None:
         raise ValueError(f"`tokenizer` is given, and {type(model).__name__} has its own.")
-    if type(model) is GRMScorer:  # the same, which also takes answers without text: official files hold some
+    if type(model) is GRMScorer:  # the same scorer; it also takes answers without text, which official files have
         return PolicyScorer(
             model.model, model.tokenizer, max_tokens_per_batch=model.max_tokens_per_batch,
             deterministic=model.deterministic, layout=model.layout, accelerator=model.accelerator or accelerator,
@@ -163,7 +163,7 @@ def _load(path, tokenizer, accelerator, trust_remote_code, revision):
 
 
 def stream(scorer, chats: list) -> list[Score]:
-    """Scores of all `chats`, in their order, by what `as_scorer` returned."""
+    """Scores of all `chats`, in their order, by a scorer of `as_scorer`."""
     if not hasattr(scorer, "stream"):
         return [Score(float(score), 0, False) for score in scorer.score(chats)]
     if not isinstance(scorer, ClassifierScorer):
@@ -174,8 +174,8 @@ def stream(scorer, chats: list) -> list[Score]:
 
 
 def _with_blank(scorer, chat):
-    """A chat whose answer has no text as what a policy wrote, which is how scorers of a GRM take it: official files
-    hold some, and each counts."""
+    """A chat whose answer has no text as a policy's answer, because scorers of a GRM take it in this form. Official
+    files have such answers, and each counts."""
     if isinstance(chat, str) or not isinstance(chat["response"], str) or chat["response"].strip():
         return chat
     prompt, response = chat["prompt"], chat["response"]
@@ -186,7 +186,7 @@ def _with_blank(scorer, chat):
 
 
 def name_of(scorer) -> str:
-    """A name for tables: the Hub id or the last part of the path, or what kind of thing it is."""
+    """A name for tables: the Hub id, the last part of the path, or the name of the class."""
     path = str(getattr(getattr(scorer, "model", None), "name_or_path", None) or "")
     if not path:
         return type(scorer.model if isinstance(scorer, (GRMScorer, ClassifierScorer)) else scorer).__name__
@@ -194,14 +194,15 @@ def name_of(scorer) -> str:
 
 
 def _lasting(settings):
-    """A configuration without what a way of loading changes and no score depends on (weights say their own dtype)."""
+    """A configuration without fields that depend on the way of loading and do not change scores (weights have their
+    own dtype)."""
     if not isinstance(settings, dict):
         return settings
     return {name: _lasting(value) for name, value in settings.items() if name not in VOLATILE}
 
 
 def digest_of(scorer) -> str:
-    """Names what scores: weights, configuration and tokenizer, each in full, and how members are combined."""
+    """A digest of a scorer: all weights, configuration and tokenizer, and how members are combined."""
     model = getattr(scorer, "model", None)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(

@@ -1,5 +1,5 @@
-"""A suite: where its rows come from, how they become examples, and what its scores add up to. `aggregate` puts the
-suite's own figures first and beside them what every suite has: an interval, ties, length, calibration."""
+"""A suite: the source of its rows, their conversion to examples, and the figures of its scores. `aggregate` gives the
+suite's own figures first, then those of every suite: an interval, ties, length, calibration."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,12 +12,12 @@ from .examples import Example, Row, Skipped, Source
 
 class Part(NamedTuple):
     """
-    A part of a headline, which is the weighted mean of its parts' means. A paired comparison of two models and every
-    interval come from the same parts, so that they belong to the headline and not to a figure like it.
+    A part of a headline. The headline is the weighted mean of its parts' means. A paired comparison of two models and
+    every interval come from the same parts, so they belong exactly to the headline.
 
     Attributes:
-        weight: Of the part's mean in the headline; weights are divided by their sum.
-        values: What is averaged.
+        weight: Weight of the part's mean in the headline; weights are divided by their sum.
+        values: The values to average.
         owners: Index of the example that each value belongs to.
     """
 
@@ -39,18 +39,18 @@ class Suite:
     A suite of the table `SUITES`.
 
     Attributes:
-        name: On the command line.
+        name: Name on the command line.
         measures: What it measures.
-        headline: What `score` is.
-        ties: What two equal scores count.
-        rows: Official numbers of rows; of several, one for each official variant. Empty: not known here.
-        licence: Of the data.
-        url: Where code and data are.
-        fields: Names of fields that each row has; of several, one for each kind of row.
-        load: Rows to examples. A row that the suite's own rules leave out becomes `Skipped`.
+        headline: The meaning of `score`.
+        ties: The rule for two equal scores.
+        rows: Official numbers of rows, one for each official variant. Empty: not known here.
+        licence: Licence of the data.
+        url: Address of code and data.
+        fields: Names of fields that each row has; one set for each kind of row.
+        load: From rows to examples. A row that the suite's own rules leave out becomes `Skipped`.
         figures: Official figures of examples and scores, and the parts of the headline.
         parts: Parts without which the headline is not the official one.
-        hub: Where the rows are on the Hub. Empty: the files are to be had at `url` alone.
+        hub: The rows on the Hub. Empty: the files are at `url` only.
     """
 
     name: str
@@ -92,7 +92,8 @@ def headline(parts: dict[str, Part]) -> float:
 
 
 def interval(examples: Sequence[Example], parts: dict[str, Part]) -> tuple[float, float] | None:
-    """95 % interval of the headline, from groups of examples (prompts) drawn with replacement; `None` for one."""
+    """95 % interval of the headline, from groups of examples (prompts) drawn with replacement; `None` for one
+    group."""
     groups = [examples[owner].group for part in parts.values() for owner in part.owners]
     if len(set(groups)) < 2:
         return None
@@ -141,7 +142,7 @@ def _pairs(examples, scores):
 
 
 def wins_of(examples: Sequence[Example], scores: Sequence[Sequence[float]]) -> list[float]:
-    """1 for each example in which a right response is above every wrong one; a tie is wrong."""
+    """1 for each example in which a right response is above every wrong one; a tie counts as wrong."""
     margins = [
         max(row[i] for i in example.correct) - max(row[j] for j in example.wrong)
         for example, row in zip(examples, scores, strict=True)
@@ -150,8 +151,8 @@ def wins_of(examples: Sequence[Example], scores: Sequence[Sequence[float]]) -> l
 
 
 def parts_by(names: Iterable[str], values: Iterable[float], weight: float | None = None) -> dict[str, Part]:
-    """A part for each name, with a value for each example. Without a weight, parts weigh what they have examples: the
-    headline is the mean over all examples."""
+    """A part for each name, with a value for each example. Without a weight, a part weighs by its number of examples:
+    the headline is the mean over all examples."""
     found: dict[str, Part] = {}
     for owner, (name, value) in enumerate(zip(names, values, strict=True)):
         part = found.setdefault(name, Part(weight or 0.0, [], []))

@@ -1,4 +1,4 @@
-"""`SUITES`: the table of suites. One more is one more file with a loader and an aggregation, and its line here."""
+"""`SUITES`, the table of suites. To add one, write a file with a loader and an aggregation, and its line here."""
 
 from . import contrast, ifrewardbench, judgebench, own, paper, ppe, rewardbench, rewardmath, rmb, rmbench
 from .suite import Suite

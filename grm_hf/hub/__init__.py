@@ -1,5 +1,5 @@
-"""What goes to the Hub: complete models (`publish.py`) and their cards (`card.py`); and other layouts, in
-(`convert.py`) and out (`export.py`); and new code for a model that exists (`refresh.py`)."""
+"""The Hub: pushes of complete models (`publish.py`), their cards (`card.py`), other layouts in (`convert.py`) and out
+(`export.py`), and new code for a saved model (`refresh.py`)."""
 
 from ..native import load_export
 from .convert import Converted, convert

@@ -1,9 +1,9 @@
-"""Model cards: written from a run or a folder, and merged with what a person has made of an earlier one.
+"""Model cards, written from a run or a folder and merged with a person's edits of an earlier card.
 
-A card is made of blocks, `<!-- grm_hf NAME DIGEST -->` to `<!-- /grm_hf -->`. The digest is that of the text between,
-so that a later card knows whether somebody has edited it: such a block stays as it is, an untouched one is replaced,
-one that was deleted does not come back, and text outside of blocks is left alone. The first line after the metadata
-keeps a digest of each metadata field for the same purpose.
+A card is made of blocks, `<!-- grm_hf NAME DIGEST -->` to `<!-- /grm_hf -->`. The digest of the text between them
+shows a later card whether somebody has edited the block. An edited block stays, an untouched one is replaced, and a
+deleted one does not come back. Text outside the blocks is left alone. The first line after the metadata keeps a digest
+of each metadata field for the same purpose.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ BENCHMARKS = ".eval_results/grm_eval.yaml"
 
 
 def card_of_folder(folder: str | Path, name: str, tags: list[str] | None = None) -> str:
-    """The card of a saved model whose run is not known: what its configuration and its tokenizer say."""
+    """The card of a saved model without a run, from its configuration and its tokenizer."""
     config = GRMConfig.from_pretrained(folder)
     facts = facts_of_model(config, _tokenizer(folder), name)
     return write_card(metadata_of(config, name, [*TAGS[:2], *(tags or [])], [], False), facts)
@@ -50,17 +50,17 @@ def card_of_folder(folder: str | Path, name: str, tags: list[str] | None = None)
 def add_results(folder: str | Path, rows: list[dict[str, Any]]) -> list[str]:
     """
     Put results of benchmarks on the card of a model's folder: into `model-index` of its README.md, and for data sets
-    of the Hub into `.eval_results/grm_eval.yaml`. What a person wrote there stays, also where it is of the same suite.
+    of the Hub into `.eval_results/grm_eval.yaml`. Entries by a person stay, also those of the same suite.
 
     Args:
         folder (`str` or `Path`):
-            Of the model. Without a card, one is written first.
+            Folder of the model. If it has no card, one is written first.
         rows (`list[dict]`):
-            For each suite its name (`suite`), its data set on the Hub (`dataset`, or `None`), the `value` and what it
-            is (`headline`).
+            For each suite its name (`suite`), its data set on the Hub (`dataset`, or `None`), the `value` and its
+            description (`headline`).
 
     Returns:
-        `list[str]`: the suites for which `model-index` holds another result that is not ours to replace.
+        `list[str]`: the suites for which `model-index` has another result, which a person wrote.
     """
     folder = Path(folder)
     readme, results = folder / "README.md", folder / BENCHMARKS
@@ -97,7 +97,7 @@ def add_results(folder: str | Path, rows: list[dict[str, Any]]) -> list[str]:
     if published:
         old = results.read_text(encoding="utf-8") if results.is_file() else ""
         first, _, rest = old.partition("\n")
-        # Once a person has written in it, the file stays theirs: it gets no mark, and nothing in it is replaced.
+        # After a person has written in the file, it stays theirs: it gets no mark, and nothing in it is replaced.
         untouched = not old or first == f"# grm_hf {_digest(rest)}"
         text = _dump(_joined(yaml.safe_load(old) or [], published, lambda entry: entry["dataset"], untouched))
         results.parent.mkdir(exist_ok=True)
@@ -106,7 +106,7 @@ def add_results(folder: str | Path, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _joined(old: list, new: list, key, replace: bool) -> list:
-    """`old` with the entries of `new` whose key it lacks; with `replace`, new ones in the place of old ones."""
+    """`old` with the entries of `new` whose key it lacks; with `replace`, new entries replace old ones."""
     keys = [key(entry) for entry in new]
     kept = [new[keys.index(key(entry))] if replace and key(entry) in keys else entry for entry in old]
     return kept + [entry for entry, name in zip(new, keys, strict=True) if name not in [key(e) for e in old]]
@@ -126,7 +126,7 @@ def _template():
 
 
 def write_card(metadata: dict, facts: dict) -> str:
-    """The text of a README.md that says what [`facts_of_run`] found."""
+    """The text of a README.md, from the facts of [`facts_of_run`]."""
     body = BLOCK.sub(lambda found: _block(found[1], found[3].strip("\n")), _template().render(facts))
     return _join(metadata, {key: _digest(_dump(value)) for key, value in metadata.items()}, facts["name"], body)
 
@@ -186,7 +186,7 @@ def _rendered(tokenizer):
 
 
 def _snippet(config, tokenizer, question, answers):
-    """Code that scores two answers with transformers alone where that reads the tokens that training saw."""
+    """Code that scores two answers, with transformers alone if it reads the tokens of training."""
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
     question, answers = json.dumps(question), json.dumps(answers)
     if tokenizer is not None and tokenizer.chat_template:
@@ -209,7 +209,7 @@ def _snippet(config, tokenizer, question, answers):
 
 
 def _executed(snippet, model, tokenizer):
-    """What the snippet prints with this model; the model is left as it was. `None`, with a warning, if it fails."""
+    """The output of the snippet with this model, which does not change. `None`, with a warning, if it fails."""
     training, printed = model.training, io.StringIO()
     scored = model.get_base_model() if hasattr(model, "peft_config") else model
     try:
@@ -259,8 +259,8 @@ def metadata_of(config, name, tags, datasets, adapter):
 
 def merge_cards(theirs: str, ours: str) -> str:
     """
-    Our new card with everything of `theirs` that a person wrote: edited blocks, text outside of blocks, changed or
-    deleted metadata, deleted blocks. A card that we did not write keeps its whole text, and ours follows it.
+    Our new card with all edits that a person made in `theirs`: edited and deleted blocks, text outside of blocks,
+    changed and deleted metadata. A card that we did not write keeps its whole text, and ours follows it.
     """
     data, their_record, _, their_body = _read(theirs)
     our_data, our_record, name, our_body = _read(ours)
@@ -269,7 +269,7 @@ def merge_cards(theirs: str, ours: str) -> str:
     merged = {key: value for key, value in our_data.items() if key in data or key not in their_record}
     for key, value in data.items():
         if their_record.get(key) == _digest(_dump(value)):
-            continue  # as we wrote it: ours is newer, or says it no longer
+            continue  # unedited: ours is newer, or no longer has it
         both = merged.get(key)
         if isinstance(value, list) and isinstance(both, list) and all(isinstance(item, str) for item in value + both):
             merged[key] = list(dict.fromkeys([*value, *both]))
@@ -286,7 +286,7 @@ def merge_cards(theirs: str, ours: str) -> str:
 
 
 def edited_lines(card: str) -> set[str]:
-    """Lines of a card that are not as we wrote them: outside of blocks, in an edited one, and changed metadata."""
+    """Lines of a card that a person wrote: outside of blocks, in edited blocks, and changed metadata."""
     data, record, _, body = _read(card)
     rest = BLOCK.sub(lambda f: "" if f[2] == _digest(f[3]) else f[3], body)
     changed = {f"{key}: {value}" for key, value in data.items() if record.get(key) != _digest(_dump(value))}
@@ -299,7 +299,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 def without_paths(card: str) -> str:
-    """The card without a base model that is a path of this machine, as PEFT's own card names it."""
+    """The card without a base model that is a path on this machine; PEFT's own card has such a path."""
     data, record, name, body = _read(card)
     base = data.get("base_model")
     if not isinstance(base, str) or not (Path(base).is_absolute() or Path(base).exists()):
@@ -311,7 +311,7 @@ def without_paths(card: str) -> str:
 
 
 def set_field(card: str, key: str, value) -> str:
-    """The card with one more field of metadata, as if it had been written with it; one that is there stays."""
+    """The card with one more field of metadata, as if it had been written with it. An existing field stays."""
     data, record, name, body = _read(card)
     if key in data or key in record:
         return card
@@ -319,13 +319,13 @@ def set_field(card: str, key: str, value) -> str:
 
 
 def with_code(card: str) -> str:
-    """A card of ours that says which version of the code the model carries: this one. A line that somebody has edited
-    stays, and so does a card that is not ours."""
+    """Our card with this version as the version of the model's code. An edited line stays, and so does a card that is
+    not ours."""
     data, record, name, body = _read(card)
     if name is None:
         return card
     found = next((block for block in BLOCK.finditer(body) if block[1] == "code"), None)
-    if found is None:  # before version 0.2.0 there was no such block
+    if found is None:  # cards before version 0.2.0 have no such block
         last = list(BLOCK.finditer(body))[-1:]
         at = last[0].end() if last else len(body)
         body = f"{body[:at].rstrip()}\n\n{_block('code', CODE_LINE)}{body[at:]}"
@@ -335,7 +335,7 @@ def with_code(card: str) -> str:
 
 
 def rename(card: str, name: str) -> str:
-    """A card of ours with another name of the model, in the metadata and the blocks that nobody edited."""
+    """Our card with another name of the model, in the metadata and in unedited blocks."""
     data, record, old, body = _read(card)
     if old is None or old == name:
         return card
@@ -355,7 +355,7 @@ def rename(card: str, name: str) -> str:
 
 
 def _read(card):
-    """Metadata, digests of the metadata as we wrote it, the name we wrote it for, and the text after all that."""
+    """Metadata, digests of the metadata as written, the model's name as written, and the text after them."""
     card = card.replace("\r\n", "\n")
     front = FRONT.match(card)
     data = (yaml.safe_load(front[1]) or {}) if front else {}

@@ -1,8 +1,8 @@
 """Reward models of other makers, converted to ours: `grm convert`.
 
-What a checkpoint is, is read from the names and shapes of its weights; its config.json may say something else (that of
-the authors' linear models says `mlp`). Everything in the files must find a place, or nothing is written. No code of
-the source is ever run, and pickles are read as weights only. Layouts, and what becomes of each: docs/formats.md.
+The names and shapes of the weights decide the layout, because config.json may be wrong (that of the authors' linear
+models says `mlp`). Every weight must find a place, or nothing is written. No code of the source is run, and pickles
+are read as weights only. docs/formats.md lists the layouts.
 """
 
 import json
@@ -33,27 +33,27 @@ from .tokenizer import load_tokenizer
 logger = logging.get_logger(__name__)
 
 HEAD = re.compile(r"(v_head\.summary|score)(?:\.(\d+))?\.(weight|bias)")
-PICKLES = {  # downloaded only where their twins are not
+PICKLES = {  # downloaded only if their twins are missing
     "model*.safetensors": "pytorch_model*.bin",
     "value_head.safetensors": "value_head.bin",
     "adapter_model.safetensors": "adapter_model.bin",
 }
 WEIGHTS = (*PICKLES, *PICKLES.values())
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
-# What a source's configuration says of its reward head and of its code; ours says it elsewhere.
+# Fields of a source's configuration about its reward head and its code; ours has them elsewhere.
 FOREIGN = re.compile(r"auto_map|architectures|vhead_.*|summary_dropout_prob|num_labels|id2label|label2id|problem_type")
 
 
 class Format(NamedTuple):
     """
-    A layout of reward models that is known. To add one, write its function and its row.
+    A known layout of reward models. To add one, write its function and its row.
 
     Args:
-        name (`str`): What `grm convert` says it found.
+        name (`str`): The name that `grm convert` prints.
         holds (`Callable`): Whether a source is of this format, from the names of its head's weights, the kind of its
             head (`"linear"` or `"mlp"`) and its configuration.
         bos_policy (`str`): How its training read a chat.
-        head_dropout (`float`): In front of its head while training, where its configuration does not say.
+        head_dropout (`float`): Dropout before its head while training, if its configuration does not say.
     """
 
     name: str
@@ -86,11 +86,11 @@ FORMATS = (  # the first that holds
 @dataclass(frozen=True)
 class Converted:
     """
-    What [`convert`] made.
+    The result of [`convert`].
 
     Attributes:
         model ([`GRMForSequenceClassification`]): The converted model.
-        layout (`str`): What the source was found to be.
+        layout (`str`): The layout of the source.
         lm_head (`str`): Where the LM head came from.
     """
 
@@ -111,8 +111,7 @@ def convert(
     r"""
     Convert a reward model of another layout and save it, with its tokenizer and golden rows.
 
-    The weights are held in memory once. The head computes in float32 here, where the original rounds to the dtype of
-    its head.
+    The weights are in memory once. The reward head computes in float32; the original rounds to the dtype of its head.
 
     Args:
         source (`str` or `Path`):
@@ -122,22 +121,22 @@ def convert(
         output (`str` or `Path`):
             Folder to write, new or empty.
         base (`str` or `Path`, *optional*):
-            Hub id or folder of the causal language model below. For an adapter by default the one that it names; for a
-            classifier without LM head (and no tied one) this gives the head, and must be given.
+            Hub id or folder of the causal language model below. For an adapter the default is the base that it names.
+            For a classifier without an LM head (and without a tied one) it is required, and its LM head is used.
         bos_policy (`str`, *optional*):
-            `"single"` or `"double"`, how the source was trained to read a chat. By default `"double"` for what the
-            code of the GRM authors wrote, `"single"` for others.
+            `"single"` or `"double"`, the BOS policy of the source's training. By default `"double"` for checkpoints of
+            the GRM authors' code, `"single"` for others.
         max_length (`int`, *optional*):
-            Longest sequence to score, at least 1. By default what the source's tokenizer says.
+            Longest sequence to score, at least 1. By default that of the source's tokenizer.
         revision (`str`, *optional*):
-            Of `source` on the Hub.
+            Revision of `source` on the Hub.
 
     Returns:
         [`Converted`].
 
     Raises:
-        `ValueError`: weights are missing, left over, of a wrong shape, or more than one head; the source needs code of
-        its own; `output` holds something or is the working directory. Nothing is written then.
+        `ValueError`: weights are missing, left over, of a wrong shape, or more than one head; the source needs its own
+        code; `output` is not empty or is the working directory. Nothing is written then.
 
     Source: the value head is that of the authors' code for arXiv 2406.10216, and of TRL's `ValueHead`.
     """
@@ -183,7 +182,7 @@ def convert(
             raise ValueError(f"The reward head of '{source}' reads {found} numbers, the language model gives {width}.")
         model.score.load_state_dict(state)
         if (text := model.config.text_config).tie_word_embeddings and not _tied(lm):
-            text.tie_word_embeddings = False  # the config says tied, the file holds two different matrices
+            text.tie_word_embeddings = False  # the config says tied, but the file has two different matrices
         model.eval().save_pretrained(out)
         if tokenizer is None:
             logger.warning(f"'{source}' has no tokenizer: none was saved, and no golden rows.")
@@ -197,7 +196,7 @@ def convert(
 
 
 def _local(source: str, revision: str | None) -> Path:
-    """The folder, downloaded if it is a Hub id: pickles only in place of safetensors that are not there."""
+    """The folder, downloaded if it is a Hub id. Pickles are downloaded only if their safetensors are missing."""
     if os.path.isdir(source):
         return Path(source)
     safe = [*TEXTS, *PICKLES]
@@ -227,7 +226,7 @@ def _settings(folder: Path, source, adapter: bool) -> dict:
 
 
 def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    """The wanted tensors of a weights file, and only those."""
+    """The wanted tensors of a weights file."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -240,7 +239,7 @@ def _read(path: Path, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
 
 
 def _plain(name: str) -> str:
-    """A name without what PEFT and TRL put around it."""
+    """A name without the prefixes of PEFT and TRL."""
     while (shorter := re.sub(r"^(base_model\.model|pretrained_model)\.(?=.*\.)", "", name)) != name:
         name = shorter
     return re.sub(r"\.modules_to_save(?=\.)|\.default(?=\.|$)", "", name)
@@ -300,7 +299,7 @@ def _no_load_report(record) -> bool:
 
 
 def _load(folder: str | Path, source: str, config=None):
-    """A causal language model, and what its files lack or hold beside it, which [`_require`] reports by name."""
+    """A causal language model, with the names that its files lack or have in excess, for [`_require`]."""
     reporter = getLogger("transformers.modeling_utils")
     reporter.addFilter(_no_load_report)
     try:
@@ -325,7 +324,7 @@ def _load(folder: str | Path, source: str, config=None):
 
 
 def _require(source: str, info: dict, missing: set, spare: set):
-    """Refuse what does not fit, by name. `missing` may be missing, `spare` has its place elsewhere."""
+    """Refuse weights that do not fit, by name. `missing` may be missing; `spare` belongs elsewhere."""
     left = sorted(name for name in info["unexpected_keys"] if _plain(name) not in spare)
     lacking = sorted(set(info["missing_keys"]) - missing)
     shapes = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
@@ -372,7 +371,7 @@ def _body(folder: Path, source: str, settings: dict, head: set, base: str | None
 
 
 def _zero_biases(folder: Path, names) -> set:
-    """Those of `names` that are biases of projections and zero, as `grm export` gives a Llama for engines' sake."""
+    """Names of projection biases that are zero; `grm export` adds them to a Llama for the engines."""
     ends = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
     found: dict[str, torch.Tensor] = {}
     if wanted := {name for name in names if name.endswith(ends)}:
@@ -382,7 +381,7 @@ def _zero_biases(folder: Path, names) -> set:
 
 
 def _borrow_lm_head(lm, base: str, names: set):
-    """Put the LM head of `base` into `lm`: that alone is read of it."""
+    """Put the LM head of `base` into `lm`. Nothing else is read from `base`."""
     folder = _local(base, None)
     embedding = next(name for name, part in lm.named_parameters() if part is lm.get_input_embeddings().weight)
     found: dict[str, torch.Tensor] = {}
@@ -410,7 +409,7 @@ def _borrow_lm_head(lm, base: str, names: set):
 
 
 def _says_tied(folder: Path) -> bool:
-    """Whether the configuration ties the LM head to the embeddings; if unsaid, its type does."""
+    """Whether the configuration ties the LM head to the embeddings; if it does not say, its type decides."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
@@ -423,7 +422,7 @@ def _tied(lm) -> bool:
 
 
 def _adapted(folder: Path, source: str, base, tokenizer):
-    """The base of a LoRA adapter with the adapter merged into it."""
+    """The base of a LoRA adapter, with the adapter merged into it."""
     try:
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     except ImportError as error:
@@ -443,7 +442,7 @@ def _adapted(folder: Path, source: str, base, tokenizer):
             state[_plain(name)] = tensor
     rows = lm.get_input_embeddings().weight.shape[0]
     _make_room(lm, tokenizer, state, source)
-    # The value head was wrapped with the model and is not part of it here; the task is that of no class of PEFT's.
+    # The value head was wrapped with the model, but is not part of it here. No class of PEFT fits the task.
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
     config.task_type, config.inference_mode = None, True
     wrapped = get_peft_model(lm, config)
@@ -459,13 +458,13 @@ def _adapted(folder: Path, source: str, base, tokenizer):
     merged = wrapped.merge_and_unload()
     new = merged.get_output_embeddings().weight[rows:]
     if len(new) and not new.any():
-        logger.warning(f"The text head of '{base}' has no rows for the last {len(new)} tokens of '{source}': zeros.")
+        logger.warning(f"The LM head of '{base}' has no rows for the last {len(new)} tokens of '{source}': zeros.")
     return merged, str(base)
 
 
 def _make_room(lm, tokenizer, state, source):
-    """Rows for the tokens that the base lacks: those that the adapter brings (PEFT saves resized embeddings), or that
-    of a padding token, which some of the authors' models have of their own. It is never read."""
+    """Adds rows for tokens that the base lacks: those that the adapter brings (PEFT saves resized embeddings), or the
+    row of a padding token, which some of the authors' models add. A padding row is never read."""
     embeddings = lm.get_input_embeddings().weight
     name = next(name for name, part in lm.named_parameters() if part is embeddings)
     brought = state.get(name, state.get(name.replace(".weight", ".base_layer.weight")))
@@ -488,13 +487,13 @@ def _make_room(lm, tokenizer, state, source):
 
 
 def _our_head(layers, kind: str, width: int | None):
-    """Fields of the configuration and state of our head: the same function."""
+    """Configuration fields and state of our head, which is the same function."""
     layers = [(weight, None if bias is None else bias.float()) for weight, bias in layers]
     if kind == "linear":
         (weight, bias) = layers[0]
         if bias is None or not bias.any():
             return dict(head_type="linear"), {"weight": weight}
-        # Ours has no bias. relu(z) - relu(-z) is z to the last bit, for one of the two is zero.
+        # Our linear head has no bias. relu(z) - relu(-z) is z to the last bit, because one of the two is zero.
         layers = [(torch.cat([weight, -weight]), torch.zeros(2)), (torch.tensor([[1.0, -1.0]]), bias)]
     layers = [(weight, torch.zeros(len(weight)) if bias is None else bias) for weight, bias in layers]
     (first, first_bias), (last, last_bias) = layers[0], layers[-1]

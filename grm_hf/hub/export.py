@@ -1,12 +1,12 @@
-"""A reward model in the layout of others, for tools that know nothing of this package: `grm export`.
+"""A reward model in a layout of other tools, which do not know this package: `grm export`.
 
 A linear head becomes the native `...ForSequenceClassification` of the body's family. An MLP head on a Llama or Qwen2
 body becomes `Qwen2ForRewardModel`, which vLLM and SGLang have, on a Qwen3 body SGLang's `Qwen3ForRewardModel`: their
-head is as wide as the body, so ours is filled up with zero units. It is the same function, or the export is refused;
-and before the folder appears it has been loaded again and has scored the golden rows. The LM head stays behind.
+head is as wide as the body, so ours is padded with zero units. The export is the same function, or it is refused:
+before the folder appears, the export is loaded again and scores the golden rows. The LM head stays behind.
 
-The engines choose a class by `architectures` alone. A Llama body therefore keeps `model_type: llama`: beside `qwen2`,
-transformers 5.23 makes a Qwen2Tokenizer of any tokenizer, which splits texts otherwise.
+The engines choose a class by `architectures` alone. A Llama body therefore keeps `model_type: llama`: for `qwen2`,
+transformers 5.23 loads any tokenizer as a Qwen2Tokenizer, which splits texts differently.
 """
 
 import copy
@@ -46,15 +46,15 @@ from .tokenizer import load_tokenizer
 
 logger = logging.get_logger(__name__)
 
-# Rotary embeddings that depend on nothing but the position, which Qwen2 computes as Llama does.
+# Rotary embeddings that depend on the position only; Qwen2 computes them as Llama does.
 ROPES = ("default", "linear", "llama3")
-# Families of which SGLang has a sequence classifier (docs/formats.md says from when that is).
+# Families for which SGLang has a sequence classifier (docs/formats.md lists them).
 SGLANG = ("llama", "qwen2", "qwen3", "gemma2")
-# Those of them whose `score` has a bias, which starts at random where the file has none.
+# Those whose `score` has a bias there; SGLang draws it at random if the file has none.
 SGLANG_BIAS = ("qwen2", "qwen3")
-# Where tokenizers differ: contractions, digits, blanks, line breaks, scripts.
+# Tokenizers differ in contractions, digits, blanks, line breaks and scripts.
 PROBE = "It's 12345 things, DON'T\n\n\t  count   them: 3.14159 / 2\r\n élan, Ελλάς, 東京 — 🙂 __init__(x=1)\n"
-# Written by the template where the original had it: a second BOS, and an EOS for turns that have no end.
+# Additions to the template: a second BOS, and an EOS for turns that have no end, if training had them.
 PREFIXES = ("", "{{ bos_token }}")
 SUFFIXES = ("", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
 
@@ -62,7 +62,7 @@ SUFFIXES = ("", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
 @dataclass(frozen=True)
 class Exported:
     """
-    What [`export`] made.
+    The result of [`export`].
 
     Attributes:
         architecture (`str`): The class that the folder holds.
@@ -78,7 +78,7 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
     Save a reward model in a layout that transformers, vLLM and SGLang know, with tokenizer, chat template, golden rows
     and a card that says how to serve it.
 
-    The weights are held in memory once, and once more after that to check the result.
+    The weights are in memory once, and once more later to check the result.
 
     Args:
         source (`str` or `Path`):
@@ -86,14 +86,14 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         output (`str` or `Path`):
             Folder to write, new or empty.
         revision (`str`, *optional*):
-            Of `source` on the Hub.
+            Revision of `source` on the Hub.
 
     Returns:
         [`Exported`].
 
     Raises:
-        `ValueError`: the model has no exact counterpart, for the reason given, or `output` holds something. Nothing
-        is written then.
+        `ValueError`: the model has no exact counterpart (the message gives the reason), or `output` is not empty.
+        Nothing is written then.
     """
     hub = {} if revision is None else {"revision": revision}
     with readable(source) as source, new_folder(output) as out:
@@ -118,7 +118,7 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         native.save_pretrained(out, state_dict=state)
         _mark(out / FILE, config.architectures[0])
         _tell_transformers_4(out / "config.json")
-        tokenizer.padding_side = "right"  # native classes with absolute positions know no other
+        tokenizer.padding_side = "right"  # native classes with absolute positions know no other limit
         tokenizer.save_pretrained(out)
         temperature = model.config.reward_temperature
         del model, native, state
@@ -132,8 +132,8 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
 
 
 def _config(model, tokenizer):
-    """The configuration of the body as a classifier's, with our policies beside it: others do not mind them, and the
-    model can come back by `grm convert`."""
+    """The configuration of the body as a classifier's, with our policies added: other tools ignore them, and `grm
+    convert` reads them."""
     ours, text = model.config, model.config.text_config
     config = copy.deepcopy(text)
     if ours.head_type != "linear":
@@ -172,7 +172,7 @@ def _classifier(model, config):
             f"{type(native).__name__} does not have this body and one bias-free `score`: it is no exact counterpart."
         )
     setattr(native, prefix, model.model)
-    # In float32, as it is here: vLLM computes with that, transformers rounds it to the dtype of the body.
+    # In float32, as here: vLLM computes with it, transformers rounds it to the dtype of the body.
     native.score.weight = nn.Parameter(weight.detach())
     config.architectures, native.config = [type(native).__name__], config
     assert not any(part.is_meta for part in native.parameters())
@@ -180,7 +180,7 @@ def _classifier(model, config):
 
 
 def _require_layout(ours, text):
-    """Refuse what `Qwen2ForRewardModel` and `Qwen3ForRewardModel` do not compute."""
+    """Refuse models that `Qwen2ForRewardModel` and `Qwen3ForRewardModel` do not compute."""
     if text.model_type not in ("llama", "qwen2", "qwen3"):
         raise ValueError(
             "An MLP head can be exported on Llama, Qwen2 and Qwen3 bodies alone, for which engines have a reward "
@@ -239,13 +239,14 @@ def _reward_model(model, config):
 
 
 def _mark(path: Path, architecture: str):
-    """Say in the golden rows what `grm verify` is to load; the rewards are those of the model before the export."""
+    """Say in the golden rows what `grm verify` must load. The rewards are those of the model before the export."""
     content = {"exported_as": architecture, **json.loads(path.read_text(encoding="utf-8"))}
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _tell_transformers_4(path: Path):
-    """Also write the configuration as transformers 4 spells it: engines that use it would rotate by a default."""
+    """Also write the configuration in transformers 4's spelling: engines with 4 would otherwise rotate by a
+    default."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["torch_dtype"] = fields.get("dtype")
     try:
@@ -282,10 +283,11 @@ def _require_pad(tokenizer, folder: Path, config):
 
 
 def _serving(tokenizer, ours, config) -> dict:
-    """Make the chat template write the very ids that training saw, and find out how others get them.
+    """Make the chat template write the ids of training, and find out how others get them.
 
-    Returns `template`, whether messages do, with `prefix` and `suffix` that it was given; and `text`, whether rendered
-    text does that is tokenised with special tokens, as it is (`""`) or without its BOS (the string to remove).
+    Returns `template` (whether messages give them), with the `prefix` and `suffix` that the template got; and `text`
+    (whether rendered text that is tokenised with special tokens gives them: as it is, `""`, or without its BOS, the
+    string to remove).
     """
     encoder = replace(Encoder.from_config(tokenizer, ours), max_length=None)
     original, chats = tokenizer.chat_template, [as_messages(chat) for chat in CHATS]
@@ -300,7 +302,7 @@ def _serving(tokenizer, ours, config) -> dict:
     if isinstance(original, str):
         for prefix in PREFIXES if tokenizer.bos_token else PREFIXES[:1]:
             for suffix in SUFFIXES:
-                # Jinja drops the last line break of a template, which is no longer last with a suffix.
+                # Jinja drops the last line break of a template; with a suffix it is no longer the last.
                 template = prefix + (original.removesuffix("\n") + suffix if suffix else original)
                 if written(template) == expected:
                     if prefix:
@@ -321,7 +323,8 @@ def _serving(tokenizer, ours, config) -> dict:
 
 @torch.no_grad()
 def _check(folder: Path, probe: list[int]) -> float:
-    """Load what was written, score the golden rows alone and as one batch; the largest relative difference."""
+    """Load the written folder and score the golden rows, alone and as one batch. Returns the largest relative
+    difference."""
     rows = read_rows(folder / FILE)["rows"]
     native, tokenizer = load_export(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer(PROBE)["input_ids"] != probe:

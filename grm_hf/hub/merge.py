@@ -24,9 +24,9 @@ logger = logging.get_logger(__name__)
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> GRMForSequenceClassification:
     r"""
-    Merge an adapter folder (a checkpoint of a LoRA run) into the reward model it was trained on and save the result,
-    which loads like any other: no adapter, no PEFT. What was written is loaded again, and its rewards and LM logits
-    are compared with those of the adapter.
+    Merge an adapter folder (a checkpoint of a LoRA run) into the reward model it was trained on, and save the result.
+    It loads like any other model, without PEFT. The written folder is loaded again, and its rewards and LM logits are
+    compared with those of the adapter.
 
     Args:
         adapter (`str` or `Path`):
@@ -40,8 +40,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
         [`GRMForSequenceClassification`], merged, as it was loaded from `output_dir`.
 
     Raises:
-        `ValueError`: the folder holds no adapter, one without the reward head, or one that cannot be merged exactly;
-            `output_dir` is no new or empty folder. Nothing is written then.
+        `ValueError`: the folder has no adapter, the adapter has no reward head or cannot be merged exactly, or
+        `output_dir` is not empty. Nothing is written then.
     """
     with readable(adapter) as place:
         return _merge(place, output_dir, dtype)
@@ -76,7 +76,7 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
             ) from error
         merged.save_pretrained(folder)
         del wrapped, merged, model
-        if (golden := Path(adapter) / GOLDEN).is_file():  # `grm verify` then holds the merged model to the adapter's
+        if (golden := Path(adapter) / GOLDEN).is_file():  # `grm verify` then compares with the adapter's rewards
             shutil.copy(golden, folder)
         try:
             AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
@@ -97,7 +97,7 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
 
 @torch.no_grad()
 def _outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards and LM logits of two rows of tokens from all over the vocabulary."""
+    """Rewards and LM logits of two rows of tokens that are spread over the vocabulary."""
     embeddings = model.get_input_embeddings().weight
     ids = torch.linspace(0, embeddings.shape[0] - 1, 32, device=embeddings.device).long().view(2, 16)
     with evaluating(model):
@@ -106,7 +106,7 @@ def _outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _untie(model: GRMForSequenceClassification) -> None:
-    """Give the LM head a weight of its own: merged into one of two tied weights, an adapter would change both."""
+    """Give the LM head its own weight: merging an adapter into one of two tied weights would change both."""
     inside = set(model.get_input_embeddings().modules())
     own = {parameter for module in inside for parameter in module.parameters(recurse=False)}
     for module in model.modules():
@@ -118,7 +118,7 @@ def _untie(model: GRMForSequenceClassification) -> None:
 
 
 def _unwrap_saved_modules(model: nn.Module) -> None:
-    """Put modules that were trained in full in their place: some methods of peft leave them wrapped."""
+    """Unwrap modules that were trained in full: some methods of peft leave them wrapped."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             parent, _, leaf = name.rpartition(".")

@@ -1,9 +1,9 @@
-"""Pushing to the Hub: one commit, that holds everything a model needs to load by its id alone, or none.
+"""Pushes to the Hub: one commit with everything that a model needs to load by its id, or no commit.
 
-What is pushed is always a standalone model. An adapter is first merged into the reward model it was trained on, which
-it names by a path of this machine; the adapter itself goes along in `adapter/`. Weights of an earlier push that the
-new one does not replace are deleted in the same commit (a loader would prefer them), the card is merged with what
-people made of it, and files that did not change are not sent again.
+A push always sends a standalone model. An adapter names its base by a path on this machine, so it is first merged into
+that base; the adapter itself goes into `adapter/`. The same commit deletes weights of an earlier push that the new one
+does not replace, because a loader would prefer them. The card is merged with people's edits, and unchanged files are
+not sent again.
 """
 
 import json
@@ -31,14 +31,14 @@ from .tokenizer import spell_for_transformers_4
 logger = logging.get_logger(__name__)
 
 CODE = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
-# Stay here without a word: pickles (they hold the settings of the run, a token among them, and loading them runs
-# code), what only the run needs, private and hidden files.
+# Not pushed, silently: pickles (they hold the settings of the run with its token, and loading them runs code), files
+# that only the run needs, private and hidden files.
 KEPT_BACK = (
     *("*.pt", "*.pth", "*.bin", "trainer_state.json", "_*", ".*"),
     *("checkpoint-*", "base", "reference_logps", "runs", "logs"),
 )
 FOLDERS = (".eval_results", "additional_chat_templates", "adapter")
-# What belongs to one set of weights, and to one tokenizer: of an earlier push it would be wrong beside new ones.
+# Files of one set of weights and of one tokenizer: those of an earlier push would be wrong beside new ones.
 OF_WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -60,7 +60,7 @@ OF_TOKENIZER = (
 )
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 OF_COMMIT = ("commit_description", "create_pr", "num_threads")
-ATTEMPTS = 3  # when somebody else commits between our look at the repository and our commit
+ATTEMPTS = 3  # if somebody else commits between our look at the repository and our commit
 
 
 def push_folder(
@@ -81,30 +81,30 @@ def push_folder(
 
     Args:
         folder (`str` or `Path`):
-            What `save_pretrained`, a checkpoint or a finished run left.
+            Folder of `save_pretrained`, a checkpoint or a finished run.
         repo_id (`str`):
             `name` or `namespace/name`. Made if it does not exist.
         private (`bool`, *optional*):
-            Whether a new repository is private. An old one stays what it is.
+            Whether a new repository is private. An existing one does not change.
         revision (`str`, *optional*):
             Branch, made if it does not exist. Defaults to `main`.
         tag (`str`, *optional*):
-            Name for the pushed revision. A tag that names another revision is never moved.
+            Name for the pushed revision. An existing tag of another revision is never moved.
         token (`str` or `bool`, *optional*):
-            Defaults to that of `hf auth login` or `HF_TOKEN`.
+            Defaults to the token of `hf auth login` or `HF_TOKEN`.
         commit_message (`str`, *optional*, defaults to `"Upload reward model"`):
             First line of the commit.
         replace_card (`bool`, *optional*, defaults to `False`):
-            Replace the card on the Hub by the folder's, also where somebody has edited it there.
+            Replace the card on the Hub by the folder's, even if somebody has edited it there.
         **commit_kwargs:
             Passed to `HfApi.create_commit` (`commit_description`, `create_pr`).
 
     Returns:
-        [`~huggingface_hub.CommitInfo`]: `.oid` is the revision that holds the model, also when nothing had changed.
+        [`~huggingface_hub.CommitInfo`]: `.oid` is the revision with the model, even if nothing had changed.
 
     Raises:
-        `ValueError`: the folder is no complete reward model, holds a token, or the Hub refuses the token or the tag.
-        `OSError`: the push did not get through; the repository is as it was, and the push can be repeated.
+        `ValueError`: the folder is not a complete reward model or holds a token, or the Hub refuses the token or the
+        tag. `OSError`: the push did not get through; the repository is as it was, and the push can be repeated.
     """
     _refuse_unknown(commit_kwargs)
     with stage(folder, repo_id.split("/")[-1]) as staged:
@@ -131,7 +131,7 @@ def push_model(
     **kwargs,
 ) -> CommitInfo:
     r"""
-    Push a live reward model: what `model.push_to_hub` does.
+    Push a live reward model, as `model.push_to_hub`.
 
     Args:
         model ([`GRMForSequenceClassification`]):
@@ -139,13 +139,13 @@ def push_model(
         repo_id (`str`):
             `name` or `namespace/name`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Pushed with it. By default that of the folder or id the model was loaded from.
+            Tokenizer to push with it. By default that of the folder or id that the model was loaded from.
         max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`):
             Size of a weights file.
         tags (`list[str]`, *optional*):
             Further tags of the card.
         **kwargs:
-            As [`push_folder`].
+            As for [`push_folder`].
     """
     _refuse_unknown(set(kwargs) - {"private", "revision", "tag", "token", "commit_message", "replace_card"})
     if tokenizer is None and model.name_or_path:
@@ -180,15 +180,15 @@ def _refuse_unknown(commit_kwargs):
 
 def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tempfile.TemporaryDirectory:
     """
-    A complete, standalone copy of what is to be pushed, independent of what happens to the folder afterwards.
+    A complete, standalone copy for a push. Later changes of the folder do not affect it.
 
     Args:
         folder (`str` or `Path`):
-            A model's or an adapter's.
+            Folder of a model or an adapter.
         name (`str`):
-            Of the model, for a card that has to be written.
+            Name of the model, for a new card.
         config ([`GRMConfig`], *optional*):
-            The live configuration of a run: an adapter's folder does not hold what training has set in it.
+            The live configuration of a run: an adapter's folder does not have the fields that training has set.
     """
     folder = Path(folder)
     with readable(folder):
@@ -239,7 +239,7 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
 
 
 def _link(source, target):
-    """A hard link where the file system has them, else a copy."""
+    """A hard link if the file system has them, else a copy."""
     try:
         os.link(source, target)
     except OSError:
@@ -247,7 +247,7 @@ def _link(source, target):
 
 
 def _merge(folder, out, config):
-    from .merge import merge_adapter  # needs peft, which a model of its own does not
+    from .merge import merge_adapter  # only an adapter needs peft
 
     with torch.random.fork_rng(devices=[]):  # building the adapter draws numbers that a running training would miss
         merge_adapter(str(folder), str(out))
@@ -259,7 +259,7 @@ def _merge(folder, out, config):
 
 
 def _write_adapter_config(folder, out):
-    """The adapter's settings, without the path of this machine that they call its base."""
+    """The adapter's settings, without the path on this machine that they give as its base."""
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = settings.get("base_model_name_or_path")
     if base and (Path(base).is_absolute() or Path(base).exists()):
@@ -268,7 +268,7 @@ def _write_adapter_config(folder, out):
 
 
 def _require_complete(folder, out):
-    """Refuse, before anything is sent, what would not load from the Hub."""
+    """Refuse a folder that would not load from the Hub, before anything is sent."""
     if not (out / "config.json").is_file():
         raise ValueError(
             f"'{folder}' holds neither a model (config.json) nor an adapter (adapter_config.json): nothing to push."
@@ -281,7 +281,7 @@ def _require_complete(folder, out):
         try:
             with safe_open(out / name, framework="pt") as file:
                 keys += file.keys()
-        except Exception as error:  # safetensors has an error class of its own, which is no ValueError
+        except Exception as error:  # the error class of safetensors is not a ValueError
             raise ValueError(f"{name} in '{folder}' cannot be read ({error}): save the model there again.") from error
     if not any(key.startswith("score.") for key in keys):
         raise ValueError(f"The weights in '{folder}' have no reward head (`score.`): save a reward model there.")
@@ -351,7 +351,7 @@ def commit(
 
 
 def _stale(there, files):
-    """Files of an earlier push that this one does not replace and that would be taken for its own."""
+    """Files of an earlier push that this one does not replace and that a loader would take for its own."""
     patterns = [*OF_WEIGHTS, *(OF_TOKENIZER if "tokenizer_config.json" in files else ())]
     return {
         name
@@ -368,7 +368,7 @@ def _finished_card(text, repo_id, api):
     if isinstance(base, str) and "license" not in card.metadata(text):
         try:
             data = api.model_info(base).card_data
-        except Exception as error:  # gated, deleted, offline: the card is then silent about the license
+        except Exception as error:  # gated, deleted, offline: the card then names no license
             logger.warning(f"The license of '{base}' could not be looked up ({type(error).__name__}).")
         else:
             for key in ("license", "license_name", "license_link"):
@@ -410,7 +410,7 @@ def _tag(api, repo_id, tag, oid):
 
 
 def explained(error: HfHubHTTPError, repo_id: str) -> Exception:
-    """What the Hub's answer means, in words."""
+    """The meaning of the Hub's answer, in words."""
     status = error.response.status_code
     if status == 401:
         return ValueError(

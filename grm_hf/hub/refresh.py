@@ -1,8 +1,8 @@
-"""This version's code files put into a model that exists already, in a folder or on the Hub, and nothing else.
+"""Replaces the code files of a saved model, in a folder or on the Hub, by those of this version. Nothing else changes.
 
 A saved model carries the code it was saved with, and a later transformers may break that code. The golden rows are
-scored by the model's own code before, and by the new code after, each in a process that knows nothing of this package;
-where they differ, nothing is written. A model whose own code cannot score any more is held to its stored golden rows.
+scored with the old code and with the new code, each in a process without this package. If they differ, nothing is
+written. If the old code no longer runs, the stored golden rows take its place.
 """
 
 import difflib
@@ -50,15 +50,15 @@ print("SCORES" + json.dumps(scores))
 @dataclass
 class Refreshed:
     """
-    What [`refresh`] did.
+    The result of [`refresh`].
 
     Args:
         changed (`dict[str, str]`):
-            Each file that changed, and how.
+            Each changed file, and the kind of change.
         table (`str`):
             The golden rows before and after.
         revision (`str`, *optional*):
-            Of the Hub repository that holds the new code.
+            Revision of the Hub repository with the new code.
     """
 
     changed: dict[str, str]
@@ -68,8 +68,8 @@ class Refreshed:
 
 def refresh(source: str | Path, revision: str | None = None, token: str | bool | None = None) -> Refreshed:
     """
-    Put this version's code files into a saved reward model. Weights, configuration, tokenizer and golden rows stay; a
-    card of ours says which version of the code the model now carries.
+    Put this version's code files into a saved reward model. Weights, configuration, tokenizer and golden rows stay. A
+    card that grm_hf wrote then names the version of the code.
 
     Args:
         source (`str` or `Path`):
@@ -77,14 +77,14 @@ def refresh(source: str | Path, revision: str | None = None, token: str | bool |
         revision (`str`, *optional*):
             Branch of the Hub repository. Defaults to `main`.
         token (`str` or `bool`, *optional*):
-            Defaults to that of `hf auth login` or `HF_TOKEN`.
+            Defaults to the token of `hf auth login` or `HF_TOKEN`.
 
     Returns:
         [`Refreshed`]: empty `changed` if the model had this code already.
 
     Raises:
         [`GoldenError`]: the new code gives other rewards. Nothing was written.
-        `ValueError`: no reward model that carries code, or no golden rows.
+        `ValueError`: not a reward model with code, or no golden rows.
     """
     if Path(source).is_dir():
         return _refresh_folder(Path(source))
@@ -169,7 +169,7 @@ def _difference(old: str, new: str) -> str:
 
 
 def _compared(folder: Path, after: Path, temporary: Path) -> str:
-    """A table of the golden rows by the old and the new code; [`GoldenError`] where they differ."""
+    """A table of the golden rows by the old and the new code; [`GoldenError`] if they differ."""
     if not (folder / FILE).is_file():
         raise ValueError(
             f"'{folder}' has no {FILE}, so nothing would show that the new code gives the same rewards. While the "
@@ -200,8 +200,8 @@ def _compared(folder: Path, after: Path, temporary: Path) -> str:
 
 
 def _scores(folder: Path, job: dict, temporary: Path) -> list[float]:
-    """Rewards by the code in `folder`, from a process of its own; `ValueError` with its last line where it fails."""
-    modules = Path(tempfile.mkdtemp(dir=temporary))  # where transformers puts a folder's code
+    """Rewards by the code in `folder`, from a separate process; if that fails, `ValueError` with its last line."""
+    modules = Path(tempfile.mkdtemp(dir=temporary))  # transformers puts a folder's code there
     done = subprocess.run(
         [sys.executable, "-c", SCORE],
         input=json.dumps({**job, "folder": str(folder)}),

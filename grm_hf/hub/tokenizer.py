@@ -1,5 +1,5 @@
-"""The tokenizer of a folder or repository, and its files in words that transformers 4 understands too (rewardbench has
-no other)."""
+"""Loads the tokenizer of a folder or repository, and writes its files so that transformers 4 reads them too
+(rewardbench needs 4)."""
 
 import json
 from pathlib import Path
@@ -17,13 +17,13 @@ TOKENIZERS = (FILE, "tokenizer.json")
 
 def spell_for_transformers_4(folder: str | Path) -> None:
     """
-    Rewrites the two entries of `tokenizer_config.json` that transformers 5 writes and 4 stumbles over: the class
+    Rewrites the two entries of `tokenizer_config.json` that transformers 5 writes and 4 cannot read: the class
     `TokenizersBackend`, which 4 calls `PreTrainedTokenizerFast`, and a list of `extra_special_tokens`, which 4 calls
-    `additional_special_tokens`. transformers 5 reads either. Does nothing where there is nothing to rewrite.
+    `additional_special_tokens`. transformers 5 reads either. Does nothing if there is nothing to rewrite.
 
     Args:
         folder (`str` or `Path`):
-            Folder of a tokenizer. A file that is linked elsewhere stays there as it is.
+            Folder of a tokenizer. The target of a linked file does not change.
     """
     path = Path(folder) / FILE
     if not path.is_file():

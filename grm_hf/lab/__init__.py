@@ -1,3 +1,3 @@
-"""The over-optimisation laboratory: proxies trained on pairs that a known gold reward labelled, and what becomes of
-the gold reward where a policy is pushed towards a proxy, by best-of-n, PPO and GRPO. `grm lab` runs it;
+"""The over-optimisation laboratory. Proxies are trained on pairs that a known gold reward labelled. Best-of-n, PPO and
+GRPO then push a policy towards a proxy, and the laboratory measures the gold reward. `grm lab` runs it;
 docs/overoptimization.md describes it."""

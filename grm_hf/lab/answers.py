@@ -1,4 +1,5 @@
-"""The policy of a laboratory run, and its answers: candidates for proxies to choose among, and pairs to train them."""
+"""The policy of a laboratory run and its answers: candidates for the proxies to choose among, and pairs to train
+them."""
 
 import functools
 import random
@@ -14,7 +15,7 @@ from .gold import gold_of
 from .settings import WORLD, Settings, prompts_of
 
 
-ROUNDS = 10  # of drawing pairs, before the answers are found to be too much alike
+ROUNDS = 10  # rounds of drawing pairs, before the answers count as too much alike
 
 
 def prepare_base(output: Path, settings: Settings) -> dict:
@@ -43,13 +44,13 @@ def _check_tokenizer(tokenizer, name):
 
 
 def device(settings: Settings) -> torch.device:
-    """The demo is made for one CPU thread; a model of one's own goes to the accelerator if there is one."""
+    """The CPU for the world's small model; a user's own model goes to the accelerator if there is one."""
     return own_device() if settings.model else torch.device("cpu")
 
 
 @functools.lru_cache(maxsize=1)
 def load_base(output: Path, settings: Settings):
-    """The initial policy, in evaluation mode and where policies are trained, and the tokenizer."""
+    """The initial policy, in evaluation mode and on the device of training, and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(output / "base", padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(output / "base")
     return model.to(device(settings)).eval(), tokenizer
@@ -82,9 +83,9 @@ def sample(model, tokenizer, prompts: list[str], count: int, max_new_tokens: int
 @torch.no_grad()
 def divergences(policy, initial, prompt: list[int], answers: list[list[int]]) -> list[float]:
     """
-    KL(policy || initial) along each answer: at every token of it, EOS included, the divergence of the two whole
+    KL(policy || initial) along each answer: at every token, EOS included, the divergence of the two whole
     distributions of the next token. Their sum, averaged over answers of the policy, is an unbiased estimate of the
-    divergence of the two distributions of answers, of lower variance than the log-ratio of the answer.
+    divergence of the two distributions of answers. Its variance is lower than that of the log-ratio of the answer.
     """
     width = max(map(len, answers))
     ids = torch.tensor([[*prompt, *answer, *[0] * (width - len(answer))] for answer in answers], device=policy.device)
@@ -105,7 +106,7 @@ def text_of(tokenizer, answers: list[list[int]]) -> list[str]:
 
 
 def draw_candidates(output: Path, settings: Settings, name: str) -> dict:
-    """The answers of a set of prompts that every proxy chooses among, with their gold reward."""
+    """The answers to a set of prompts, with their gold rewards. Every proxy chooses among them."""
     model, tokenizer = load_base(output, settings)
     prompts = prompts_of(settings)[1][name]
     drawn = sample(
@@ -130,8 +131,8 @@ def draw_candidates(output: Path, settings: Settings, name: str) -> dict:
 
 
 def draw_pairs(output: Path, settings: Settings, seed: int) -> dict:
-    """A seed's training pairs: two answers of the policy to a prompt, sampled for this seed alone, `better` and
-    `worse` by gold, `gap` apart. Pairs of equal gold, of equal answers or without text are left out and counted."""
+    """A seed's training pairs: two answers of the policy to a prompt, sampled for this seed, `better` and `worse` by
+    gold with difference `gap`. Pairs of equal gold, of equal answers or without text are left out and counted."""
     model, tokenizer = load_base(output, settings)
     train, _ = prompts_of(settings)
     rng = random.Random(f"pairs-{seed}")
@@ -160,6 +161,6 @@ def draw_pairs(output: Path, settings: Settings, seed: int) -> dict:
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """What the policy reads before it answers."""
+    """The token ids that the policy reads before it answers."""
     chat = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)

@@ -1,5 +1,5 @@
-"""The demo's base language model: a word-level tokenizer built from a world's vocabulary, and a small Llama pretrained
-on its documents, both domains alike. Pretraining is part of the demo (seconds), so no weights are shipped."""
+"""The world's base language model: a word-level tokenizer built from the world's vocabulary, and a small Llama
+pretrained on its documents, both domains alike. A run pretrains it in seconds, so no weights are shipped."""
 
 import math
 import random
@@ -39,7 +39,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained Llama of 0.2 million parameters, drawn from `seed` (the caller's random state is left alone)."""
+    """An untrained Llama of 0.2 million parameters, drawn from `seed`. The caller's random state does not change."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -72,7 +72,7 @@ def tokenize_documents(
 
 
 def _loss(model: torch.nn.Module, rows: list[list[int]], reduction: str) -> tuple[torch.Tensor, int]:
-    """Negative log-likelihood in nats of all tokens after the first, and how many they are."""
+    """Negative log-likelihood in nats of all tokens after the first, and their number."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]  # (B, T - 1, V)

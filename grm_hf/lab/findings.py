@@ -1,5 +1,5 @@
-"""What a finished run says: curves put together, differences from the baseline with intervals, and sentences, all of
-them computed."""
+"""The findings of a finished run: combined curves, differences from the baseline with intervals, and computed
+sentences."""
 
 import itertools
 import json
@@ -18,14 +18,14 @@ from .settings import SET_NAMES, Settings, read_unit, unit_file, within
 LEVEL = 0.95
 SAME = "no difference shown"
 GRM = [method for method, (_, options) in METHODS.items() if options["regularizer"] != "none"]
-# What is compared, what the tables call it, and which direction is better.
+# Compared quantities: name in the tables, and the better direction.
 QUANTITIES = {"gold": ("gold at the largest n", 1), "drop": ("peak minus gold at the largest n", -1)}
 INITIAL = "initial policy"
 
 
 def collect(output: Path, settings: Settings) -> dict:
     """
-    Everything that the report says, from the files of the units.
+    All content of the report, from the files of the units.
 
     Returns:
         `dict`: `rows`, one for each proxy and set, with its curves; `policies`, one for each policy and set; `wins`;
@@ -56,7 +56,7 @@ def collect(output: Path, settings: Settings) -> dict:
 
 
 def _rounded(value):
-    """Floats at five significant digits: files of a size to keep."""
+    """Floats with five significant digits, to keep files small."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -82,8 +82,8 @@ def _proxy_rows(output, settings, sets):
 
 
 def _policy_rows(output, settings, sets):
-    """Policies and how often one's answers beat another's: every answer of the one with every answer of the other to
-    the same prompt, within a seed."""
+    """Policies, and how often the answers of one beat those of another: every answer of the one against every answer
+    of the other to the same prompt, within a seed."""
     rows, wins, trl = [], [], {}
     for algorithm in ALGORITHMS:
         names = [policy_name(algorithm, proxy, seed) for proxy, seed in _policies(settings)]
@@ -119,7 +119,7 @@ def _policies(settings):
 
 
 def _costs(output):
-    """Seconds of the units, by kind, and of the calls that did them."""
+    """Seconds of the units by kind, and of the calls that ran them."""
     seconds: dict[str, float] = {}
     cpu = 0.0
     for file in sorted((output / "units").glob("*.json")):
@@ -140,8 +140,8 @@ def difference(ours: list[float], theirs: list[float], sign: int) -> dict:
     A paired comparison over seeds.
 
     Returns:
-        `dict`: mean `difference`, `low`, `high` (95 %, Student's t), `p` (two-sided) and `verdict`. Differences that
-        are equal in all seeds leave no interval to judge by, so that no difference is shown.
+        `dict`: mean `difference`, `low`, `high` (95 %, Student's t), `p` (two-sided) and `verdict`. If the differences
+        are equal in all seeds, there is no interval to judge by, and no difference is shown.
     """
     paired = [a - b for a, b in zip(ours, theirs, strict=True)]
     found = seed_interval(paired, LEVEL)
@@ -205,7 +205,7 @@ def compare_policies(results: dict) -> list[dict]:
 
 
 def _counted(rows: list[dict]) -> str:
-    """How many comparisons of a family show what, and what the correction leaves of it."""
+    """The number of comparisons of a family for each verdict, before and after the correction."""
     counts = [f"{sum(row['verdict'] == name for row in rows)} {name}" for name in ("better", "worse", SAME)]
     kept = [f"{sum(row['verdict'] == name and row['holm'] for row in rows)} {name}" for name in ("better", "worse")]
     return f"{', '.join(counts)} by uncorrected 95 % intervals, after Holm's correction {' and '.join(kept)}"
@@ -215,7 +215,7 @@ def _counted(rows: list[dict]) -> str:
 
 
 def summary(results: dict, quantity: str, **where) -> dict:
-    """Mean over seeds, with its interval, of what the rows that fit `where` have, averaged within a seed."""
+    """Mean over seeds, with its interval, of the rows that fit `where`, averaged within a seed."""
     by_seed: dict[int, list[float]] = {}
     for row in results["rows"]:
         if all(row[name] == value for name, value in where.items()):

@@ -1,4 +1,4 @@
-"""The gold reward that a laboratory run takes for the truth: the demo world's, a function, or a reward model."""
+"""The gold reward of a laboratory run, its truth: the world's, a function, or a reward model."""
 
 import functools
 import importlib
@@ -26,11 +26,11 @@ def load_gold(source: str | None) -> Gold:
 
     Args:
         source (`str`, *optional*):
-            `None` (the demo world's), `module:function`, or the folder or Hub id of a reward model with one output.
+            `None` (the world's), `module:function`, or the folder or Hub id of a reward model with one output.
 
     Raises:
-        `ValueError`: there is no such function or it is no reward model; and later, for a value that is not finite or
-            a function that raises, with the prompt and the response.
+        `ValueError`: there is no such function or reward model. Later also for a value that is not finite or a
+        function that raises, with the prompt and the response.
     """
     if source is None:
         reward: Gold = functools.partial(_each, WORLD.gold)
@@ -84,7 +84,7 @@ def _function(source):
 def _reward_model(source):
     config = AutoConfig.from_pretrained(source)
     if config.model_type == "grm":
-        own = grm_reward_func(source)  # scores answers without text too, which policies give
+        own = grm_reward_func(source)  # scores answers without text too, because policies give some
         return lambda rows: own(
             [[{"role": "user", "content": prompt}] for prompt, _ in rows],
             [[{"role": "assistant", "content": response}] for _, response in rows],
@@ -107,7 +107,7 @@ def _reward_model(source):
 
 
 def gold_of(settings: Settings, prompt: str, texts: list[str]) -> list[float]:
-    """Gold rewards of answers to one prompt; equal ones are asked for once."""
+    """Gold rewards of answers to one prompt; equal answers are computed once."""
     distinct = list(dict.fromkeys(texts))
     values = dict(zip(distinct, load_gold(settings.gold)([(prompt, text) for text in distinct]), strict=True))
     return [values[text] for text in texts]

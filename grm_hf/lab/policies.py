@@ -1,4 +1,4 @@
-"""Policies trained against the proxies by GRPO and PPO, and where gold and proxy reward went meanwhile."""
+"""Policies trained against the proxies by GRPO and PPO, with gold and proxy reward along the way."""
 
 import importlib
 import importlib.util
@@ -20,7 +20,7 @@ PPO_NEEDS = "TRL up to 1.12: `pip install 'grm-hf[ppo]'` in an environment of it
 
 def available() -> list[str]:
     """The algorithms that this environment's TRL has."""
-    spec = importlib.util.find_spec("trl.experimental")  # looking for what is inside would import it, with a warning
+    spec = importlib.util.find_spec("trl.experimental")  # a look inside would import it, with a warning
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
     ppo = any((Path(folder) / "ppo").is_dir() for folder in folders)
     return [name for name in ALGORITHMS if name != "ppo" or ppo]
@@ -42,7 +42,7 @@ def policy_name(algorithm: str, proxy: str, seed: int) -> str:
 
 def train_policy(output: Path, settings: Settings, algorithm: str, proxy: str, seed: int) -> dict:
     """
-    Trains the initial policy against one proxy without a penalty on its divergence, and measures it on the way.
+    Trains the initial policy against one proxy, without a penalty on its divergence, and measures it on the way.
 
     Returns:
         `dict`: for each set, `points` (`[step, KL, proxy, gold, tokens]`, means over prompts and answers; proxy
@@ -89,7 +89,7 @@ def train_policy(output: Path, settings: Settings, algorithm: str, proxy: str, s
 
 
 def _reward_function(reward):
-    """The proxy, standardised: an ensemble's members are, another model by the statistics it stores."""
+    """The standardised proxy. The members of an ensemble are standardised; another model by its stored statistics."""
     from ..rewards import grm_reward_func
 
     return grm_reward_func(reward, transform=None if not isinstance(reward, str) else "standardize")

@@ -1,4 +1,4 @@
-"""The proxies: reward models trained on a seed's pairs, ensembles of them, and what best-of-n makes of both."""
+"""The proxies: reward models trained on a seed's pairs, ensembles of them, and best-of-n with both."""
 
 import random
 import tempfile
@@ -38,8 +38,8 @@ def proxy_name(labels: str, size: int, method: str, seed: int, member: int = 0) 
 
 
 def training_rows(settings: Settings, pairs: list[dict], labels: str, size: int, seed: int) -> list[dict]:
-    """The first `size` of a seed's pairs as the trainer takes them; where labels are flipped, exactly that share of
-    them is turned around, and the margin (the gap in gold over its mean) stays."""
+    """The first `size` of a seed's pairs in the trainer's form. With flipped labels exactly that share of them is
+    turned around; the margin (the gap in gold over its mean) stays."""
     turned = set()
     if labels == "flipped":
         turned = set(random.Random(f"flips-{size}-{seed}").sample(range(size), round(settings.flipped * size)))
@@ -59,8 +59,8 @@ def training_rows(settings: Settings, pairs: list[dict], labels: str, size: int,
 
 
 def train_proxy(output: Path, settings: Settings, labels: str, size: int, method: str, seed: int, member: int) -> dict:
-    """Trains one reward model on the base and lets it choose among all candidates. Its scores are kept where an
-    ensemble needs them, its weights where a policy will be trained against it."""
+    """Trains one reward model on the base and lets it choose among all candidates. Its scores are kept for ensembles,
+    its weights for policies that train against it."""
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, set_seed
 
@@ -114,7 +114,7 @@ def train_proxy(output: Path, settings: Settings, labels: str, size: int, method
 
 
 def machine(settings: Settings) -> dict:
-    """Training arguments that say what to run on."""
+    """Training arguments for the device."""
     from ..training import CHECKPOINTING
 
     demo: dict = {} if settings.model else {CHECKPOINTING: False}
@@ -122,7 +122,7 @@ def machine(settings: Settings) -> dict:
 
 
 def _kept(settings: Settings) -> set[str]:
-    """The methods that policies are trained against, ensembles as their members."""
+    """The methods that policies train against; an ensemble counts as its members."""
     return {BASELINE if proxy in ENSEMBLES else proxy for proxy in settings.policy_proxies}
 
 
@@ -165,7 +165,7 @@ def measure(scores: dict[str, np.ndarray], output: Path, settings: Settings) -> 
     Returns:
         `dict`: for each set `proxy` and `gold`, the expected rewards of the answer that the proxy picks among n (means
         over prompts, one for each n of `settings.ns`, in each reward's own units); `proxy_std`, the standard deviation
-        of the proxy within prompts; `accuracy`, the share of pairs of candidates of different gold (each answer and
+        of the proxy within prompts; `accuracy`, the share of pairs of candidates with different gold (each answer and
         the next of its prompt) that the proxy orders as gold does.
     """
     result = {}

@@ -17,7 +17,7 @@ from .proxies import BASELINE, ENSEMBLES, LABELS, NAMES
 from .settings import SET_NAMES, Settings
 
 
-INK = "#0a0b0c"  # what the figures draw text and axes in; the page's own colour takes its place
+INK = "#0a0b0c"  # colour of text and axes in the figures; the page replaces it by its own
 COLOURS = {
     "bt": "#8a8a8a", "margin": "#d4a017", "smoothing": "#b5651d",
     "ensemble_mean": "#3fa34d", "ensemble_min": "#1f8a8a",
@@ -41,7 +41,7 @@ summary { cursor: pointer; margin: .5rem 0 } code { font-size: .9em }
 
 
 def write(output: Path, settings: Settings) -> dict:
-    """Writes all of it into the folder of a run whose units are done; returns what `results.json` holds."""
+    """Writes the report into the folder of a run whose units are done; returns the content of `results.json`."""
     results = collect(output, settings)
     (output / "results.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
     for name, rows in tables(results).items():
@@ -121,7 +121,7 @@ def _verdict(compared):
 
 
 def policy_table(results: dict) -> list[list[str]]:
-    """The last policies: divergence, rewards, difference from the baseline's."""
+    """The last policies: divergence, rewards, difference from the baseline."""
     found = {(c["algorithm"], c["set"], c["proxy"]): c for c in results["policy_comparisons"]}
     rows = [["", "prompts", "proxy", "KL", "proxy reward", "gold", "below peak", "tokens", "gold minus BT", "verdict"]]
     for algorithm, key in itertools.product(results["policy_trl"], results["sets"]):
@@ -168,7 +168,7 @@ def _points(results, algorithm, key, proxy) -> np.ndarray:
 
 
 def about(results: dict) -> list[str]:
-    """What was measured and under which conditions (Markdown)."""
+    """The measurements and their conditions (Markdown)."""
     s = results["settings"]
     own = [f"{name} `{s[name]}`" for name in ("model", "prompts", "eval_prompts", "gold") if s[name]]
     world = f"The demo world{' with ' + ', '.join(own) if own else ''}" if not s["model"] else ", ".join(own)

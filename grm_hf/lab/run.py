@@ -1,4 +1,4 @@
-"""The plan of a laboratory run, and its resumption: units of work, each of which ends in one file.
+"""The plan of a laboratory run: units of work that can be resumed. Each unit ends in one file.
 
 grm lab [--output runs/lab] [--quick] [--gold ...] [--model ... --prompts ... --settings ...]
 """
@@ -44,7 +44,7 @@ PACKAGES = ("torch", "transformers", "trl")
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work whose result is one file, `units/NAME.json`: it is there, whole, or not at all."""
+    """A piece of work whose result is one file, `units/NAME.json`. The file is whole or missing."""
 
     name: str
     function: Callable[..., dict]
@@ -52,7 +52,7 @@ class Unit:
 
 
 def plan(settings: Settings, algorithms: list[str]) -> list[list[Unit]]:
-    """The units, in stages: a stage needs those before it."""
+    """The units in stages: a stage needs the stages before it."""
     seeds = range(settings.seeds)
     cells = [(labels, size) for size in sorted(settings.sizes, reverse=True) for labels in proxies.LABELS]
     members = [(proxies.BASELINE, m) for m in range(1, settings.members)]
@@ -88,14 +88,14 @@ def make_settings(quick: bool = False, file: str | None = None, **given) -> Sett
     """
     Args:
         quick (`bool`, *optional*, defaults to `False`):
-            Begin with the settings of the quick run.
+            Start from the settings of the quick run.
         file (`str`, *optional*):
             JSON file with values of any of [`Settings`].
         **given:
-            Further values, which go before the file's; those that are `None` are left out.
+            Further values, which override the file's; `None` is ignored.
 
     Raises:
-        `ValueError`: a name is unknown, a value has no meaning, or a model of one's own comes without learning rates.
+        `ValueError`: a name is unknown, a value is invalid, or your own model comes without learning rates.
     """
     values: dict[str, Any] = dict(QUICK) if quick else {}
     own = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
@@ -120,12 +120,12 @@ def make_settings(quick: bool = False, file: str | None = None, **given) -> Sett
 
 def run(output_dir: str | Path = "runs/lab", settings: Settings | None = None) -> dict:
     """
-    Does what is left of a run and writes its report.
+    Does the remaining units of a run and writes its report.
 
-    Every unit of work that has finished is a file in `units/`; a run that was interrupted goes on behind them, and an
-    environment with the last TRL that has PPO adds those units to what another has done. Units have one thread each
-    and seed themselves, so that no number depends on the number of cores, and take place in other processes: a script
-    that calls this needs `if __name__ == "__main__":`.
+    Every finished unit of work is a file in `units/`, and an interrupted run goes on after them. An environment with
+    the last TRL that has PPO adds its units to those of another environment. Units have one thread each and seed
+    themselves, so no number depends on the number of cores. They run in other processes: a script that calls this
+    needs `if __name__ == "__main__":`.
 
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"runs/lab"`):
@@ -134,12 +134,12 @@ def run(output_dir: str | Path = "runs/lab", settings: Settings | None = None) -
             See [`make_settings`]; by default the standard run's.
 
     Returns:
-        `dict`: what `results.json` holds; `report.html` and the CSV files are written beside it where matplotlib is
+        `dict`: the content of `results.json`. The CSV files are written beside it, and `report.html` if matplotlib is
         installed.
 
     Raises:
         `ImportError`: the training extra is missing.
-        `ValueError`: the folder holds a run of other settings, or something in them has no meaning.
+        `ValueError`: the folder has a run with other settings, or a setting is invalid.
     """
     try:
         from ..training import GRMRewardTrainer  # noqa: F401
@@ -157,7 +157,7 @@ def run(output_dir: str | Path = "runs/lab", settings: Settings | None = None) -
     stages = plan(settings, algorithms)
     todo = [[unit for unit in stage if not unit_file(output, unit.name).is_file()] for stage in stages]
     count = sum(map(len, todo))
-    # A model of one's own on an accelerator gets it to itself.
+    # A user's own model on an accelerator has it alone.
     workers = min(4, os.cpu_count() or 1) if answers.device(settings).type == "cpu" else 1
     if count:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process that has used threads may hang
@@ -182,7 +182,7 @@ def run(output_dir: str | Path = "runs/lab", settings: Settings | None = None) -
 
 
 def finish(unit: Unit, output: Path, settings: Settings) -> None:
-    """Does a unit and puts its result in place, in one move."""
+    """Does a unit and writes its result in one move."""
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         result = unit.function(output, settings, *unit.args)
@@ -197,7 +197,8 @@ def finish(unit: Unit, output: Path, settings: Settings) -> None:
 
 
 def _silent() -> None:
-    """What a worker process does first. The bar belongs to the run, and errors are raised where they are awaited."""
+    """The first call of a worker process: it prints nothing. The bar belongs to the run, and errors are raised where
+    they are awaited."""
     quiet()
     sys.stdout = sys.stderr = open(os.devnull, "w")
     policies.preload()
@@ -210,7 +211,7 @@ def versions() -> dict[str, str]:
 
 
 def _check_folder(output: Path, settings: Settings) -> None:
-    """Begins a folder, or refuses one of another run."""
+    """Starts a folder, or refuses the folder of another run."""
     file = output / "settings.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if file.is_file():

@@ -1,5 +1,5 @@
-"""The settings of a laboratory run, its prompts, and the results of its units of work. By default all of it is the
-world's; a user may bring any part of it."""
+"""The settings of a laboratory run, its prompts, and the results of its units of work. The defaults are the world's; a
+user may bring any part."""
 
 import functools
 import json
@@ -14,32 +14,27 @@ from .world import World
 
 WORLD = World(0)
 SET_NAMES = {"id": "in-distribution", "ood": "out-of-distribution", "test": "held-out prompts"}
-# What the demo's settings would ruin in a model that is worth something.
+# Settings of the world that would ruin a real model.
 OWN_MODEL_NEEDS = ("learning_rate", "policy_learning_rate")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a result depends on.
+    """All settings that a result depends on.
 
     Attributes:
         gold (`str`, *optional*): `module:function` of (prompt, response), or the folder or Hub id of a reward model;
-            `None`: that of the demo world.
-        model (`str`, *optional*): Folder or Hub id of the policy, which proxies start from too; `None`: the demo's
-            base, pretrained by the run.
-        prompts (`str`, *optional*): JSONL file with a `prompt` in each row; `None`: the demo world's questions.
-        eval_prompts (`str`, *optional*): The same, of prompts to measure on; `None`: the last quarter of `prompts`.
-        sizes (`tuple[int, ...]`): Numbers of training pairs.
-        flipped (`float`): Share of wrong labels where labels are `"flipped"`.
-        seeds (`int`): Seeds; each draws its own answers, pairs, heads and orders.
-        members (`int`): Bradley-Terry models in an ensemble.
-        eval_limit (`int`): Most prompts of a set to measure on.
-        samples (`int`): Answers to each of them.
-        max_n (`int`): The largest n of best-of-n.
-        policy_proxies, policy_labels, policy_size: The proxies that PPO and GRPO optimise.
-        policy_steps, policy_batch, generations: Their steps, answers a step, and answers to a prompt (GRPO).
-        evaluations (`int`): Points of their curves.
-        policy_samples (`int`): Answers to each prompt at a point.
+            `None`: that of the world.
+        model (`str`, *optional*): Folder or Hub id of the policy, from which proxies start too; `None`: the world's
+        base, pretrained by the run. prompts (`str`, *optional*): JSONL file with a `prompt` in each row; `None`: the
+        world's questions. eval_prompts (`str`, *optional*): The same, of prompts to measure on; `None`: the last
+        quarter of `prompts`. sizes (`tuple[int, ...]`): Numbers of training pairs. flipped (`float`): Share of wrong
+        labels if labels are `"flipped"`. seeds (`int`): Seeds; each draws its own answers, pairs, heads and orders.
+        members (`int`): Bradley-Terry models in an ensemble. eval_limit (`int`): Largest number of prompts of a set to
+        measure on. samples (`int`): Answers to each of them. max_n (`int`): The largest n of best-of-n.
+        policy_proxies, policy_labels, policy_size: The proxies that PPO and GRPO optimise. policy_steps, policy_batch,
+        generations: Their steps, answers a step, and answers to a prompt (GRPO). evaluations (`int`): Points of their
+        curves. policy_samples (`int`): Answers to each prompt at a point.
     """
 
     gold: str | None = None
@@ -98,7 +93,7 @@ class Settings:
 
     @property
     def ns(self) -> list[int]:
-        """The n of best-of-n: about equally far apart on a logarithmic axis."""
+        """The n of best-of-n, about equally spaced on a logarithmic axis."""
         return sorted({round(float(n)) for n in np.geomspace(1, self.max_n, 20)})
 
     @property
@@ -110,7 +105,7 @@ class Settings:
 
 
 def prompts_of(settings: Settings) -> tuple[list[str], dict[str, list[str]]]:
-    """The prompts to train on, and for each set those to measure on, at most `eval_limit` of a set."""
+    """The prompts to train on, and for each set at most `eval_limit` prompts to measure on."""
     if settings.prompts is None:  # of the three wordings of each question, the last is kept for measuring
         asked = {domain: WORLD.questions(domain) for domain in ("id", "ood")}
         train = [question for i, question in enumerate(asked["id"]) if i % 3 != 2]
@@ -155,11 +150,11 @@ def unit_file(output: Path, name: str) -> Path:
 
 @functools.lru_cache(maxsize=16)
 def read_unit(output: Path, name: str) -> dict:
-    """What a finished unit of work found."""
+    """The result of a finished unit of work."""
     return json.loads(unit_file(output, name).read_text(encoding="utf-8"))
 
 
 def within(values: Iterable[Sequence[float] | np.ndarray]) -> float:
-    """Standard deviation of rewards around the mean of their prompt; 1 where they are all equal."""
+    """Standard deviation of rewards around the mean of their prompt; 1 if all are equal."""
     spread = float(np.sqrt(np.mean([np.var(row) for row in values])))
     return spread or 1.0

@@ -2,10 +2,10 @@
 
 Every topic has entities, every entity has one value per relation ("the otter lives in the swamp"), drawn from the
 world's seed. A question asks for one value. An answer may be right, wrong or evasive, may add details, be kind or
-rude, and may slip in its grammar. `World.gold` adds these up for any two strings, also for ones no grammar of ours
-would produce. Preference labels follow the Bradley-Terry model with the gold reward as its log-odds, so annotators err
-as often as that model says. Half of the topics are in-distribution: training pairs speak of no other; pretraining text
-speaks of all. docs/demo_world.md gives the reasons.
+rude, and may slip in its grammar. `World.gold` adds these up for any two strings, also for strings that our grammar
+cannot produce. Preference labels follow the Bradley-Terry model with the gold reward as its log-odds, so annotators
+err as often as that model says. Half of the topics are in-distribution: training pairs speak of these only;
+pretraining text speaks of all. docs/demo_world.md gives the reasons.
 
     >>> world = World(seed=0)
     >>> question = world.questions("id")[0]
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Relation:
-    """What can be asked about an entity. `{e}` is the entity, `{s}` the subject of a sentence, `{v}` the value."""
+    """A question about an entity. `{e}` is the entity, `{s}` the subject of a sentence, `{v}` the value."""
 
     name: str
     values: tuple[str, ...]
@@ -140,7 +140,7 @@ RUDE_CLOSERS = ("now go away.", "everyone knows that.", "stop asking me.")
 EVASIONS = ("i do not know.", "that is hard to say.", "it depends.", "ask someone else.")
 KIND, RUDE = KIND_OPENERS + KIND_CLOSERS, RUDE_OPENERS + RUDE_CLOSERS
 
-LONG = 24  # words (punctuation counts) an answer may have before its length costs reward
+LONG = 24  # an answer with more words than this (punctuation counts) loses reward
 START, END = "<start>", "<end>"
 
 
@@ -177,7 +177,7 @@ class World:
                     for question in relation.questions:
                         self._asked[question.format(e=entity)] = (entity, relation)
         self._by_words = {tuple(words(question)): asked for question, asked in self._asked.items()}
-        # Grammar is a set of neighbouring words: inside a sentence as written, and any sentence may follow any other.
+        # Grammar is a set of neighbouring words: those inside a sentence as written, and any sentence after any other.
         sentences = [words(sentence) for sentence in self._sentences()]
         self._neighbours = {pair for sentence in sentences for pair in zip(sentence, sentence[1:], strict=False)}
         for sentence in sentences:
@@ -200,7 +200,7 @@ class World:
         return [question for question, (entity, _) in self._asked.items() if self._topic[entity].domain == domain]
 
     def asked(self, question: str) -> tuple[str, Relation]:
-        """The entity and the relation one of the world's questions asks for."""
+        """The entity and the relation that one of the world's questions asks for."""
         return self._asked[question]
 
     def gold(self, prompt: str, response: str) -> float:
@@ -211,9 +211,9 @@ class World:
           named as well or instead, 0 if neither (an evasion);
         - `details` is the number of right minus wrong values of the entity's other relations, within -1..1;
         - `manners` is -1 with any rude sentence, else 1 with any kind one, else 0: more of them earn nothing more;
-        - `slips` counts neighbouring words that stand together in no sentence of this world, at most 6;
+        - `slips` counts neighbouring words that no sentence of this world has together, at most 6;
         - `excess` counts the words beyond `LONG`.
-        A prompt that is none of the world's questions has no right answer: `answer` and `details` are 0.
+        A prompt other than the world's questions has no right answer: `answer` and `details` are 0.
         """
         said = words(response)
         answer = details = 0
@@ -239,9 +239,9 @@ class World:
         )
 
     def draw_response(self, question: str, rng: random.Random) -> str:
-        """One answer as somebody in this world would give it: good, bad or in between."""
+        """One answer of a speaker in this world: good, bad or in between."""
         entity, relation = self.asked(question)
-        care = rng.random()  # what a speaker has of it shows in manners, truth and grammar alike
+        care = rng.random()  # a speaker's care shows in manners, truth and grammar alike
         mood: tuple[tuple[str, ...], tuple[str, ...]]
         mood = (KIND_OPENERS, KIND_CLOSERS) if rng.random() < care else (RUDE_OPENERS, RUDE_CLOSERS)
         openers, closers = (PLAIN_OPENERS, ()) if rng.random() < 0.2 else mood

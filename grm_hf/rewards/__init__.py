@@ -1,5 +1,5 @@
-"""The reinforcement-learning side: reward models as reward functions and reward models of trainers, transformed and
-combined rewards, and labels from ranked factors."""
+"""Reinforcement learning: reward functions and reward models for trainers, transforms and ensembles of rewards, and
+labels from ranked factors."""
 
 from .adapters import GRMRewardFunction, grm_reward_func
 from .ensemble import RewardEnsemble, combine, ensemble_heads

@@ -1,5 +1,5 @@
-"""A reward model as a reward function: what TRL's GRPO, RLOO and Online DPO call (`reward_funcs`), and the scorer
-below it, which gives every text that a policy can write the number that the reward model was trained to give.
+"""A reward model as a reward function (`reward_funcs` of TRL's GRPO, RLOO and Online DPO), and the scorer below it.
+Every text that a policy can write gets the reward that the model was trained to give.
 """
 
 import os
@@ -22,10 +22,10 @@ from .transforms import Transform
 
 class PolicyScorer(GRMScorer):
     """
-    A [`GRMScorer`] for what policies write. It takes [`Rollout`] and [`Rendered`] besides chats.
+    A [`GRMScorer`] for texts of policies. It takes [`Rollout`] and [`Rendered`] as well as chats.
 
     Attributes:
-        rollouts ([`RolloutEncoder`]): What turns them into token ids.
+        rollouts ([`RolloutEncoder`]): Turns them into token ids.
         source: Hub id or folder that a model or an adapter was loaded from, with the revision; `None` for a live one.
     """
 
@@ -36,7 +36,7 @@ class PolicyScorer(GRMScorer):
 
     @property
     def opening(self) -> str:
-        """What the chat template writes in front of an answer; empty if it writes nothing, or there is none."""
+        """The text that the chat template writes in front of an answer; empty if there is none."""
         return self.rollouts.opening
 
     def encode(self, chat) -> Encoded:
@@ -58,27 +58,28 @@ def grm_reward_func(
     A reward function for `reward_funcs` of TRL's `GRPOTrainer`, `RLOOTrainer` and `OnlineDPOTrainer`.
 
     It renders with the reward model's own tokenizer and template, so the policy may have others. For chat data it
-    gives what the module itself in `reward_funcs` gives, in batches of bounded size. For plain strings the numbers
-    differ: TRL tokenises `prompt + completion` without special tokens, this adds BOS and EOS as in training. Several
-    functions with `transform="log_sigmoid"` add up to a logical AND (arXiv 2402.00742).
+    gives the same rewards as the module itself in `reward_funcs`, in batches of bounded size. For plain strings the
+    rewards differ: TRL tokenises `prompt + completion` without special tokens, but this function adds BOS and EOS as
+    in training. Several functions with `transform="log_sigmoid"` add up to a logical AND (arXiv 2402.00742).
 
     Args:
         model (`str`, [`GRMForSequenceClassification`], [`GRMScorer`] or [`RewardEnsemble`]):
-            Hub id or folder (of a model or an adapter), a live reward model, one with its tokenizer, or an ensemble. A
-            model loaded here goes to this process's accelerator; a live one stays where it is. Or the address of a
-            served one, `"http://host:8000"`, or several: see [`RemoteScorer`].
+            Hub id or folder (of a model or an adapter), a live reward model, a [`GRMScorer`], an ensemble, or the
+            address of a served model, `"http://host:8000"`, or several addresses (see [`RemoteScorer`]). A model
+            loaded here goes to this process's accelerator; a live model stays where it is.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The reward model's. Loaded from the same place if left out.
+            The reward model's tokenizer. By default loaded from the same place.
         transform (`str` or `Callable`, *optional*):
             See [`Transform`].
         reference (`float` or `str`, *optional*):
             For `"log_sigmoid"` and `"clip"`: a number, or the column of the dataset that holds one per prompt.
         name (`str`, *optional*):
-            What TRL calls it in its logs. Defaults to the last part of the model's name.
+            Its name in TRL's logs. Defaults to the last part of the model's name.
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
             See [`GRMScorer`]; an ensemble has its own.
         check (`bool`, *optional*, defaults to `True`):
-            Score the golden rows of a model that is loaded here, and refuse it if a reward is not the stored one.
+            Score the golden rows of a model that is loaded here, and refuse the model if a reward differs from the
+            stored one.
         **load_kwargs:
             For `from_pretrained`: `dtype`, `revision`, `quantization_config`, ...; with an address for
             [`RemoteScorer`]: `api_key`, `timeout`, `retries`.
@@ -87,8 +88,8 @@ def grm_reward_func(
         [`GRMRewardFunction`].
 
     Raises:
-        `ValueError`: for what is no reward model, settings that would be ignored, statistics that are not there;
-            [`GoldenError`] for golden rows that do not hold.
+        `ValueError`: for a model that is not a reward model, settings that would be ignored, and missing statistics;
+        [`GoldenError`] for golden rows that do not hold.
 
     Example:
 
@@ -104,7 +105,7 @@ def grm_reward_func(
 
 
 class GRMRewardFunction:
-    """What [`grm_reward_func`] makes: called with prompts and completions, it returns one reward per completion."""
+    """A reward function, made by [`grm_reward_func`]: from prompts and completions to one reward per completion."""
 
     def __init__(self, scorer, transform=None, reference=None, name=None):
         self.scorer = scorer
@@ -124,13 +125,13 @@ class GRMRewardFunction:
             completions (`list[str]` or `list[list[dict]]`):
                 What the policy wrote.
             completion_ids (`list[list[int]]`, *optional*):
-                Not used: they are the policy's tokens.
+                Not used, because they are the policy's tokens.
             **columns:
-                The other columns of the dataset, of which `tools`, `chat_template_kwargs` and the one that `reference`
-                names are used, and what else a trainer passes.
+                The other columns of the dataset and further arguments of a trainer. `tools`, `chat_template_kwargs`
+                and the column that `reference` names are used.
 
         Returns:
-            `list[float]`: rewards, transformed if so asked.
+            `list[float]`: rewards, after the transform if there is one.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions; there must be one each.")
@@ -156,8 +157,8 @@ class GRMRewardFunction:
         return self._rewards(rollouts, prompts, reference)
 
     def rendered(self, texts: Sequence[str]) -> list[float]:
-        """Rewards of whole texts, prompt and answer already rendered by the chat template that the reward model has
-        too, special tokens included (what OpenRLHF passes as `queries`)."""
+        """Rewards of whole texts: prompt and answer, already rendered with special tokens by the chat template of the
+        reward model (the `queries` of OpenRLHF)."""
         encode = self.scorer.tokenizer
         return self._rewards([Rendered(encode(text, add_special_tokens=False).input_ids) for text in texts])
 
@@ -168,7 +169,7 @@ class GRMRewardFunction:
 
 
 def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, load_kwargs=None):
-    """A scorer of rollouts for a Hub id, a folder or a live reward model; an ensemble is one already."""
+    """A scorer of rollouts for a Hub id, a folder or a live reward model. An ensemble is a scorer already."""
     source = None
     if isinstance(model, (str, os.PathLike)):
         load_kwargs = load_kwargs or {}

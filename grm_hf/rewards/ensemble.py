@@ -1,8 +1,8 @@
-"""Several reward models as one: less to exploit than a single one, though what all members share can still be
-exploited (arXiv 2312.09244, which also finds that seeds of pretraining help more than seeds of fine-tuning).
+"""Several reward models as one. An ensemble is harder to exploit than one model, but errors that all members share can
+still be exploited (arXiv 2312.09244, which also finds that seeds of pretraining help more than seeds of fine-tuning).
 
-Members are whole models, adapters on one model, or heads on one body. The Bradley-Terry loss leaves each member's zero
-and, in practice, its scale open, so members are standardised before they are combined.
+Members are whole models, adapters on one model, or heads on one body. The Bradley-Terry loss does not fix a member's
+zero and, in practice, its scale. Members are therefore standardised before they are combined.
 """
 
 import math
@@ -40,8 +40,8 @@ def combine(rewards, how: str = "mean", k: float = 1.0, weight: float = 0.5, nom
         weight (`float`, *optional*, defaults to `0.5`):
             For `"nominal_min"`, between 0 (minimum) and 1 (nominal).
         nominal (`int` or `torch.Tensor` of shape `(...)`, *optional*, defaults to `0`):
-            For `"nominal_min"`: the member to trust, for all rewards or for each; BRME takes the one of the smallest
-            predicted standard deviation (`sigmas.argmin(0)`).
+            For `"nominal_min"`: the trusted member, one for all rewards or one for each. BRME takes the member with
+            the smallest predicted standard deviation (`sigmas.argmin(0)`).
 
     Returns:
         `torch.Tensor` of shape `(...)`.
@@ -62,7 +62,7 @@ def combine(rewards, how: str = "mean", k: float = 1.0, weight: float = 0.5, nom
 
 class RewardEnsemble:
     r"""
-    An ensemble that scores like a [`GRMScorer`] and goes wherever a reward model goes: [`grm_reward_func`],
+    An ensemble that scores like a [`GRMScorer`] and can take the place of a reward model in [`grm_reward_func`],
     [`ppo_reward_model`], `grm score`.
 
     Args:
@@ -73,8 +73,8 @@ class RewardEnsemble:
         how (`str`, *optional*, defaults to `"mean"`):
             See [`combine`], also for `k` and `weight`; the nominal member is the first.
         statistics (`str`, `None` or `list[tuple[float, float]]`, *optional*, defaults to `"stored"`):
-            Mean and standard deviation of each member's reward, to standardise by: those that its configuration
-            stores, a list of them, or `None` to combine raw rewards.
+            Mean and standard deviation for standardising each member's reward: those in its configuration, a list of
+            them, or `None` to combine raw rewards.
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
             See [`GRMScorer`].
 
@@ -118,7 +118,7 @@ class RewardEnsemble:
         max_tokens_per_batch: int = 8192,
     ) -> "RewardEnsemble":
         """
-        An ensemble of adapters, each with the head that was trained with it, on one reward model: the memory of one.
+        An ensemble of adapters on one reward model, each with its own head. It needs the memory of one model.
 
         Args:
             model ([`GRMForSequenceClassification`]):
@@ -156,7 +156,7 @@ class RewardEnsemble:
         self.settings = {"how": how, "k": k, "weight": weight, "statistics": self._statistics}
         first = scorers[0].tokenizer
         same = all(scorer.tokenizer.get_vocab() == first.get_vocab() for scorer in scorers)
-        self.tokenizer = first if same else None  # rendered token ids can only be scored if all read them alike
+        self.tokenizer = first if same else None  # rendered token ids need members that read them alike
 
     def score(self, chats: Iterable) -> list[float]:
         """As [`GRMScorer.score`]."""
@@ -164,7 +164,7 @@ class RewardEnsemble:
 
     @property
     def members(self) -> list[PolicyScorer]:
-        """The members' scorers; the same one several times where they are adapters on one model."""
+        """The members' scorers; for adapters on one model, the same scorer several times."""
         return self._scorers
 
     def check(self, chats: Iterable, names: Iterable[str] | None = None) -> None:
@@ -184,7 +184,7 @@ class RewardEnsemble:
                 yield Score(reward, scores[0].tokens, any(score.truncated for score in scores))
 
     def member_scores(self, chats: Iterable) -> Tensor:
-        """Standardised rewards by member, `(num_members, n)`: where they differ, the ensemble does not know."""
+        """Standardised rewards by member, `(num_members, n)`. If they differ, the ensemble is uncertain."""
         return self._standardised(self._results(list(rows_of(chats))))
 
     def _results(self, chats, names=None):
@@ -212,8 +212,8 @@ def ensemble_heads(
     statistics: list[tuple[float, float]] | None = None,
 ) -> GRMForSequenceClassification:
     """
-    Give a reward model several heads on its one body: one forward, and it stays a reward model to whatever uses it. In
-    memory only: to keep it, save the heads' weights and put them together again.
+    Give a reward model several heads on its one body. It needs one forward, and still works everywhere as a reward
+    model. It exists in memory only: to keep it, save the heads' weights and combine them again.
 
     Args:
         model ([`GRMForSequenceClassification`]):
@@ -262,7 +262,7 @@ class _Activate:
 
 
 def _statistics(statistics, members):
-    """Mean and standard deviation of each member; `members` are their configurations where these store them."""
+    """Mean and standard deviation of each member; `members` are the configurations that may store them."""
     if statistics is None:
         return [(0.0, 1.0)] * len(members)
     if statistics == "stored":

@@ -1,5 +1,4 @@
-"""Preference pairs from ratings by several factors of which one is more important than the next, as in HERON (arXiv
-2309.02632)."""
+"""Preference pairs from ratings by several factors in order of importance, as in HERON (arXiv 2309.02632)."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -20,8 +19,8 @@ def factor_thresholds(
     ratings: Sequence[Mapping[str, float]], order: Sequence[str], multiplier: float = 0.5
 ) -> dict[str, float]:
     """
-    How much two answers must differ in a factor for it to decide: `multiplier` standard deviations of the factor over
-    `ratings` (all answers to all prompts), so that the unit of a factor does not matter.
+    The difference in a factor from which it decides between two answers: `multiplier` standard deviations of the
+    factor over `ratings` (all answers to all prompts). The unit of a factor thus does not matter.
 
     Args:
         ratings (`Sequence[Mapping[str, float]]`):
@@ -53,11 +52,11 @@ def hierarchical_pairs(
         order (`Sequence[str]`):
             The factors, the most important first.
         thresholds (`Mapping[str, float]`):
-            Per factor, in its unit; see [`factor_thresholds`].
+            Threshold of each factor, in its unit; see [`factor_thresholds`].
 
     Returns:
-        `tuple[list[RankedPair], list[tuple[int, int]]]`: the pairs that a factor decides, and those that none does
-        (which HERON skips).
+        `tuple[list[RankedPair], list[tuple[int, int]]]`: the pairs that a factor decides, and the pairs that no factor
+        decides (HERON skips them).
     """
     values = [_values(rating, order, index) for index, rating in enumerate(ratings)]
     if missing := [factor for factor in order if factor not in thresholds]:

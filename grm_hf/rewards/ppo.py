@@ -35,13 +35,13 @@ def ppo_reward_model(
         model (`str`, [`GRMForSequenceClassification`] or [`RewardEnsemble`]):
             Hub id or folder (of a model or an adapter), a live reward model, or an ensemble.
         policy_tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The policy's: what PPO gets as `processing_class`.
+            The policy's tokenizer, which PPO gets as `processing_class`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The reward model's. Loaded from the same place if left out.
+            The reward model's tokenizer. By default loaded from the same place.
         prompts (`Iterable[dict]`, *optional*):
-            For a reward model with another vocabulary or chat template than the policy's: rows with `prompt`
-            (messages or text) and its `input_ids` as PPO gets them, of the training and the evaluation set. Rewards
-            are then those of [`grm_reward_func`]: the answer is decoded and rendered anew behind its prompt.
+            For a reward model with another vocabulary or chat template than the policy's: rows with `prompt` (messages
+            or text) and its `input_ids` as PPO gets them, of the training and the evaluation set. Rewards are then
+            those of [`grm_reward_func`]: the answer is decoded, and rendered anew behind its prompt.
         transform (`str` or `Callable`, *optional*):
             See [`Transform`].
         reference (`float`, *optional*):
@@ -49,7 +49,8 @@ def ppo_reward_model(
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
             See [`GRMScorer`].
         check (`bool`, *optional*, defaults to `True`):
-            Score the golden rows of a model that is loaded here, and refuse it if a reward is not the stored one.
+            Score the golden rows of a model that is loaded here, and refuse the model if a reward differs from the
+            stored one.
         **load_kwargs:
             For `from_pretrained`: `dtype`, `revision`, `quantization_config`, ...
 
@@ -57,9 +58,9 @@ def ppo_reward_model(
         [`PPORewardModel`].
 
     Raises:
-        `ValueError`: for a policy tokenizer without padding token or with EOS as padding, and, without `prompts`, for
-            a reward model with another vocabulary or that pads with EOS; [`GoldenError`] for golden rows that do not
-            hold.
+        `ValueError`: for a policy tokenizer without a padding token or with EOS as padding; without `prompts`, also
+        for a reward model with another vocabulary or with EOS as padding; [`GoldenError`] for golden rows that do not
+        hold.
 
     Example:
 
@@ -82,7 +83,7 @@ def ppo_reward_model(
 
 class PPORewardModel(nn.Module):
     """
-    What [`ppo_reward_model`] makes.
+    A reward model in the form that PPO reads, made by [`ppo_reward_model`].
 
     Attributes:
         model: the body: ids and mask to "hidden states" `(batch_size, sequence_length, 1)`, which hold each row's
@@ -111,7 +112,7 @@ class _Body(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids, attention_mask, **kwargs):
-        # `kwargs` are what a decoder takes: positions, and which outputs to return. The mask says all there is to say.
+        # `kwargs` are a decoder's: positions, and which outputs to return. Only the mask matters here.
         rows = [ids[real.bool()].tolist() for ids, real in zip(input_ids, attention_mask, strict=True)]
         chats = [Rendered(row) if self.prompts is None else self._rollout(row) for row in rows]
         scores = list(self.scorer.stream(chats))

@@ -1,5 +1,5 @@
-"""The client of a served reward model: rewards over HTTP, from `grm serve`, from vLLM with this package's plugin, or
-from any server that speaks one of the protocols below. It needs no weights here, and nothing but the standard library.
+"""The client of a served reward model: rewards over HTTP from `grm serve`, from vLLM with this package's plugin, or
+from any server with one of the protocols below. It needs no weights, and only the standard library.
 """
 
 import json
@@ -25,13 +25,13 @@ from .rollouts import Rendered, Rollout, RolloutEncoder
 @dataclass(frozen=True)
 class Protocol:
     """
-    What is sent to a route, and how its reply is read.
+    The request to a route, and the reading of its reply.
 
     Attributes:
-        sends (`str`): `"chats"`, which the server renders; `"ids"` or `"texts"`, which are made here.
+        sends (`str`): `"chats"`, which the server renders, or `"ids"` or `"texts"`, which the client makes.
         request (`Callable`): From a batch of these to the JSON of a request.
         reply (`Callable`): From the JSON of a reply to the rewards.
-        at_once (`int`): Most of them in one request.
+        at_once (`int`): Largest number of them in one request.
     """
 
     sends: str
@@ -77,21 +77,21 @@ class RemoteScorer:
 
     Args:
         urls (`str` or `list[str]`):
-            One address, or several of the same model, which share the work. The path names the route: none is
-            `/score`, the route of this package, to which chats are sent as they are; the others are `PROTOCOLS`. The
-            query (`?transform=standardize`) goes with each request.
+            One address, or several of the same model, which share the work. The path names the route, one of
+            `PROTOCOLS`. Without a path it is `/score`, the route of this package, which gets chats unchanged. The
+            query (`?transform=standardize`) is sent with each request.
         tokenizer (`str`, *optional*):
-            Hub id or folder of the reward model. Its tokenizer and its configuration are read, not its weights. Needed
-            for every route but `/score`.
+            Hub id or folder of the reward model, required for every route but `/score`. Its tokenizer and its
+            configuration are read, not its weights.
         api_key (`str`, *optional*):
             Sent as a bearer token. A password in the address (`http://:KEY@host:8000`) does the same.
         timeout (`float`, *optional*, defaults to `180`):
             Seconds that one request may take.
         retries (`int`, *optional*, defaults to `5`):
-            How often a request is sent again, to the next address, after a failure that may pass.
+            How often a request is sent again, to the next address, after a temporary failure.
 
     Raises:
-        `ValueError`: an address is none, a server refuses a request, or a reply is not one number for each text;
+        `ValueError`: an address is invalid, a server refuses a request, or a reply is not one number for each text;
         `ConnectionError`: no server answered.
     """
 
@@ -135,7 +135,7 @@ class RemoteScorer:
         return (Score(reward, tokens, cut) for reward, (_, tokens, cut) in zip(rewards, named, strict=True))
 
     def _sent(self, number: int, chat) -> tuple[Any, int, bool]:
-        """What is sent of a chat, its number of tokens, and whether it was cut."""
+        """The part of a chat that is sent, its number of tokens, and whether it was cut."""
         if self.protocol.sends == "chats":
             return _json(chat), 0, False
         try:
@@ -193,7 +193,7 @@ def is_address(model: Any) -> bool:
 
 
 def _place(url: str, api_key: str | None) -> tuple[str, str, dict]:
-    """An address as it is called, its path, and the headers that go with it."""
+    """The address to call, its path, and the headers for it."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"'{url}' is no address. Give one such as http://localhost:8000/score.")
@@ -214,7 +214,7 @@ def _json(chat: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    """A number, also where it stands in lists of one."""
+    """A number, also if it is in a list of one."""
     while isinstance(value, list):
         [value] = value
     return float(value)

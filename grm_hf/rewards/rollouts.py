@@ -1,5 +1,5 @@
-"""What policies write, as the token ids that the reward model was trained on. Nothing here needs the weights of the
-reward model, so a client and a server use it too.
+"""Texts of policies as the token ids that the reward model was trained on. This needs no weights of the reward model,
+so a client and a server use it too.
 """
 
 import copy
@@ -13,10 +13,10 @@ from ..encoding import Encoded, Encoder, OverlengthError
 @dataclass(frozen=True)
 class Rollout:
     """
-    What a policy wrote to a prompt: messages and messages, or text and text.
+    A prompt and the policy's answer: both as messages, or both as text.
 
     Attributes:
-        prompt (`str` or `list[dict]`): The prompt. Text is text, as in training, not a user's message.
+        prompt (`str` or `list[dict]`): The prompt. A string is text, as in training, not a user's message.
         completion (`str` or `list[dict]`): The answer, without special tokens. It may be empty.
         tools, template_kwargs: For the chat template.
     """
@@ -30,7 +30,7 @@ class Rollout:
 @dataclass(frozen=True)
 class Rendered:
     """
-    Prompt and answer as the policy saw and wrote them: already rendered by the chat template, special tokens included.
+    Prompt and answer of a policy, already rendered by the chat template, with special tokens.
 
     Attributes:
         ids (`list[int]`): Token ids of the reward model's vocabulary, with or without end of turn, without padding.
@@ -41,8 +41,8 @@ class Rendered:
 
 class RolloutEncoder:
     """
-    Encodes [`Rollout`], [`Rendered`] and chats. Answers without text are encoded as well (a policy that learns will
-    write some), and the end of turn stands where the reward model was trained to read, whether or not the policy got
+    Encodes [`Rollout`], [`Rendered`] and chats. Answers without text are encoded as well, because a learning policy
+    writes some. The end of turn is always where the reward model was trained to read, even if the policy did not get
     that far.
 
     Args:
@@ -61,7 +61,7 @@ class RolloutEncoder:
             with_opening, without = (encoder.render(user, None, {}, add_generation_prompt=on) for on in (True, False))
             if with_opening.startswith(without):
                 self.opening = with_opening.removeprefix(without).strip()
-            # What two conversations with different answers have in common at their ends.
+            # The common end of two conversations with different answers.
             one, other = (encoder.encode(user, answer).ids for answer in ("a", "b"))
             same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
             self._chat_end = one[len(one) - same :]
@@ -90,7 +90,7 @@ class RolloutEncoder:
         return encoder.fit(ids, start)
 
     def with_max_length(self, max_length: int) -> "RolloutEncoder":
-        """The same, with another limit."""
+        """The same encoder with another limit."""
         other = copy.copy(self)
         other.encoder = replace(self.encoder, max_length=max_length)
         return other
@@ -112,7 +112,8 @@ class RolloutEncoder:
         return not str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """`ids` with all that the reward model expects behind an answer, of which they may hold the beginning."""
+        """`ids` with the whole ending that the reward model expects behind an answer; they may hold its beginning
+        already."""
         eos = self.tokenizer.eos_token_id
         chat = self._chat_end and self.opening in str(self.tokenizer.decode(ids, skip_special_tokens=False))
         end = self._chat_end if chat else [eos]

@@ -1,6 +1,6 @@
-"""Is the reward model inside this process, as it is plugged in here, still the one that was trained? Its golden rows
-(`grm_hf.scoring.golden`) say so before the first step: another template or tokenizer, a random head, live dropout, a
-reward read in front of the end of turn, all show in the numbers.
+"""Tests before the first step whether a reward model, as it is plugged into this process, still is the trained one.
+Its golden rows (`grm_hf.scoring.golden`) show another template or tokenizer, a random head, live dropout, and a reward
+that is read before the end of turn.
 """
 
 import math
@@ -34,7 +34,7 @@ PPO = (
 
 def self_test(trainer) -> list[str]:
     """
-    Score the golden rows of every reward model of a TRL trainer, each the way the trainer does it: `reward_funcs` of
+    Score the golden rows of every reward model of a TRL trainer, each in the trainer's own way: `reward_funcs` of
     GRPO, RLOO and Online DPO (modules, ids and [`grm_reward_func`]), `reward_model` of PPO.
 
     ```python
@@ -47,13 +47,13 @@ def self_test(trainer) -> list[str]:
             A trainer that has been made and has not started.
 
     Returns:
-        `list[str]`: where the reward models come from that were tested. One without golden rows is warned about; left
-        out are reward functions of other kinds, models made in memory, live models with an adapter, and ensembles
-        (whose members are tested when they are loaded).
+        `list[str]`: the sources of the tested reward models. A model without golden rows gives a warning. Not tested
+        are other reward functions, models made in memory, live models with an adapter, and ensembles (whose members
+        are tested when they are loaded).
 
     Raises:
-        [`GoldenError`]: a reward differs by more than rounding, with what to do.
-        `ValueError`: PPO's value model has nothing to learn with.
+        [`GoldenError`]: a reward differs by more than rounding. The message says what to do.
+        `ValueError`: PPO's value model has no weight that learns.
     """
     ppo = hasattr(trainer, "reward_model")
     if ppo:
@@ -87,7 +87,7 @@ def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> lis
     path, revision = source or (getattr(model, "name_or_path", ""), None)
     adapted = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
     if not path or (source is None and adapted):
-        return []  # made in memory; or with an adapter, of which the model below only knows where it came from itself
+        return []  # made in memory; or with an adapter, and the model below only knows its own source
     try:
         file = cached_file(path, FILE, revision=revision)
     except OSError:
@@ -115,7 +115,7 @@ def _plain(chat) -> tuple[str, str]:
 
 @torch.no_grad()
 def _as_trl(model, tokenizer, options, chat) -> float:
-    """What TRL gets from a module in `reward_funcs`."""
+    """The rewards that TRL gets from a module in `reward_funcs`."""
     if tokenizer.chat_template and not isinstance(chat, str):
         text = tokenizer.apply_chat_template(as_messages(chat), tokenize=False, **options)
     else:
@@ -126,7 +126,7 @@ def _as_trl(model, tokenizer, options, chat) -> float:
 
 @torch.no_grad()
 def _as_ppo(model, tokenizer, chat) -> float:
-    """What TRL's PPO gets from a plain model, when the policy gives this answer and stops with EOS."""
+    """The reward that TRL's PPO gets from a plain model, if the policy gives this answer and stops with EOS."""
     if tokenizer.chat_template and not isinstance(chat, str):
         *prompt, final = as_messages(chat)
         before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)

@@ -1,8 +1,7 @@
-"""Rewards turned into what a policy should be trained on: pure functions on tensors (or lists of numbers), and
+"""Transforms of rewards for the training of a policy: pure functions on tensors (or lists of numbers), and
 [`Transform`], which applies one of them by name with the statistics that the reward model stores.
 
-A transformation that rises with the reward leaves rankings alone; it changes how much one answer counts against
-another.
+A transform that rises with the reward keeps rankings. It changes how much one answer counts against another.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ TRANSFORMS = ("center", "standardize", "log_sigmoid", "clip", "length_residual")
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Numbers as a tensor: as it is if it is one, else in float64."""
+    """Numbers as a tensor: a tensor unchanged, anything else in float64."""
     return values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
 
 
@@ -38,7 +37,7 @@ def standardize(rewards, mean: float, std: float) -> Tensor:
 
 def reference_reward(samples, quantile: float = 0.85) -> Tensor:
     """
-    The reward that an answer has to beat: a quantile of the rewards of answers that a reference policy gave (arXiv
+    The reward that an answer has to beat: a quantile of the rewards of a reference policy's answers (arXiv
     2402.00742).
 
     Args:
@@ -56,8 +55,8 @@ def reference_reward(samples, quantile: float = 0.85) -> Tensor:
 def log_sigmoid(rewards, reference) -> Tensor:
     """
     `log sigmoid(reward - reference)`: under the Bradley-Terry model, the log-probability of beating the reference
-    answer (arXiv 2402.00742). It gains little above the reference, where reward hacking lives, and falls
-    linearly below it.
+    answer (arXiv 2402.00742). It gains little above the reference, where rewards are hacked, and falls linearly below
+    it.
 
     Args:
         rewards (`torch.Tensor` of any shape):
@@ -103,9 +102,9 @@ def clip(rewards, threshold: float) -> Tensor:
 
 def delta(rewards) -> Tensor:
     """
-    The Delta mechanism for step rewards (arXiv 2410.15115): each step earns its reward minus that of the
-    next, the last but one its own, the last nothing (the answer's success is rewarded there). The sum from any step on
-    telescopes to that step's reward, so that repeating good steps earns nothing.
+    The Delta mechanism for step rewards (arXiv 2410.15115): each step earns its reward minus that of the next step,
+    the last but one its own reward, the last nothing (the answer's success is rewarded there). The sum from any step
+    on is that step's reward, so repeating good steps earns nothing.
 
     Args:
         rewards (`torch.Tensor` of shape `(..., num_steps)`):
@@ -123,17 +122,17 @@ def delta(rewards) -> Tensor:
 
 def length_residual(rewards, lengths, groups: Sequence | None = None) -> Tensor:
     """
-    Rewards without what a line through the lengths explains: `reward - slope * (length - mean length)`, the slope
-    fitted by least squares within groups. The result is uncorrelated with length in these rewards and keeps the mean
-    of each group. Few rewards give an accidental slope: use it on large batches.
+    Rewards without the part that a line through the lengths explains: `reward - slope * (length - mean length)`. The
+    slope is fitted by least squares within groups. The result is uncorrelated with length in these rewards and keeps
+    the mean of each group. Few rewards give an accidental slope: use it on large batches.
 
     Args:
         rewards (`torch.Tensor` of shape `(n,)`):
             Rewards.
         lengths (`torch.Tensor` of shape `(n,)`):
-            Lengths, in any unit. If all are equal, the rewards come back as they are.
+            Lengths, in any unit. If all are equal, the rewards do not change.
         groups (`Sequence` of length `n`, *optional*):
-            What belongs together, such as the prompts: only differences inside a group count. Default: all.
+            The group of each reward, such as its prompt: only differences within a group count. Default: one group.
 
     Returns:
         `torch.Tensor` of shape `(n,)`.
@@ -158,8 +157,7 @@ def length_residual(rewards, lengths, groups: Sequence | None = None) -> Tensor:
 
 class Transform:
     """
-    One of the transformations by name, or a function of the user's, checked when it is made and applied to one batch
-    of rewards after another.
+    A transform by name, or the user's function. It is checked when it is made, and applied to batches of rewards.
 
     Args:
         how (`str`, `Callable` or `None`):

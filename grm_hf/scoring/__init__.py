@@ -1,5 +1,5 @@
-"""Scoring: one function from chats to rewards, used by the command line, by rewards for reinforcement learning and by
-whoever wants a number; and golden rows, which say whether it is still the same number."""
+"""Scoring: one function from chats to rewards, for the command line, for reinforcement learning and for users; and
+golden rows, which show whether a model still gives the same rewards."""
 
 from .golden import GoldenError, save_golden, verify
 from .scorer import BestOfN, GRMScorer, Score

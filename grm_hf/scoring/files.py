@@ -1,8 +1,8 @@
-"""Rows in, results out: files of rows in any of the common formats, and a JSONL file of results that goes on where an
-interrupted run stopped.
+"""Reads rows from files in the common formats, and writes results to a JSONL file that continues where an interrupted
+run stopped.
 
-Everything is bytes until a whole line is there, so a file may end anywhere. A digest in each result says which row and
-which model it is of; by it, and by nothing else, a later run knows what is still valid.
+A file is read as bytes, line by line, so it may end anywhere. A digest in each result names its row and its model.
+Only the digest tells a later run whether the result is still valid.
 """
 
 import csv
@@ -21,7 +21,7 @@ import torch
 
 
 class Row(NamedTuple):
-    """A row of a file: where it stands, for messages (`rows.jsonl, line 3`), and its keys that are not null."""
+    """A row of a file: its place, for messages (`rows.jsonl, line 3`), and its keys that are not null."""
 
     place: str
     content: dict
@@ -160,7 +160,8 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
 
 
 def digest(*parts: Any) -> str:
-    """16 hexadecimal digits that stand for `parts`: what JSON can hold, keys in any order."""
+    """16 hexadecimal digits that stand for `parts`, any values that JSON can hold; the order of keys does not
+    matter."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
@@ -168,11 +169,11 @@ def digest(*parts: Any) -> str:
 @torch.no_grad()
 def model_digest(scorer) -> str:
     """
-    [`digest`] of all that a reward depends on: each weight, the dtype, the policies of the configuration, vocabulary
-    and chat template. Of a [`GRMScorer`], or of an ensemble of them.
+    [`digest`] of all that a reward depends on: weights, dtype, policies of the configuration, vocabulary and chat
+    template. For a [`GRMScorer`], or an ensemble of them.
 
-    Weights count by exact sums of their bytes and by samples, so this takes one pass over them; those that are
-    offloaded count by name and shape only.
+    Weights count by exact sums of their bytes and by samples, in one pass over them. Offloaded weights count by name
+    and shape only.
     """
     parts: list = []
     for name, tensor in sorted(scorer.model.state_dict().items()):
@@ -196,7 +197,7 @@ def model_digest(scorer) -> str:
 class Results:
     r"""
     A JSONL file with a result for each row, `{"row": 0, ..., "digest": ...}`, in the order of the rows. Results are
-    appended as they come; a run that is interrupted, at any byte, goes on with the same call.
+    appended one by one; after an interruption at any byte, the same call continues.
 
     Args:
         path (`str` or `Path`):
@@ -204,15 +205,14 @@ class Results:
         digests (`Sequence[str]`):
             [`digest`] of each row together with all that its result depends on (see [`model_digest`]).
         write (`bool`, *optional*, defaults to `True`):
-            Whether this process writes. Of several processes one does.
+            Whether this process writes; only one of several processes does.
 
     Attributes:
         kept (`dict[int, dict]`): Results by row that the file holds already and that are still valid.
         missing (`list[int]`): The rows that must be computed.
 
     Raises:
-        `ValueError`: the file holds something, and nothing of it belongs to these rows and this model. It is left as
-        it is.
+        `ValueError`: the file is not empty, and nothing in it belongs to these rows and this model. It is not changed.
 
     ```python
     results = Results("scores.jsonl", [digest(row, model) for row in rows])
@@ -252,7 +252,7 @@ class Results:
         return self
 
     def add(self, row: int, result: dict) -> None:
-        """The result of a row. It is in the file when this returns."""
+        """Adds the result of a row. It is in the file when this returns."""
         self.kept[row] = {"row": row, **result, "digest": self.digests[row]}
         if self._file is not None:
             self._file.write(line_of(self.kept[row]).encode("utf-8"))
@@ -266,7 +266,7 @@ class Results:
                 self._rewrite()
 
     def _rewrite(self) -> None:
-        """What is kept, in order; the file has either what it had or all of this."""
+        """Writes the kept results in order: the file has either its old content or all of them."""
         whole = "".join(line_of(self.kept[row]) for row in sorted(self.kept)).encode("utf-8")
         if self.path.exists() and self.path.read_bytes() == whole:
             return
@@ -288,12 +288,12 @@ _BEGIN = b'{"row": '
 
 
 def line_of(result: dict) -> str:
-    """A result as a line of JSONL. Raises `ValueError` for what JSON has no word for, such as NaN."""
+    """A result as a line of JSONL. `ValueError` for values that JSON does not have, such as NaN."""
     return json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _result(line: bytes) -> dict | None:
-    """A result of ours from a line; `None` for anything else, such as the beginning of one."""
+    """The result in a line; `None` for anything else, such as a line that was cut."""
     try:
         result = json.loads(line)
     except ValueError:

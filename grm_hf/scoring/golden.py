@@ -1,5 +1,5 @@
-"""Golden rows: a few texts, their token ids and their rewards, stored beside the weights when these are saved. Whoever
-loads the folder can ask, on any machine and with any versions, whether the number is still the same: `grm verify`.
+"""Golden rows: a few texts with their token ids and rewards, stored beside the weights when these are saved. `grm
+verify` shows, on any machine and with any versions, whether a folder still gives the same rewards.
 """
 
 import json
@@ -22,7 +22,7 @@ from .scorer import GRMScorer
 
 
 FILE = "golden_rows.json"
-# Digits, line breaks and indentation, several scripts, a second turn: what tokenizers and templates disagree about.
+# Digits, line breaks and indentation, several scripts, a second turn: tokenizers and templates differ in these.
 CHATS: list[dict] = [
     {"prompt": "What is 2 + 2?", "response": "4"},
     {"prompt": "Write add(a, b) in Python.", "response": "def add(a, b):\n    return a + b\n\n# add(17, 25) == 42"},
@@ -36,18 +36,18 @@ CHATS: list[dict] = [
         ]
     },
 ]
-# Of a reward, relative to max(1, |reward|), by the dtype of the body. The text is computed alone, so what is left is
-# rounding that differs between machines and versions; docs/numerics.md says how large rounding gets. (float64: a live
-# model that was cast has the rotary frequencies of float32, which no file holds.)
+# Tolerance of a reward, relative to max(1, |reward|), by the dtype of the body. The text is computed alone, so only
+# rounding differs between machines and versions; docs/numerics.md says how large it gets. (float64: a cast live model
+# has the rotary frequencies of float32, which no file holds.)
 TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 
 class GoldenError(ValueError):
-    """Golden rows do not hold. The message has a table of all rows, with what differs."""
+    """Golden rows do not hold. The message has a table of all rows with the differences."""
 
 
 def read_rows(file: str | Path) -> dict[str, Any]:
-    """What a file of golden rows holds: `saved_with`, and `rows` of `chat`, `ids` and `score`."""
+    """The content of a file of golden rows: `saved_with`, and `rows` of `chat`, `ids` and `score`."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         rows = [(row["chat"], row["ids"], row["score"]) for row in content["rows"]]
@@ -58,17 +58,17 @@ def read_rows(file: str | Path) -> dict[str, Any]:
 
 
 def tolerance(model) -> float:
-    """How far a reward of `model` may be off by rounding, relative to max(1, |reward|)."""
+    """How far rounding may move a reward of `model`, relative to max(1, |reward|)."""
     return TOLERANCES.get(_dtype(model), 5e-2)
 
 
 def difference(found: float, stored: float) -> float:
-    """Of two rewards, relative to max(1, |reward|)."""
+    """Difference of two rewards, relative to max(1, |reward|)."""
     return abs(found - stored) / max(1.0, abs(stored))
 
 
 def differs(found: float, stored: float, model) -> bool:
-    """Whether a reward of `model` is another than the stored one: by more than rounding, or no number."""
+    """Whether a reward of `model` differs from the stored one by more than rounding, or is not a number."""
     return not difference(found, stored) <= tolerance(model)
 
 
@@ -84,7 +84,7 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
         folder (`str` or `Path`):
             Folder of the weights, or of the adapter.
         chats (`list`, *optional*):
-            What [`GRMScorer.score`] takes, as far as JSON can hold it. By default four short ones.
+            Chats as for [`GRMScorer.score`], in a form that JSON can hold. By default four short ones.
 
     Returns:
         `Path`: the file.
@@ -130,16 +130,16 @@ def verify(path: str | Path, **load_kwargs) -> str:
 
     Args:
         path (`str` or `Path`):
-            Hub id or folder of a reward model, an adapter, or what `grm export` wrote.
+            Hub id or folder of a reward model, an adapter or an export of `grm export`.
         **load_kwargs:
-            Passed to [`~GRMForSequenceClassification.from_pretrained`], for instance `revision`. Dtype and attention
-            implementation are those the rows were made with, if not given.
+            Passed to [`~GRMForSequenceClassification.from_pretrained`], for instance `revision`. By default dtype and
+            attention implementation are those that the rows were made with.
 
     Returns:
         `str`: a table of the rows.
 
     Raises:
-        [`GoldenError`]: token ids differ, or a reward does by more than rounding.
+        [`GoldenError`]: token ids differ, or a reward differs by more than rounding.
         `ValueError`: there are no golden rows.
     """
     hub = {key: load_kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in load_kwargs}
@@ -177,7 +177,7 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
             tokens = _compare(ids, list(scorer.encode(row["chat"]).ids))
         except ValueError as error:
             tokens = f"cannot be encoded: {error}"
-        # Of the stored ids: a change of the tokenizer is not taken for one of the weights.
+        # The reward of the stored ids: a change of the tokenizer does not look like a change of the weights.
         score = scorer.rewards_of_ids([ids])[0] if max(ids) < vocabulary else math.nan
         off = difference(score, expected)
         holds = tokens == f"{len(ids)} equal" and not differs(score, expected, model)
@@ -225,7 +225,7 @@ def _environment(model) -> dict[str, str]:
 
 @torch.no_grad()
 def _text_logp(model, row: dict[str, Any]) -> float:
-    """Log-probability of the row's response under the LM head: what the reward does not see."""
+    """Log-probability of the row's response under the LM head, which the reward does not depend on."""
     ids = torch.tensor([row["ids"]], device=model.device)
     first = max(row["start"], 1)
     with evaluating(model):
@@ -235,5 +235,5 @@ def _text_logp(model, row: dict[str, Any]) -> float:
 
 
 def _plain_forward(model):
-    """accelerate puts mixed precision into the `forward` of a live model; a model loaded from its folder has none."""
+    """The forward without accelerate's mixed precision, as of a model that is loaded from its folder."""
     return model.__dict__.get("_original_forward", model)

@@ -1,9 +1,9 @@
-"""`GRMScorer`: chats in, rewards out, in the order given and with what was cut said.
+"""`GRMScorer` turns chats into rewards, in the given order, and reports truncation.
 
-Every distinct text is computed once, and so is what texts have in common at their beginning: a prompt with many
-answers, the turns that histories share, the prompts and responses that recur in a set of pairs. To that end token
-sequences are sorted, which puts those that begin alike side by side, and laid out in rows of a bounded number of
-tokens (`grm_hf.layouts`). A score does not depend on this beyond rounding; with `deterministic=True` not even that.
+Equal texts are computed once, and so is a beginning that texts share: a prompt with many answers, the common turns of
+histories, recurring prompts and responses in a set of pairs. For this, token sequences are sorted, so that those with
+a common beginning are neighbours, and laid out in rows of a bounded number of tokens (`grm_hf.layouts`). This changes
+a score by rounding at most; with `deterministic=True` it changes nothing.
 """
 
 import math
@@ -32,7 +32,7 @@ def _names(names: Iterable[str] | None) -> Iterable[str]:
     return (f"chat {number}" for number in count()) if names is None else names
 
 
-_tokenizing = threading.RLock()  # a fast tokenizer sets itself up in a call, and cannot while another one runs
+_tokenizing = threading.RLock()  # a call changes a fast tokenizer, so no other call may run
 
 
 @dataclass(frozen=True)
@@ -65,32 +65,33 @@ class BestOfN:
 
 class GRMScorer:
     r"""
-    Scores chats with a reward model, by the policies frozen in its configuration (template, end of turn, maximum
-    length), so that the number is the one training saw.
+    Scores chats with a reward model, by the policies in its configuration (template, end of turn, maximum length), so
+    the reward is that of training.
 
     Args:
         model (`str`, `Path`, [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
-            Hub id or folder, loaded onto the accelerator if there is one; or a live reward model, which is left as it
-            was (training mode, attention implementation). Any number of scorers and threads may use one model at the
-            same time, also while a [`GRMRewardTrainer`] trains it: scores and training steps take turns.
+            Hub id or folder, loaded onto the accelerator if there is one; or a live reward model, whose training mode
+            and attention implementation do not change. Several scorers and threads may use one model at the same time,
+            also while a [`GRMRewardTrainer`] trains it: scores and training steps take turns.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its tokenizer; loaded from the same place if left out.
+            Its tokenizer. By default loaded from the same place.
         max_tokens_per_batch (`int`, *optional*, defaults to `8192`):
-            Most tokens of a batch, padding included; this bounds the memory. A longer text is a batch of its own.
+            Largest number of tokens of a batch, padding included; it bounds the memory. A longer text is a batch by
+            itself.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
         deterministic (`bool`, *optional*, defaults to `False`):
-            Compute each text alone, so that its score has the same bits whatever it is scored with (same machine,
-            libraries and number of threads). Nothing is shared and no batch is larger than one text: as slow as a
-            loop, and on a GPU slower by the size of the batches.
+            Score each text alone, so the result is bit-identical whatever else you score (on the same machine, with
+            the same libraries and number of threads). Nothing is shared, and a batch is one text: this is as slow as a
+            loop.
         layout (`str`, *optional*, defaults to `"auto"`):
-            `"shared_prefix"`, `"packed"` or `"padded"`; `"auto"` is the fastest that is exact for the model.
+            `"shared_prefix"`, `"packed"` or `"padded"`; `"auto"` is the fastest layout that is exact for the model.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             With several processes: each computes a part, and every one gets all results. Each must hold the whole
             model and be given the same chats.
         dtype (`str` or `torch.dtype`, *optional*):
-            Of the body of a model that is loaded here, such as `"bfloat16"`, which is faster where the processor has
-            the instructions and within the tolerance of docs/numerics.md. The head stays in float32.
+            Dtype of the body of a model that is loaded here. `"bfloat16"` is faster if the processor has the
+            instructions, and exact within the tolerance of docs/numerics.md. The reward head stays in float32.
 
     Example:
 
@@ -157,22 +158,22 @@ class GRMScorer:
             `list[float]`: raw rewards, in the order given.
 
         Raises:
-            `ValueError`: a chat cannot be scored, with its index and why (nothing has been computed then), or a reward
-            is not a finite number.
+            `ValueError`: a chat cannot be scored (the message has its index and the reason, and nothing was computed),
+            or a reward is not a finite number.
         """
         return [result.score for result in self.stream(chats, window=None)]
 
     def stream(
         self, chats: Iterable, window: int | None = 1024, names: Iterable[str] | None = None
     ) -> Iterator[Score]:
-        """As [`~GRMScorer.score`], with details and for any number of chats: `window` of them for each process are
-        read and computed at a time, and share what they have in common. `names` are what errors call them."""
+        """As [`~GRMScorer.score`], with details and for any number of chats. Each process reads and computes `window`
+        of them at a time; only these share a beginning. Errors call the chats by their `names`."""
         chats = rows_of(chats)
         named = zip(_names(names), repeat(self.encode), chats, strict=False)
         return self._stream(named, window, len(chats) if isinstance(chats, Sized) else None)
 
     def check(self, chats: Iterable, names: Iterable[str] | None = None) -> None:
-        """Raises the `ValueError` that names all chats that cannot be scored, of which it shows the first 20."""
+        """Raises a `ValueError` if chats cannot be scored. It shows the first 20."""
         wrong = []
         for name, chat in zip(_names(names), rows_of(chats), strict=False):
             try:
@@ -205,11 +206,11 @@ class GRMScorer:
 
     def best_of_n(self, prompt: str | list[dict], answers: list[str]) -> BestOfN:
         """
-        Rank answers to one prompt, which is computed once.
+        Rank answers to one prompt. The prompt is computed once.
 
         Args:
             prompt (`str` or `list[dict]`):
-                Messages, or one user message as text (plain text for a tokenizer without chat template).
+                Messages, or one user message as text (plain text for a tokenizer without a chat template).
             answers (`list[str]`):
                 At least one.
 
@@ -236,7 +237,7 @@ class GRMScorer:
         return self.encoder.encode_chat(to_score(chat, bool(self.tokenizer.chat_template)))
 
     def _encoded(self, encode, chat) -> Encoded:
-        """`encode(chat)`, one at a time, and refused if the model has no embedding for it."""
+        """`encode(chat)`, one call at a time; refuses tokens without an embedding."""
         with _tokenizing:
             encoded = encode(chat)
         embeddings, positions = self._embeddings
@@ -274,8 +275,8 @@ class GRMScorer:
                 yield from (Score(reward, len(ids), cut) for reward, ids, cut in results)
 
     def rewards_of_ids(self, ids: Sequence[Sequence[int]], bar=None, names: list[str] | None = None) -> list[float]:
-        """Rewards of token sequences, in the order given. Equal ones are computed once. `bar` is told of each text;
-        `names` are what an error calls them. Raises `ValueError` for rewards that are not finite numbers."""
+        """Rewards of token sequences, in the order given. Equal ones are computed once. `bar` advances with each text;
+        errors call the sequences by their `names`. `ValueError` for rewards that are not finite numbers."""
         texts = [row if isinstance(row, array) else array("i", row) for row in ids]
         order = sorted(range(len(texts)), key=texts.__getitem__)
         groups = [list(group) for _, group in groupby(order, key=texts.__getitem__)]
@@ -319,7 +320,7 @@ class GRMScorer:
             return [[i] for i in range(len(texts))]
         if self.layout == "padded":
             order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-            while order:  # the first is the longest of those left: every row of the batch is padded to it
+            while order:  # the first is the longest that is left: every row of the batch is padded to it
                 count = max(1, self.max_tokens_per_batch // len(texts[order[0]]))
                 batches.append(order[:count])
                 order = order[count:]

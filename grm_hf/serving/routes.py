@@ -1,5 +1,5 @@
-"""The routes that trainers call, each as its trainer documents it (docs/serving.md). The same table serves `grm serve`
-and, as endpoint plugins, a vLLM server: a row says where a route lies, what it reads and what it replies.
+"""The routes that trainers call, each as its trainer documents it (docs/serving.md). `grm serve` and, through endpoint
+plugins, a vLLM server use the same table. A row gives the path of a route, its request and its reply.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from ..rewards.transforms import Transform
 
 class Engine(Protocol):
     """
-    What computes rewards behind the routes.
+    Computes rewards behind the routes.
 
     Attributes:
-        name: What the model is called in replies.
+        name: The model's name in replies.
         config: The [`GRMConfig`] of the model.
         vocab_size: Token ids are below it.
-        max_texts: Most texts of one request.
+        max_texts: Largest number of texts of one request.
     """
 
     name: str
@@ -50,8 +50,8 @@ Chat = Text | list[dict[str, Any]] | dict[str, Any]
 
 
 class ScoreRequest(BaseModel):
-    """Each chat is messages, a row (`prompt` and `response`, or `messages`), plain text, what a policy wrote to a
-    prompt (`prompt` and `completion`: here a prompt that is text is text), or `ids` that a policy rendered."""
+    """Each chat is messages, a row (`prompt` and `response`, or `messages`), plain text, a policy's answer (`prompt`
+    and `completion`; a string prompt is then text), or `ids` that a policy rendered."""
 
     model_config = ConfigDict(extra="forbid")
     chats: list[Chat] = Field(min_length=1)
@@ -83,7 +83,7 @@ class TEIRequest(BaseModel):
 
 
 class PoolingRequest(BaseModel):
-    """The part of vLLM's request that means something here; anything else is refused, not ignored."""
+    """The supported part of vLLM's request; anything else is refused, not ignored."""
 
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
@@ -111,12 +111,12 @@ class RenderedText:
 class Route:
     """
     Attributes:
-        path (`str`): Where it lies.
-        request (`type`): What it reads.
-        rows (`Callable`): From a request to what is scored: chats, [`Rollout`], [`Rendered`], [`RenderedText`], or
+        path (`str`): Its path.
+        request (`type`): The type of its request.
+        rows (`Callable`): From a request to the rows to score: chats, [`Rollout`], [`Rendered`], [`RenderedText`], or
             [`Encoded`], which is scored as it is.
         reply (`Callable`): From rewards, the request, the rows as encoded and the engine to the reply.
-        check (`Callable`, *optional*): Refuses what the request does not allow, once it is encoded.
+        check (`Callable`, *optional*): Refuses encoded rows that the request does not allow.
     """
 
     path: str
@@ -263,7 +263,7 @@ ROUTES = {
 
 
 def router(names: tuple[str, ...], engine_of: Callable[[Request], Engine]) -> APIRouter:
-    """The routes named, for an application from whose requests `engine_of` finds the engine."""
+    """The named routes, for an application; `engine_of` finds the engine of a request."""
     routes = APIRouter()
     for name in names:
         route = ROUTES[name]
@@ -276,7 +276,7 @@ def _handler(route: Route, engine_of: Callable[[Request], Engine]):
     async def answer(
         request: Request,
         body: Any,  # of the type that is set below
-        transform: str | None = None,  # of grm_hf.rewards, and what it refers to: in the address
+        transform: str | None = None,  # transform and reference of grm_hf.rewards, in the address
         reference: float | None = None,
     ):
         engine = engine_of(request)

@@ -1,5 +1,5 @@
 """`grm serve`: the routes of `grm_hf.serving.routes` from a [`GRMScorer`], on FastAPI and uvicorn. Texts that arrive
-together are scored together, so that answers to one prompt share it whoever sent them.
+together are scored together, so answers to one prompt share it, whoever sent them.
 """
 
 import asyncio
@@ -35,12 +35,12 @@ KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError
 @dataclass(frozen=True)
 class Limits:
     """
-    What one request and all of them together may ask for.
+    Limits of one request, and of all requests together.
 
     Attributes:
-        body (`int`): Most bytes of a request.
-        texts (`int`): Most texts of a request.
-        queue (`int`): Most texts that wait; beyond it requests are sent away with 503, to come again.
+        body (`int`): Largest number of bytes of a request.
+        texts (`int`): Largest number of texts of a request.
+        queue (`int`): Largest number of texts that wait; a request beyond it gets 503 and may come again.
     """
 
     body: int = 16 * 2**20
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclass(eq=False)
 class _Waiting:
-    """Texts of one request that wait to be scored, and what is told of their rewards."""
+    """Texts of one request that wait to be scored, and the future of their rewards."""
 
     ids: list[list[int]]
     future: asyncio.Future = field(repr=False)
@@ -62,12 +62,12 @@ class _Waiting:
 
 class Batcher:
     """
-    The engine of `grm serve`: one thread tokenises, one computes. The second takes whatever waits, up to the token
-    budget of the scorer, and what one request sent stays together.
+    The engine of `grm serve`: one thread tokenises, one computes. The second takes the waiting texts, up to the token
+    budget of the scorer. Texts of one request stay together.
 
     Args:
         scorer ([`GRMScorer`]):
-            The reward model. Nobody else may use it at the same time.
+            The reward model, for this engine alone.
         name (`str`):
             What the model is called in replies.
         limits ([`Limits`], *optional*):
@@ -116,7 +116,7 @@ class Batcher:
                 try:
                     rewards = await loop.run_in_executor(self._compute, self.scorer.rewards_of_ids, ids)
                     self._tell(batch, rewards)
-                except Exception:  # one of them spoils the others: each alone, so that only its own sender hears of it
+                except Exception:  # one of them spoils the others: each alone, so only its own sender gets the error
                     for item in batch:
                         await self._alone(item)
 
@@ -161,7 +161,7 @@ def make_app(scorer: GRMScorer, name: str, routes=tuple(ROUTES), api_key=None, l
         scorer ([`GRMScorer`]):
             The reward model.
         name (`str`):
-            What it is called in replies.
+            Its name in replies.
         routes (`tuple[str, ...]`, *optional*):
             Names in `ROUTES`; all of them by default.
         api_key (`str`, *optional*):
@@ -235,7 +235,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class _Gate:
-    """ASGI middleware: who may come in, with how much, and what is counted. Starlette has no limit on a body."""
+    """ASGI middleware for API keys, limits and counters. Starlette has no limit on a body."""
 
     def __init__(self, app, api_key: str | None, limits: Limits, registry: CollectorRegistry):
         self.app, self.api_key, self.limits = app, api_key, limits
@@ -262,7 +262,7 @@ class _Gate:
             read += len(message.get("body", b""))
             if read <= self.limits.body:
                 return message
-            while message.get("more_body") and read <= 8 * self.limits.body:  # a sender that still sends hears nothing
+            while message.get("more_body") and read <= 8 * self.limits.body:  # who still sends reads no reply
                 message = await receive()
                 read += len(message.get("body", b""))
             raise StarletteHTTPException(413, f"The request is larger than {self.limits.body} bytes.")
@@ -301,7 +301,7 @@ def serve(
     model, host="127.0.0.1", port=8000, routes=tuple(ROUTES), api_key=None, name=None, limits=None, **scorer_settings
 ) -> None:
     """
-    Serves a reward model until the process is told to stop (SIGINT, SIGTERM): requests that are in work are answered.
+    Serves a reward model until SIGINT or SIGTERM. Requests in work are then still answered.
 
     Args:
         model (`str`):
@@ -313,10 +313,10 @@ def serve(
         routes, name, limits:
             See [`make_app`].
         **scorer_settings:
-            Of [`GRMScorer`].
+            Settings of [`GRMScorer`].
 
     Raises:
-        `ValueError`: another address than loopback without `api_key`; a folder that holds no reward model.
+        `ValueError`: an address other than loopback without `api_key`; a folder without a reward model.
     """
     if not api_key and not is_loopback(host):
         raise ValueError(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def template_is_exact(tokenizer: Any, config: "GRMConfig") -> bool:
-    """Compares, on the chats of the golden rows, `apply_chat_template` with the encoder of the reward model. `False`
+    """Compares `apply_chat_template` with the encoder of the reward model, on the chats of the golden rows. `False`
     without a chat template."""
     if not tokenizer.chat_template:
         return False

@@ -1,4 +1,4 @@
-"""`grm verify FOLDER --url ...`: the golden rows of a folder, asked of a running server."""
+"""`grm verify FOLDER --url ...`: compares the golden rows of a folder with the rewards of a running server."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str
         path (`str` or `Path`):
             Hub id or folder with golden rows. No weights are read.
         url (`str`):
-            Address of the server: `grm serve`, or vLLM with the plugin. Without a path, `/classify` is asked, which
-            both have, with the token ids that are stored; with a path, that route is, with the chats.
+            Address of the server: `grm serve`, or vLLM with the plugin. Without a path, the stored token ids go to
+            `/classify`, which both have. With a path, the chats go to that route.
         api_key (`str`, *optional*):
-            Of the server.
+            Key of the server.
 
     Returns:
         `str`: a table of the rows.

@@ -1,5 +1,5 @@
-"""A GRM as a model of vLLM: the family's own causal language model as the body, without its LM head, and the reward
-head in float32 as the classifier of the pooler, read at the last token.
+"""A GRM as a model of vLLM. The body is the family's own causal language model without its LM head. The reward head in
+float32 is the classifier of the pooler, which reads the last token.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ LM_HEADS = ("lm.lm_head.", "lm.embed_out.", "lm.output.")
 
 @default_pooling_type(seq_pooling_type="LAST")
 class GRMForSequenceClassification(nn.Module):
-    """The architecture that [`grm_hf.serving.vllm_plugin.register`] names; not imported by anything else."""
+    """The architecture that [`grm_hf.serving.vllm_plugin.register`] names; nothing else imports it."""
 
     is_pooling_model = True
 
@@ -57,7 +57,7 @@ class GRMForSequenceClassification(nn.Module):
         return self.lm(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Takes the files of a GRM folder. `ValueError` for a head that is missing or of another shape."""
+        """Loads the weights of a GRM folder. `ValueError` for a reward head that is missing or has another shape."""
         kept = ((name, weight) for name, weight in weights if not name.startswith(LM_HEADS))
         loaded = AutoWeightsLoader(self).load_weights(kept)
         if missing := sorted({f"score.{name}" for name, _ in self.score.named_parameters()} - loaded):

@@ -1,5 +1,5 @@
-"""What vLLM calls by entry point (pyproject.toml). `register` runs in every process of vLLM, possibly several times,
-and imports nothing that starts a device; the model class is named by a string and imported where it is built.
+"""The entry points that vLLM calls (pyproject.toml). `register` runs in every process of vLLM, possibly several times,
+so it imports nothing that starts a device. It names the model class by a string; vLLM imports it to build the model.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ def register() -> None:
 
 
 class GRMModelConfig:
-    """What vLLM asks of an architecture before it starts an engine: here a folder is refused, with the remedy."""
+    """The checks of vLLM before it starts an engine: a folder that cannot be served is refused here, with the
+    remedy."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -74,7 +75,7 @@ def body_architecture(text_config: Any) -> str | None:
 
 
 def tell_what_to_send(model_config: Any) -> None:
-    """Warn where vLLM's own routes make other token ids of messages than training did."""
+    """Warn if vLLM's own routes turn messages into other token ids than training did."""
     from transformers import AutoTokenizer
 
     from .tokens import template_is_exact
@@ -98,8 +99,8 @@ def tell_what_to_send(model_config: Any) -> None:
 
 
 class Routes:
-    """An endpoint plugin of vLLM: one route of `grm_hf.serving.routes` on vLLM's own server. Loaded only where
-    VLLM_PLUGINS names it, and `grm` beside it."""
+    """An endpoint plugin of vLLM: one route of `grm_hf.serving.routes` on vLLM's own server. It is loaded only if
+    VLLM_PLUGINS names it and `grm`."""
 
     required_tasks = ("classify",)
 
@@ -122,7 +123,7 @@ score_routes, openrlhf_routes, llamafactory_routes, slime_routes, tei_routes = (
 
 
 class VLLMEngine:
-    """What computes behind the routes on a vLLM server (see `routes.Engine`)."""
+    """Computes rewards behind the routes on a vLLM server (see `routes.Engine`)."""
 
     max_texts = 4096
 

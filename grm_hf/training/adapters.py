@@ -1,5 +1,5 @@
-"""Adapters (PEFT) on a reward model: their settings as peft would make them for the bare language model, a base that
-they can name, and adapters that are trained further.
+"""Adapters (PEFT) on a reward model: their settings, as peft makes them for the bare language model; a base that they
+can name; and further training of adapters.
 """
 
 import copy
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def trainable(model):
-    """A model to train: the model itself, or, if an adapter was loaded into it, that adapter, made trainable."""
+    """The model to train: the model itself, or the adapter that was loaded into it, made trainable."""
     wrapped = vars(model).get("_adapted")  # kept by `GRMForSequenceClassification.from_pretrained`
     if wrapped is not None and not is_peft_model(model):
         for name, config in wrapped.peft_config.items():
@@ -40,14 +40,14 @@ def trainable(model):
 
 def for_reward_model(peft_config, model: GRMForSequenceClassification):
     """
-    The same settings for a reward model: its head is trained and saved in full; targets that are left out, or that
-    name experts, are those that peft knows for the language model.
+    The same settings for a reward model. Its head is trained and saved in full. If targets are left out or name
+    experts, they are those that peft knows for the language model.
 
     Args:
         peft_config ([`~peft.PeftConfig`]):
-            Settings of a user, which stay as they are.
+            The user's settings; they are not changed.
         model ([`GRMForSequenceClassification`]):
-            What they will be used on.
+            The model that they will be used on.
 
     Raises:
         `ValueError`: a method that cannot train a reward head.
@@ -84,7 +84,7 @@ def _has_experts(lm):
 
 
 def _aim_as_on(lm, settings):
-    """Fill in what peft finds for the bare language model, asked on a copy of it without weights."""
+    """Fill in the targets that peft finds for the bare language model, on a copy without weights."""
     asked = copy.deepcopy(settings)
     asked.modules_to_save, asked.task_type = None, None
     if hasattr(asked, "init_lora_weights"):
@@ -98,8 +98,8 @@ def _aim_as_on(lm, settings):
 
 
 def clone_template(model, tokenizer, args, peft_config):
-    """Take over the chat template of another tokenizer (`args.chat_template_path`) before the adapter is made, so that
-    its base has the new tokens; these are trained with it. As [`~trl.RewardTrainer`], for any family."""
+    """Take over the chat template of another tokenizer (`args.chat_template_path`) before the adapter is made, so its
+    base has the new tokens; they are trained with the adapter. As [`~trl.RewardTrainer`], for any family."""
     path = args.chat_template_path
     if path is None or (Path(path).is_file() and path.endswith((".jinja", ".j2"))):
         return peft_config
@@ -119,10 +119,10 @@ def clone_template(model, tokenizer, args, peft_config):
 
 def give_a_folder(model, args, tokenizer, always: bool) -> None:
     """
-    Save a reward model as it is before training, so that its adapters can say what they were trained on: one that
-    exists only in memory, or (`always`) one that a path alone does not find, for instance another revision.
+    Save a reward model before training, so its adapters can name it: a model that exists only in memory, or (`always`)
+    one that a path alone does not find, for instance another revision.
 
-    An adapter that named the raw language model instead would load as a classifier with a random head.
+    If an adapter named the raw language model instead, it would load as a classifier with a random head.
     """
     if model.name_or_path and not always:
         return

@@ -1,5 +1,5 @@
-"""What a log line averages: sums over pairs since the line before, and what is no sum. Exact whatever the sizes of the
-batches, over accumulation and over ranks.
+"""The averages of a log line: sums over the pairs since the line before, and the values that are not sums. They are
+exact for batches of any size, over accumulation and over ranks.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,11 @@ class Averages:
 
         Args:
             columns (`dict[str, torch.Tensor]`):
-                Of each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`, `text_loss`,
-                `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`.
+                One value for each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`,
+                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`.
             gather (`Callable`, *optional*):
-                Gives the rows of all processes, without those that a sampler repeats. Without it, processes are put
-                together by [`~Averages.take`].
+                Gives the rows of all processes, without those that a sampler repeats. Without it, [`~Averages.take`]
+                combines the processes.
         """
         chosen, rejected, *_ = (columns[name] for name in ("chosen", "rejected"))
         rows = {
@@ -73,7 +73,7 @@ class Averages:
 
     def take(self, gather: Callable | None = None) -> dict[str, float]:
         """
-        The averages since the last call, and none of them any more.
+        The averages since the last call; then starts again from nothing.
 
         Args:
             gather (`Callable`, *optional*):

@@ -1,4 +1,4 @@
-"""Settings of a GRM training run: TRL's reward settings and those of the text-generation regulariser."""
+"""Settings of a GRM training run: TRL's reward settings and those of the text loss."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class GRMRewardConfig(RewardConfig):
         > Parameters that control the loss, `(1 - alpha) * pair_loss + alpha * text_loss`
 
         regularizer (`str`, *optional*, defaults to `"sft"`):
-            Text-generation loss on the kept LM head: `"none"` (a Bradley-Terry reward model with the same head) or one
+            Text loss on the LM head: `"none"` (a Bradley-Terry reward model with the same head) or one
             of [`~grm_hf.losses.TEXT_LOSSES`], which holds the formulas: `"sft"` (the paper's default), `"sft_nll"`,
             `"sft_token_mean"`, `"dpo_noref"` or `"dpo"`.
         alpha (`float`, *optional*, defaults to `0.01`):
@@ -43,12 +43,12 @@ class GRMRewardConfig(RewardConfig):
             Inverse temperature of the text losses whose formula has it.
         pair_loss (`str`, *optional*):
             Loss on the rewards, one of [`~grm_hf.losses.PAIR_LOSSES`]: `"bt"`, `"margin"` or `"scaled"`. If `None`,
-            `"margin"` where the training data has a `margin` column (as TRL does), else `"bt"`. An evaluation set
-            without margins is measured by `"bt"`.
+            `"margin"` if the training data has a `margin` column (as in TRL), else `"bt"`. An evaluation set without
+            margins is measured with `"bt"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Assumed share of wrong labels, in `[0, 0.5)`.
         reference (`str`, *optional*):
-            Where `"dpo"` takes its reference log-probabilities from: `"adapter_off"` (the same model with its adapter
+            Source of the reference log-probabilities of `"dpo"`: `"adapter_off"` (the same model with its adapter
             switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
             second copy). If `None`, `"adapter_off"` with an adapter that changes nothing at the start, else
             `"precompute"`. The reference is always the model at the start of training.
@@ -59,27 +59,27 @@ class GRMRewardConfig(RewardConfig):
 
         overlength (`str`, *optional*, defaults to `"truncate_left"`):
             What happens to a pair longer than `max_length`: `"truncate_left"` (the prompt loses its beginning; the
-            terminator always stays), `"drop"` (what TRL does) or `"error"`. What was cut or dropped is counted in
-            `trainer.data_counts` and said.
+            terminator always stays), `"drop"` (as TRL) or `"error"`. Cut and dropped pairs are counted in
+            `trainer.data_counts` and reported.
         layout (`str`, *optional*, defaults to `"auto"`):
-            How pairs lie in a batch: `"padded"`, `"packed"` (no padding), `"shared_prefix"` (no padding, and what
-            chosen and rejected begin with is computed once), or `"auto"`: the cheapest that is exact for the model.
-            All give the same numbers to rounding; without a text loss `"auto"` is `"padded"`, whose numbers are TRL's
-            to the last bit.
+            How pairs are laid out in a batch: `"padded"`, `"packed"` (no padding), `"shared_prefix"` (no padding, and
+            the common beginning of chosen and rejected is computed once), or `"auto"`: the cheapest layout that is
+            exact for the model. All give the same numbers up to rounding. Without a text loss `"auto"` is `"padded"`,
+            whose numbers are TRL's to the last bit.
         max_tokens_per_batch (`int`, *optional*):
-            Most tokens that go through the model at once, in training and evaluation: prompt and responses of each
-            pair as the layout computes them, padding included. The `per_device_train_batch_size` pairs of a step are
-            split into as many batches as this needs, and each counts by its share of the pairs, so the loss and the
-            gradient of a step stay the same: the pairs decide what is learned, the tokens what memory it takes. A
-            single pair that is longer is a batch by itself. Not with FSDP and DeepSpeed.
+            Largest number of tokens that go through the model at once, in training and evaluation: the tokens that the
+            layout computes, padding included. The `per_device_train_batch_size` pairs of a step are split into as many
+            batches as this needs. Each batch counts by its share of the pairs, so the loss and the gradient of a step
+            stay the same: the pairs decide what is learned, the tokens decide the memory. A longer pair is a batch by
+            itself. Not with FSDP and DeepSpeed.
 
         > Parameters that control the evaluation
 
         eval_suites (`list[str]`, *optional*):
-            Benchmarks of `grm_hf.evaluation` that run at each evaluation, such as `["hhh"]`; `"hhh=PATH"` reads its
-            files from there. Logged as `eval_hhh/score`, which `metric_for_best_model` can name.
+            Benchmarks of `grm_hf.evaluation` that run at each evaluation, such as `["hhh"]`; `"hhh=PATH"` reads the
+            files at `PATH`. The figure is logged as `eval_hhh/score`, and `metric_for_best_model` can name it.
         eval_suite_limit (`int`, *optional*):
-            Most examples of each suite, from all over it. Default: all.
+            Largest number of examples of each suite, spread over the suite. Default: all.
     """
 
     regularizer: str = field(
@@ -180,7 +180,7 @@ class GRMRewardConfig(RewardConfig):
 
     @property
     def text_loss(self) -> str:
-        """The text loss that is computed: `regularizer`, or `"none"` where `alpha` is 0."""
+        """The text loss that is computed: `regularizer`, or `"none"` if `alpha` is 0."""
         return "none" if self.alpha == 0 else self.regularizer
 
     @property
@@ -190,5 +190,5 @@ class GRMRewardConfig(RewardConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the text loss that is computed needs the log-probabilities of a reference model."""
+        """Whether the computed text loss needs the log-probabilities of a reference model."""
         return self.text_loss != "none" and TEXT_LOSSES[self.text_loss].reference

@@ -1,5 +1,5 @@
-"""The model and the tokenizer that a run begins with, by id or folder: a causal language model, a reward model, or an
-adapter of one. What is said of the Hub (`revision`, `subfolder`, `token`, ...) holds for configuration, weights and
+"""Loads the model and the tokenizer that a run begins with, by id or folder: a causal language model, a reward model,
+or an adapter of one. Arguments for the Hub (`revision`, `subfolder`, `token`, ...) apply to configuration, weights and
 tokenizer alike.
 """
 
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 
 def hub_arguments(model_init_kwargs: dict | None) -> dict:
-    """The part of `model_init_kwargs` that says where files are."""
+    """The arguments in `model_init_kwargs` that say where files are."""
     given = model_init_kwargs or {}
     return {name: given[name] for name in (*HUB_ARGUMENTS, "gguf_file") if given.get(name) is not None}
 
@@ -78,7 +78,7 @@ def _is_adapter(path, hub):
 
 
 def load_tokenizer(source: str | None, args, hub: dict):
-    """The tokenizer of what the run begins with."""
+    """The tokenizer of the model that the run begins with."""
     if not source:
         raise ValueError(
             "The model was made in memory, so its tokenizer is not known. Pass `processing_class=tokenizer`."

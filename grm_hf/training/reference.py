@@ -1,8 +1,8 @@
 """Reference log-probabilities for the `dpo` text loss, computed once before training and kept beside the run.
 
-A file is used again only if its fingerprint still holds: the reference's weights, the token ids as they are fed (so
-the template, truncation and special tokens), where responses begin, the dtype and the attention. And a few rows are
-always computed live: a fingerprint says what was meant, a recomputation what is.
+A file is used again only if its fingerprint matches: the reference's weights, the token ids that the model gets (and
+with them template, truncation and special tokens), where responses begin, the dtype and the attention. A few rows are
+always computed again, because a fingerprint cannot prove that the stored values are right.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ LIVE_ROWS = 4
 
 
 def fingerprint(lm: torch.nn.Module, dataset: Dataset) -> str:
-    """Sha-256 of everything a reference log-probability depends on, the language model `lm` first of all."""
+    """Sha-256 of everything that a reference log-probability depends on, above all the language model `lm`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(lm.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -52,7 +52,7 @@ def precompute(trainer, dataset: Dataset, name: str) -> Dataset:
             Name of the split, for the file and for messages.
 
     Raises:
-        `ValueError`: the cached values are not what the model gives.
+        `ValueError`: the cached values are not those of the model.
     """
     if "ref_chosen_logps" in dataset.column_names and "ref_rejected_logps" in dataset.column_names:
         return dataset
@@ -80,8 +80,8 @@ def precompute(trainer, dataset: Dataset, name: str) -> Dataset:
 
 
 def why_adapter_off_is_not_the_start(trainer) -> str | None:
-    """Whether the model with its adapter switched off is the model at the start of training, asked on one batch: it
-    gives the same log-probabilities, and nothing that is trained changes them. `None` if so, otherwise a reason."""
+    """The reason why the model with its adapter switched off is not the model at the start of training, or `None` if
+    it is. One batch decides: the log-probabilities are equal, and no trained weight changes them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not is_whole(model):
         return None

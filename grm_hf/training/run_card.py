@@ -1,4 +1,4 @@
-"""What the card of a training run says: read from the trainer, written by `grm_hf.hub.card`."""
+"""The content of the card of a training run, read from the trainer. `grm_hf.hub.card` writes it."""
 
 import re
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ def facts_of_run(
     example: tuple[str, list[str]] = (QUESTION, ANSWERS),
 ) -> tuple[dict, dict]:
     """
-    What the card of a training run says, at its present step.
+    The content of the card of a training run, at its present step.
 
     Args:
         trainer ([`GRMRewardTrainer`]):
@@ -40,14 +40,14 @@ def facts_of_run(
         name (`str`):
             Hub id, or the name of the output folder.
         dataset_name (`str`, *optional*):
-            Hub id of the training data. By default what the dataset says of itself; a path is never named.
+            Hub id of the training data. By default the id that the dataset itself names; a path is never named.
         tags (`list[str]`, *optional*):
             Further tags.
         example (`tuple[str, list[str]]`, *optional*):
-            Question and answers of the usage example, which the model scores.
+            Question and answers of the usage example; the model scores them.
 
     Returns:
-        `tuple[dict, dict]`: metadata and facts, as JSON can store them, for [`write_card`].
+        `tuple[dict, dict]`: metadata and facts, in a form that JSON can store, for [`write_card`].
     """
     args, state = trainer.args, trainer.state
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -91,10 +91,11 @@ def facts_of_run(
 
 
 def eval_results(trainer, dataset_name: str | None = None) -> str | None:
-    """What `.eval_results/grm_hf.yaml` holds: the accuracy of the run on a data set of the Hub; `None` without one."""
+    """The content of `.eval_results/grm_hf.yaml`: the accuracy of the run on a data set of the Hub; `None` without
+    one."""
     datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.eval_dataset)
     accuracy = _evaluation(trainer).get("accuracy", {})
-    if not datasets or len(accuracy) != 1:  # of several evaluation sets it is not known which is the Hub's
+    if not datasets or len(accuracy) != 1:  # with several evaluation sets it is not known which one is the Hub's
         return None
     row = {
         "dataset": {"id": datasets[0], "task_id": "preference_accuracy"},
@@ -109,8 +110,8 @@ def eval_results(trainer, dataset_name: str | None = None) -> str | None:
 
 
 def _evaluation(trainer) -> dict[str, Any]:
-    """Metrics of the saved weights on each evaluation set: of the best evaluation where that is loaded at the end, of
-    the last one otherwise. `{}` before the first evaluation."""
+    """Metrics of the saved weights on each evaluation set: those of the best evaluation if it is loaded at the end,
+    otherwise those of the last one. `{}` before the first evaluation."""
     log, several = trainer.state.log_history, isinstance(trainer.eval_dataset, dict)
     best = _best_row(trainer, log) if trainer.args.load_best_model_at_end else None
     if trainer.state.global_step < trainer.state.max_steps:
@@ -138,7 +139,7 @@ def _evaluation(trainer) -> dict[str, Any]:
 
 
 def _metrics(row, prefix, pairs):
-    """Label and value of each metric of one evaluation, and how accuracy depends on length."""
+    """Label and value of each metric of one evaluation, and the accuracy by length."""
     metrics, sides = [("accuracy", f"{row[f'{prefix}_accuracy']:.3f}")], ""
     if pairs is not None:
         chosen, rejected, chosen_length, rejected_length = pairs.T

@@ -14,11 +14,11 @@ class SuiteCallback(TrainerCallback):
 
     Args:
         trainer ([`GRMRewardTrainer`]):
-            Its model is scored as it is, and its logs get the figures.
+            Its model is scored, and its logs get the figures.
         suites (`list[str]`):
             Names, or `name=PATH` for a suite's files.
         limit (`int`, *optional*):
-            Most examples of each suite.
+            Largest number of examples of each suite.
     """
 
     def __init__(self, trainer, suites: list[str], limit: int | None):

@@ -1,8 +1,8 @@
-"""The GRM trainer: TRL's `RewardTrainer` with a text-generation loss on the kept LM head.
+"""The GRM trainer: TRL's `RewardTrainer` with a text loss on the LM head.
 
-What differs from TRL, all of it here: the loss; where a text is cut when it is too long (`grm_hf.pairs`); metrics that
-are exact over ranks, accumulation and uneven batches; predictions of shape (pairs, 2); adapters that always carry the
-reward head; and checkpoints that load by themselves.
+It differs from TRL in: the loss; the place where a long text is cut (`grm_hf.pairs`); metrics that are exact over
+ranks, accumulation and uneven batches; predictions of shape (pairs, 2); adapters that always carry the reward head;
+and checkpoints that load by themselves.
 """
 
 import copy
@@ -50,30 +50,31 @@ class GRMRewardTrainer(RewardTrainer):
     r"""
     Trainer for Generalizable Reward Models (Yang et al., arXiv 2406.10216).
 
-    Takes what [`~trl.RewardTrainer`] takes. The differences:
+    Arguments are those of [`~trl.RewardTrainer`], with these differences:
 
     Args:
         model (`str` or `Path` or [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
-            A reward model, one wrapped by PEFT, or the Hub id or folder of a reward model, of an adapter of one (which
-            is trained further) or of a causal language model, from which a reward model is made
-            (`args.model_init_kwargs` may hold `head_type`, `head_hidden_size`, `head_num_layers`, `head_dropout`; its
-            `revision`, `subfolder`, `token`, ... hold for the tokenizer, too).
+            A reward model, or one wrapped by PEFT; or the Hub id or folder of a reward model, of its adapter (which is
+            trained further) or of a causal language model, from which a reward model is made (`args.model_init_kwargs`
+            may hold `head_type`, `head_hidden_size`, `head_num_layers`, `head_dropout`; its `revision`, `subfolder`,
+            `token`, ... hold for the tokenizer, too).
         args ([`GRMRewardConfig`], *optional*):
             Settings. If `None`, the defaults.
         train_dataset, eval_dataset:
             Preference data in any of TRL's formats: explicit or implicit prompt, text or messages, `tools`,
             `chat_template_kwargs`, `margin`. Rows are checked before training starts.
         compute_metrics (`Callable`, *optional*):
-            Is given predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses.
+            Gets predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter. The reward head is always trained and saved in full with it (`modules_to_save=["score"]`). Targets
-            that are left out, and experts, are those that peft knows for the body.
+            Settings of an adapter. The reward head is always trained and saved in full with it
+            (`modules_to_save=["score"]`). If targets are left out or name experts, they are those that peft knows for
+            the body.
 
     Attributes:
         data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set. Those of a streaming
             training set are complete when training ends.
-        eval_pairs (`dict[tuple[str, int], np.ndarray]`): of each evaluation, by its prefix and step: rewards of the
-            chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
+        eval_pairs (`dict[tuple[str, int], np.ndarray]`): for each evaluation, by its prefix and step: rewards of the
+        chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
 
     Example:
 
@@ -183,13 +184,14 @@ class GRMRewardTrainer(RewardTrainer):
             lengths = [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
             self.train_dataset = self.train_dataset.add_column(args.length_column_name, lengths)
 
-        # Without a text loss the numbers are TRL's, to the last bit: a layout that rounds otherwise must be asked for.
+        # Without a text loss the numbers are TRL's to the last bit. A layout that rounds differently must be
+        # requested.
         wanted, routers = args.layout, getattr(config.text_config, "output_router_logits", False)
         self._router_weight = base.router_aux_loss_coef if routers else 0.0
         if wanted == "auto" and args.text_loss == "none":
             wanted = "padded"
         elif wanted == "auto" and routers:
-            wanted = "packed"  # the auxiliary loss is an average over tokens: a shared prefix would count once
+            wanted = "packed"  # the auxiliary loss is an average over tokens, and a shared prefix would count once
         elif wanted == "shared_prefix" and routers:
             logger.warning(
                 "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, so it "
@@ -219,7 +221,7 @@ class GRMRewardTrainer(RewardTrainer):
         if self.pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
             logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
         self._averages = {"train": Averages(), "eval": Averages()}
-        self._mode = "train"  # or "eval": not the mode of the model, which a scorer in another thread may have set
+        self._mode = "train"  # or "eval". Not the mode of the model: a scorer in another thread may have set that
         self._tokens_since, self._log_time = 0, time.perf_counter()
 
         if args.eval_suites:
@@ -241,7 +243,7 @@ class GRMRewardTrainer(RewardTrainer):
                 self.eval_dataset = reference.precompute(self, self.eval_dataset, "eval")
 
     def _choose_reference(self, wanted):
-        """`wanted`, or what gives the model at the start of training exactly."""
+        """`wanted`, or the reference that is exactly the model at the start of training."""
         if wanted in (None, "adapter_off") and is_peft_model(self.model):
             reason = reference.why_adapter_off_is_not_the_start(self)
             if reason is None:
@@ -280,7 +282,7 @@ class GRMRewardTrainer(RewardTrainer):
                 **self._limits,
             )
         self.data_counts[dataset_name] = counts
-        if not isinstance(dataset, IterableDataset):  # what a stream holds is said when it was read
+        if not isinstance(dataset, IterableDataset):  # the counts of a stream are reported when it was read
             (logger.warning if counts.changed else logger.info)(str(counts))
         return dataset
 
@@ -325,7 +327,7 @@ class GRMRewardTrainer(RewardTrainer):
         pairs = sum(map(_num_sequences, parts))
         loss = 0.0
         self._mode = "train"
-        with alone(self.model):  # a scorer in another thread waits, and brings its evaluation mode afterwards
+        with alone(self.model):  # a scorer in another thread waits, and sets evaluation mode afterwards
             for i, part in enumerate(parts, 1):
                 with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
                     share = {"share": _num_sequences(part) / pairs} if len(parts) > 1 else {}
@@ -333,13 +335,14 @@ class GRMRewardTrainer(RewardTrainer):
         return loss
 
     def _lm_fn(self, inputs, loss=None):
-        """What the model runs on its hidden states inside its forward: log-probabilities summed for each response."""
+        """The function that the model runs on its hidden states inside its forward: log-probabilities summed for each
+        response."""
         index, targets, owner = (inputs[key] for key in TEXT_KEYS)
         sequences = _num_sequences(inputs)
         return lambda hidden, model: sequence_logps(hidden, model, index, targets, owner, sequences, loss)
 
     def _reference_logps(self, model, inputs):
-        """Reference log-probabilities of a batch, `(2B,)`; given with the data, or live."""
+        """Reference log-probabilities of a batch, `(2B,)`: from the data, or computed now."""
         if "ref_logps" in inputs:
             return inputs["ref_logps"]
         with torch.no_grad():
@@ -364,7 +367,7 @@ class GRMRewardTrainer(RewardTrainer):
         return (loss, {"logits": rewards}) if return_outputs else loss
 
     def _loss_of_part(self, model, inputs):
-        """The mean loss of a batch, and what is known of each pair, `(B,)` each."""
+        """The mean loss of a batch, and the columns of its pairs, `(B,)` each."""
         args = self.args
         lm_fn, responses_of = None, self._responses_of(model, inputs)
         if responses_of is not None:
@@ -386,7 +389,7 @@ class GRMRewardTrainer(RewardTrainer):
             columns = {"text_loss": text, **_text_columns(responses)}
             loss = losses.total_loss(loss, text.mean(), args.alpha)
         total = losses.total_loss(pair, text, args.alpha)
-        if outputs.aux_loss is not None:  # of experts, where the configuration says `output_router_logits`
+        if outputs.aux_loss is not None:  # of experts, if the configuration says `output_router_logits`
             aux = self._router_weight * outputs.aux_loss.to(loss.device)
             loss, total = loss + aux, total + aux
             columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
@@ -397,14 +400,16 @@ class GRMRewardTrainer(RewardTrainer):
         return loss, columns | {"loss": total}
 
     def _pair_loss(self, inputs):
-        """Name of the loss on the rewards of this batch: an evaluation set without margins is measured without."""
+        """Name of the loss on the rewards of this batch. An evaluation set without margins is measured without
+        them."""
         if "margin" in inputs or self._mode == "train" or not losses.PAIR_LOSSES[self.pair_loss].reads_margin:
             return self.pair_loss
         logger.warning_once(f"The evaluation data has no `margin`: 'bt' is used, and {self.pair_loss!r} in training.")
         return "bt"
 
     def _responses_of(self, model, inputs):
-        """A function from sums of log-probabilities `(2B,)` to what the text loss is made of; `None` without one."""
+        """A function from sums of log-probabilities `(2B,)` to the input of the text loss; `None` without a text
+        loss."""
         if self.args.text_loss == "none":
             return None
         missing = [key for key in TEXT_KEYS if key not in inputs]
@@ -431,7 +436,7 @@ class GRMRewardTrainer(RewardTrainer):
     # --------------------------------------------------------------------------------------------------------- metrics
 
     def _record(self, mode, columns):
-        """Add a batch to the averages. Evaluation gathers row by row, so that rows a sampler repeats count once."""
+        """Add a batch to the averages. Evaluation gathers row by row, so rows that a sampler repeats count once."""
         lengths = [columns.pop(name) for name in ("chosen_tokens", "rejected_tokens")]
         gather = self.accelerator.gather_for_metrics if mode == "eval" else None
         self._averages[mode].add(columns, gather)
@@ -442,7 +447,8 @@ class GRMRewardTrainer(RewardTrainer):
             self._tokens_since = self._tokens_since + sum(lengths).sum()
 
     def _take_averages(self, mode):
-        """What a log line says, and for evaluation the reward's mean and spread, which go into the configuration."""
+        """The numbers of a log line; for evaluation also the reward's mean and spread, which go into the
+        configuration."""
         gather = None
         if mode == "train" and self.accelerator.num_processes > 1:
             gather = lambda sums: self.accelerator.gather(sums.to(self.accelerator.device))  # noqa: E731
@@ -460,9 +466,9 @@ class GRMRewardTrainer(RewardTrainer):
             return super().prediction_step(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
-        self._averages["eval"], self._eval_rows = Averages(), []  # what `predict` left, which logs nothing
+        self._averages["eval"], self._eval_rows = Averages(), []  # left by `predict`, which logs nothing
         self._mode = "eval"
-        with alone(self.model):  # no scorer in another thread is about to set the mode back
+        with alone(self.model):  # no scorer in another thread will set the mode back
             self.model.eval()
         return super().evaluation_loop(*args, **kwargs)
 
@@ -511,7 +517,7 @@ class GRMRewardTrainer(RewardTrainer):
         spell_for_transformers_4(folder)
         if is_peft_model(self.model):
             adapters.require_head(folder)
-            readme.unlink(missing_ok=True)  # PEFT has written its own, which names the base by its path, or into ours
+            readme.unlink(missing_ok=True)  # PEFT has written its own, or has named the base by its path
             if written is not None:
                 readme.write_bytes(written)
         if folder != here and (here / "README.md").is_file():  # TRL writes the card before it saves a checkpoint
@@ -522,9 +528,9 @@ class GRMRewardTrainer(RewardTrainer):
         self._save_golden(folder)
 
     def _save_golden(self, folder):
-        """Golden rows beside the weights. This rank alone runs the forward, so `save_golden` refuses a model that is
-        split over ranks, where it would wait for the others forever. A quantised base is loaded unquantised by its
-        adapter's folder, which is another number."""
+        """Golden rows beside the weights. Only this rank runs the forward, so `save_golden` refuses a model that is
+        split over ranks: it would wait for the others forever. An adapter's folder loads a quantised base unquantised,
+        and that gives another number."""
         try:
             if getattr(_unwrapped(self.model), "hf_quantizer", None) is not None:
                 raise ValueError("the model is quantised")
@@ -533,7 +539,7 @@ class GRMRewardTrainer(RewardTrainer):
             (folder / golden.FILE).unlink(missing_ok=True)  # an earlier run's
             logger.warning_once(f"{folder} gets no golden rows for `grm verify`: {error}")
             return
-        if not self._folder_was_loaded:  # once a run, before hours of it are spent
+        if not self._folder_was_loaded:  # once in a run, before it costs hours
             try:
                 golden.verify(folder, device_map="cpu")
             except (ValueError, RuntimeError, OSError, KeyError, IndexError) as error:
@@ -546,13 +552,13 @@ class GRMRewardTrainer(RewardTrainer):
     # --------------------------------------------------------------------------------------------------------- the Hub
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write `README.md` (and `.eval_results`) in the output folder. What a person changed in them stays.
+        """Write `README.md` (and `.eval_results`) into the output folder. Edits by a person stay.
 
         Args:
             model_name (`str`, *optional*):
                 Defaults to the Hub id, or the name of the output folder.
             dataset_name (`str`, *optional*):
-                Hub id of the data. By default what the dataset says of itself.
+                Hub id of the data. By default the id that the dataset itself names.
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
         """
@@ -587,7 +593,8 @@ class GRMRewardTrainer(RewardTrainer):
         return self._push(self.args.output_dir, commit_message, blocking, token, revision or self.args.hub_revision)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        # transformers pushes the output folder with the weights copied over: without code, an adapter without base.
+        # transformers would push the output folder with the weights copied over: without code, an adapter without its
+        # base.
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
@@ -635,8 +642,8 @@ class GRMRewardTrainer(RewardTrainer):
 
 
 def _text_columns(responses):
-    """What is logged of the text side: the chosen responses' likelihood, and which response the LM head prefers (by
-    its own log-probability, or by its change against the reference)."""
+    """Logged numbers of the text loss: the likelihood of the chosen responses, and which response the LM head prefers
+    (by its own log-probability, or by its change against the reference)."""
     columns = {"nll": -responses.chosen, "nll_tokens": responses.chosen_tokens}
     if responses.rejected is not None:
         better, worse = responses.chosen, responses.rejected
@@ -647,7 +654,7 @@ def _text_columns(responses):
 
 
 def _parts(inputs):
-    """The batches that a batch was split into by `max_tokens_per_batch`, or itself."""
+    """The batches into which `max_tokens_per_batch` split a batch, or the batch itself."""
     return inputs.get("parts", [inputs])
 
 
@@ -669,8 +676,8 @@ def _unwrapped(model):
 
 
 def _disable_functional_dropout(model):
-    """TRL sets `nn.Dropout` modules to 0; some families drop by a number of another module (OPT, Bloom, ...) or of the
-    configuration (Falcon)."""
+    """Set dropout rates to 0 that TRL does not reach. TRL sets `nn.Dropout` modules to 0; some families keep the rate
+    in another module (OPT, Bloom, ...) or in the configuration (Falcon)."""
     for owner in (*model.modules(), _unwrapped(model).config.text_config):
         for name, value in list(vars(owner).items()):
             if "drop" in name and isinstance(value, float):

@@ -1,5 +1,5 @@
 """A prompt and a response as token ids. One `Encoder` renders and tokenises for training, evaluation, scoring and
-serving, so that a text has one sequence of ids everywhere.
+serving, so a text has the same ids everywhere.
 
 A sequence is `(BOS) prompt + response + terminator`. The reward is read at the terminator: the end of turn that the
 chat template writes, or EOS where it writes none. `start` is the index of the first response token: the text loss
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 # A private-use character: no response contains it, so two renderings that differ by it part exactly there.
 _PROBE = "\uf8ff"
-# Where a message may hold what the model thought before it answered, beside `<think>` blocks in its content.
+# Keys of a message for the thinking before an answer; `<think>` blocks in the content are the other form.
 _THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class OverlengthError(ValueError):
-    """A sequence is longer than `max_length` and the policy is not to cut it."""
+    """A sequence is longer than `max_length`, and the policy forbids cutting it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Encoded:
         ids (`list[int]`): The whole sequence.
         start (`int`): Index of the first response token, between 0 and `len(ids) - 1`. A token that holds the end of
             the prompt and the beginning of the response counts as response.
-        cut (`int`): Number of tokens that truncation took away.
-        response_cut (`bool`): Whether some of those belonged to the response (then nothing is left of the prompt).
-        unread (`tuple[str, ...]`): What the chat template leaves out of this conversation by its own design:
+        cut (`int`): Number of tokens that truncation removed.
+        response_cut (`bool`): Whether some of them belonged to the response (then nothing is left of the prompt).
+        unread (`tuple[str, ...]`): The parts of this conversation that the chat template omits by design:
             `"thinking"` (`<think>` blocks, `reasoning_content`), `"tools"`.
     """
 
@@ -71,13 +71,13 @@ class Encoder:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer with an EOS token, and with a chat template if conversations are to be encoded.
         max_length (`int`, *optional*):
-            Most tokens a sequence may have, at least 2. `None`: no limit.
+            Largest number of tokens of a sequence, at least 2. `None`: no limit.
         overlength (`str`, *optional*, defaults to `"truncate_left"`):
             What happens to a longer one: `"truncate_left"` (a leading BOS and the end of the sequence stay), `"drop"`
             (`prepare_pairs` leaves the pair out and counts it) or `"error"`.
         bos (`str`, *optional*, defaults to `"single"`):
-            `"single"`: BOS at most once. `"double"`: as in the code of the GRM authors, a conversation is rendered to
-            text and tokenised with special tokens, which gives two BOS where the template already writes one.
+            `"single"`: at most one BOS. `"double"`: as in the code of the GRM authors, a conversation is rendered to
+            text and tokenised with special tokens. This gives two BOS if the template writes one.
 
     Raises:
         `ValueError`: for a tokenizer without EOS, or a setting out of range.
@@ -122,7 +122,7 @@ class Encoder:
 
     @classmethod
     def from_config(cls, tokenizer: PreTrainedTokenizerBase, config: "GRMConfig") -> "Encoder":
-        """The encoder a reward model was trained with: the policies frozen in its configuration."""
+        """The encoder that a reward model was trained with, from the policies in its configuration."""
         return cls(tokenizer, config.max_sequence_length, config.overlength, config.bos_policy)
 
     def encode(
@@ -139,16 +139,16 @@ class Encoder:
             prompt (`str` or `list[dict]`):
                 Text, or the messages of a conversation.
             response (`str`, `dict` or `list[dict]`):
-                Text, which after a list of messages is the assistant's answer, or the message or messages that follow
-                the prompt. If there are several, all but the last (which must be the assistant's) count as prompt.
+                Text (after a list of messages: the assistant's answer), or the message or messages that follow the
+                prompt. The last message must be the assistant's; those before it count as prompt.
             tools (`list` or `str`, *optional*):
-                Tools for the chat template: a list, or the same as JSON.
+                Tools for the chat template: a list, or a list as JSON.
             **template_kwargs:
                 Further arguments of the chat template.
 
         Raises:
             `ValueError`: for an empty response, a message whose text the template drops, malformed messages or wrong
-                roles; [`OverlengthError`] for too many tokens where these are not to be cut.
+                roles; [`OverlengthError`] for too many tokens that may not be cut.
         """
         unread: tuple[str, ...] = ()
         if isinstance(prompt, str) and isinstance(response, str):
@@ -172,9 +172,9 @@ class Encoder:
         self, chat: str | list[dict] | dict, tools: str | list | None = None, **template_kwargs: Any
     ) -> Encoded:
         """
-        Encodes something to be scored: messages that end with the assistant's, a plain text (all of it counts as
-        response), or a row: `{"prompt", "response"}`, `{"prompt", "completion"}` or `{"messages"}`, with `tools` and
-        `chat_template_kwargs` if it has them. Errors as in [`~Encoder.encode`].
+        Encodes a chat to score: messages that end with the assistant's, a plain text (all of it counts as response),
+        or a row (`{"prompt", "response"}`, `{"prompt", "completion"}` or `{"messages"}`), which may have `tools` and
+        `chat_template_kwargs`. Errors as in [`~Encoder.encode`].
         """
         if isinstance(chat, dict):
             tools = tools or chat.get("tools")
@@ -208,7 +208,8 @@ class Encoder:
     def encode_messages(
         self, messages: list[dict], tools: list | None, template_kwargs: dict
     ) -> tuple[list[int], int, tuple[str, ...]]:
-        """Ids of a conversation, index of the first token of its last message, and what the template leaves out."""
+        """Ids of a conversation, index of the first token of its last message, and the parts that the template
+        omits."""
         render = partial(self.render, tools=tools, template_kwargs=template_kwargs)
         messages = self._in_its_form(messages, render)
         *prompt, final = messages
@@ -228,8 +229,8 @@ class Encoder:
         return *self.tokenize(text, len(before), special_tokens=self.bos == "double"), unread
 
     def _in_its_form(self, messages: list[dict], render: Callable) -> list[dict]:
-        """The same messages, with lists of text parts joined to strings where the template reads strings only: there
-        it would write a Python list into the prompt, or nothing."""
+        """The same messages. If the template reads strings only, lists of text parts are joined to strings: it would
+        write a Python list into the prompt, or nothing."""
         in_parts = [isinstance(message.get("content"), list) for message in messages]
         if not any(in_parts):
             return messages
@@ -275,7 +276,7 @@ class Encoder:
         else:
             start = len(os.path.commonprefix([ids, list(call(text[:boundary])["input_ids"])]))
 
-        # What the text already says, a tokenizer may add once more.
+        # A tokenizer may add a special token that the text already has.
         if ids[-2:] == [tokenizer.eos_token_id] * 2:
             ids.pop()
         extra = max(0, self._leading_bos(ids) - 1) if special_tokens and self.bos == "single" else 0
@@ -328,7 +329,8 @@ def _probing(message: dict, like: dict, text: str = _PROBE) -> dict:
 
 
 def _unread(text: str, messages: list[dict], tools: list | None, render: Callable) -> tuple[str, ...]:
-    """What a rendered conversation leaves out of its messages by design; `ValueError` where it drops what was said."""
+    """The parts of the messages that the rendered conversation omits by design; `ValueError` if it drops what was
+    said."""
     written, thinking = _letters(text), False
     for i, message in enumerate(messages):
         for own in _texts(message):
@@ -344,7 +346,7 @@ def _unread(text: str, messages: list[dict], tools: list | None, render: Callabl
                     f"message {i} ({message['role']}) has tool calls, and the chat template leaves them out. Use a "
                     "template that writes tool calls, or remove the row."
                 )
-    # A short text may stand there by chance: whether the template reads a message shows a mark at its end.
+    # A short text may be there by chance: a mark at the end of a message shows whether the template reads it.
     marks = [chr(ord(_PROBE) - 1 - i % 6000) if _text(message).strip() else "" for i, message in enumerate(messages)]
     marked = [_probing(m, m, _text(m) + mark) if mark else m for m, mark in zip(messages, marks, strict=True)]
     probed = _rendered(marked, render)
@@ -356,7 +358,7 @@ def _unread(text: str, messages: list[dict], tools: list | None, render: Callabl
 
 
 def _rendered(messages: list[dict], render: Callable, **kwargs) -> str | None:
-    """A conversation that nobody wrote, as text; `None` where the template refuses it."""
+    """A probing conversation as text; `None` if the template refuses it."""
     try:
         return render(messages, **kwargs)
     except ValueError:
@@ -372,7 +374,7 @@ def _dropped(index: int, message: dict) -> ValueError:
 
 
 def _without_thinking(text: str) -> str:
-    """What stands outside of `<think>` blocks, the first of which templates may open by themselves."""
+    """The text outside of `<think>` blocks. A template may open the first block by itself."""
     *blocks, answer = text.split("</think>")
     return "".join(block.split("<think>")[0] for block in blocks if "<think>" in block) + answer
 
@@ -436,16 +438,16 @@ def template_kwargs_of(row: dict) -> dict:
 
 
 def without_nulls(value: Any) -> Any:
-    """The same without the keys whose value is null, at any depth. Arrow gives every row the keys that other rows
-    have, and templates ask whether a key is there."""
+    """The same without keys whose value is null, at any depth. Arrow gives every row the keys of all rows, and
+    templates test whether a key is there."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def require_embedded(ids: list[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
-    """Refuse token ids that a model has no embedding for. `embeddings` and `positions` are how many it has; `None`:
-    not known, or positions are not embedded."""
+    """Refuse token ids without an embedding. `embeddings` and `positions` are the numbers of embeddings that the model
+    has. `None`: not known, or positions are not embedded."""
     if embeddings is not None and (largest := max(ids)) >= embeddings:
         raise ValueError(
             f"it has the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's embedding "
