@@ -1,4 +1,4 @@
-"""What a pass over a benchmark costs: `grm_hf.evaluation.evaluate` against the text-classification pipeline, and
+"""The cost of a pass over a benchmark: `grm_hf.evaluation.evaluate` against the text-classification pipeline and
 against the loop of `rewardbench`, which calls that pipeline for each batch of rows.
 
     python benchmarks/evaluation.py             # measures (needs a quiet machine), writes its section in benchmarks.md
@@ -40,7 +40,7 @@ CLOSE = 1e-4  # largest difference of a score between the sides
 
 
 def rm_bench(items: int) -> list[dict]:
-    """Rows of RM-Bench in its official form, in words of the benchmark's vocabulary, drawn from all over it."""
+    """Rows spread over RM-Bench in its official form, in words of the benchmark's vocabulary."""
     import pyarrow.parquet as parquet
 
     found: dict[str, dict] = {}
@@ -56,7 +56,7 @@ def rm_bench(items: int) -> list[dict]:
 
 
 def best_of_4(prompts: int, scale: int) -> list[dict]:
-    """Rows as RewardBench 2 has them: a prompt, one right and three wrong answers of lognormal length."""
+    """Rows in the form of RewardBench 2: a prompt, one right and three wrong answers of lognormal length."""
     rng = np.random.default_rng(0)
     rows = []
     for number in range(prompts):
@@ -73,7 +73,7 @@ def texts_of(rows: list[dict]) -> list[list[str]]:
 
 
 def sides(model, tokenizer, suite: str, rows: list[dict]) -> dict[str, Callable[[], list[list[float]]]]:
-    """What scores the rows, and returns the scores of each row's responses."""
+    """The sides: each scores the rows and returns the scores of each row's responses."""
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=8)
     scorer, texts = GRMScorer(model, tokenizer), texts_of(rows)
     width = len(texts[0])

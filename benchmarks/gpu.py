@@ -1,13 +1,14 @@
-"""What GRM costs on a GPU, and the study's remaining units there. For whoever has one; at most nine minutes.
+"""The cost of GRM on a GPU, and the study's remaining units there. It needs a GPU and takes at most nine minutes.
 
     python benchmarks/gpu.py [--minutes 9]   # what has no file yet in docs/results/gpu, then the study
     python benchmarks/gpu.py --report        # the section of docs/benchmarks.md, from what there is
     python benchmarks/gpu.py --toy           # on any processor, at toy size, to see that it works; writes nothing
 
 Training: forward, backward and AdamW at the shape of Llama-3.2-1B in bfloat16, on lengths of hh and ultrafeedback
-(real ones with `shared/data`). MFU is the FLOPs of the computed tokens, by the formula of benchmarks/training.py,
-over the time and the GPU's dense bfloat16 peak. Sharing makes fewer tokens of the same pairs: its gain is in pairs a
-second. Scoring: `GRMScorer` against the transformers pipeline. The study: benchmarks/real_base.py, several at a time.
+(real ones with `shared/data`). MFU is the FLOPs of the computed tokens (formula of benchmarks/training.py), divided by
+the time and by the GPU's dense bfloat16 peak. Sharing computes fewer tokens for the same pairs, so its gain shows in
+pairs a second. Scoring: `GRMScorer` against the transformers pipeline. The study: benchmarks/real_base.py, several at
+a time.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def synchronize() -> None:
 
 
 def language_model(shape: Shape) -> LlamaForCausalLM:
-    """Random weights in bfloat16, with heads of 64 channels (16 at toy size): what a token costs does not depend on
+    """Random weights in bfloat16, with heads of 64 channels (16 at toy size): the cost of a token does not depend on
     them."""
     head = 64 if shape.hidden >= 512 else 16
     config = LlamaConfig(
@@ -117,7 +118,7 @@ class GpuSides(Sides):
         return step
 
     def original(self, pairs: list[dict]) -> torch.Tensor:
-        """The loss as it is written in the paper: log-probabilities of all tokens of both texts, from all logits."""
+        """The loss as written in the paper: log-probabilities of all tokens of both texts, from all logits."""
         batch = {key: value.to(device()) for key, value in DataCollatorForPreference(pad_token_id=0)(pairs).items()}
         out = self.grm(**batch, use_cache=False, return_lm_logits=True)
         logps = out.lm_logits[:, :-1].float().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
@@ -255,7 +256,7 @@ def _flops(result: dict) -> dict[str, float]:
 
 
 def run_all(toy: bool, results: Path, until: float) -> list[dict]:
-    """What has no file yet, as far as the time allows."""
+    """Runs the units without a file, as far as the time allows."""
     found = []
     for settings in units(toy):
         path = results / f"{digest(settings)}.json"
@@ -271,7 +272,7 @@ def run_all(toy: bool, results: Path, until: float) -> list[dict]:
 
 
 def study(until: float, workers: int) -> None:
-    """The study's units that are left, until the time is over; a unit that is cut off is done again."""
+    """The study's remaining units, until the time is over; a unit that is cut off is done again later."""
     command = [sys.executable, str(Path(__file__).parent / "real_base.py"), "--workers", str(workers)]
     try:
         subprocess.run(command, timeout=max(0.0, until - time.monotonic()), check=True)

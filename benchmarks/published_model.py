@@ -28,7 +28,7 @@ RESULTS = ROOT / "docs" / "results" / "published"
 RUNS = ROOT / "runs" / "published"
 NAME = "grm-smollm2-135m"
 RANK = 8
-# What a candidate is trained on: sources of the shipped pairs, and files of `shared/data` (MIT) beside them.
+# Training data of a candidate: sources of the shipped pairs, and files of `shared/data` (MIT).
 COMMON = {"regularizer": "sft", "seed": 0, "epochs": 2, "learning_rate": 5e-4, "rank": RANK, "files": []}
 SHIPPED = ["pandalm", "ultrafeedback", "gsm8k"]
 CANDIDATES: dict[str, dict] = {

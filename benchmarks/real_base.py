@@ -1,17 +1,17 @@
-"""Does GRM help on a real base? SmolLM2-135M-Instruct (`grm_hf.base`), fine-tuned in full on real preference pairs by
-each method, from the same pairs in the same order, and tested in and out of distribution.
+"""Does GRM help on a real base? Each method trains all weights of SmolLM2-135M-Instruct (`grm_hf.base`) on the same
+real preference pairs in the same order. The tests are in and out of distribution.
 
     python benchmarks/real_base.py               # every unit that has no file yet, the most informative first
     python benchmarks/real_base.py --workers 2   # two at a time
     python benchmarks/real_base.py --list        # what there is, and what is left
     python benchmarks/results.py                 # its page, from the units that there are
 
-A unit is one run and one small JSON file, named by a digest of its settings. Interrupt it when you like: what has no
-file is done again. Each unit is a process of its own, with one thread and a low priority.
+A unit is one run and one small JSON file, named by a digest of its settings. You may interrupt it: units without a
+file are done again. Each unit is a process of its own, with one thread and a low priority.
 
-The learning rate of each method is chosen by itself: one run on 600 RMB pairs at each rate of `RATES`, with one seed,
-judged by the log loss on training pairs that were held out. It then holds for every data set. The pairs, from
-`shared/data` beside the repository, are the short ones: prompt and response have at most 1,000 characters.
+Each method has its own learning rate: one run on 600 RMB pairs at each rate of `RATES`, with one seed, judged by the
+log loss on held-out training pairs. The rate then holds for every data set. Only short pairs of `shared/data` beside
+the repository are used: prompt and response have at most 1,000 characters.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def plan() -> list[tuple[str, dict]]:
 
 
 def common(origin: str) -> dict:
-    """What every unit of this study has in common; part of the settings that name its file."""
+    """The settings that all units of this study share; they are part of the settings that name a file."""
     return {"base": origin, "precision": precision(), "recipe": RECIPE, "short": SHORT}
 
 
@@ -127,7 +127,7 @@ def run_unit(method: str, data: dict, rate: float, origin: str) -> dict:
 
 
 def base_unit(origin: str) -> dict:
-    """What the base says and how likely it finds the fixed texts, before any training."""
+    """The base before any training: its answers, and how likely it finds the fixed texts."""
     return {"kind": "base", **common(origin)}
 
 
@@ -177,7 +177,7 @@ def is_short(row: dict) -> bool:
 
 @cache
 def short_rows(name: str) -> list[dict]:
-    """The short rows of a file, prompt by prompt, the prompts in an order that a hash gives."""
+    """The short rows of a file, prompt by prompt; a hash orders the prompts."""
     path = DATA / f"{name}.parquet"
     if not path.is_file():
         sys.exit(f"{path} is missing. Set GRM_DATA to the folder with the preference pairs.")
@@ -213,7 +213,7 @@ def training_rows(train: str, pairs: int, flipped: float, seed: int) -> list[dic
 
 @cache
 def test_rows(test: str) -> list[dict]:
-    """The rows of a test set. No prompt of it is in a set that is trained on."""
+    """The rows of a test set. None of its prompts is in a training set."""
     name, count = TESTS[test]
     rows = split("pandalm")[1] if test == "pandalm" else short_rows(name)
     trained = {first_user_turn(row) for train in TRAIN for row in split(train)[0]}
@@ -225,8 +225,9 @@ def test_rows(test: str) -> list[dict]:
 
 
 def about_tests() -> dict:
-    """What the page needs to know of each row of each test set, without its text: the prompt, as a number; characters
-    of the two responses; of RM-Bench the domain and the styles of the two (0 concise, 1 detailed, 2 Markdown)."""
+    """The facts about each row of each test set that the page needs, without its text: the prompt, as a number;
+    characters of the two responses; for RM-Bench the domain and the styles of the two (0 concise, 1 detailed, 2
+    Markdown)."""
     about = {}
     for test in TESTS:
         rows = test_rows(test)
@@ -335,7 +336,7 @@ def log_likelihoods(lm, tokenizer, rows: list[dict], side: str, batch_size: int 
 
 @torch.no_grad()
 def written(lm, tokenizer) -> list[str]:
-    """What the LM head writes to each of `PROMPTS`: greedy, at most 40 tokens."""
+    """The greedy answer of the LM head to each of `PROMPTS`, at most 40 tokens."""
     answers = []
     for prompt in PROMPTS:
         chat = [{"role": "user", "content": prompt}]

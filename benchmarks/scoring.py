@@ -1,5 +1,5 @@
-"""What scoring costs, against what is built on transformers alone: the text-classification pipeline, length-sorted
-padded batches, and reuse of the prompt's key-value cache.
+"""The cost of scoring, against transformers alone: the text-classification pipeline, length-sorted padded batches, and
+reuse of the prompt's key-value cache.
 
     python benchmarks/scoring.py             # measures (needs a quiet machine), then the section in docs/benchmarks.md
     python benchmarks/scoring.py --report    # the section only, from docs/results/scoring.json
@@ -51,7 +51,7 @@ CONTENDERS = ("pipeline, batch 8", "pipeline, batch 1", "sorted, batch 8", "cach
 
 
 def word_tokenizer(size: int = 32_768) -> PreTrainedTokenizerFast:
-    """A token a word: `w0`, `w1`, ..., so that lengths are what they are meant to be."""
+    """One token a word: `w0`, `w1`, ..., so lengths are exact."""
     vocabulary = {"<pad>": 0, EOS: 1, **{f"w{i}": i for i in range(2, size)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -59,7 +59,7 @@ def word_tokenizer(size: int = 32_768) -> PreTrainedTokenizerFast:
 
 
 def llama(size: int = 32_768, layers: int = 8, hidden: int = 512) -> GRMForSequenceClassification:
-    """Random weights: what a token costs does not depend on them."""
+    """Random weights: the cost of a token does not depend on them."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size,
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def padding(self) -> float:
-        """Tokens that batches of 8 in the order given compute, for each real one."""
+        """Tokens that batches of 8 in the given order compute, for each real token."""
         lengths = self.lengths
         batches = [lengths[i : i + 8] for i in range(0, len(lengths), 8)]
         return sum(len(batch) * max(batch) for batch in batches) / sum(lengths)
@@ -115,7 +115,7 @@ def best_of_n(n: int, equal: bool = False, scale: int = 1) -> Case:
 
 
 def in_words(text: str) -> str:
-    """Real text as words of the vocabulary: one for each word or sign, the same for the same."""
+    """Real text as words of the vocabulary: one for each word or sign; equal words stay equal."""
     return " ".join(f"w{2 + zlib.crc32(piece.encode()) % 32_766}" for piece in re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -139,7 +139,7 @@ def unrelated(count: int = 64) -> Case:
 
 
 def contenders(model, tokenizer, case: Case) -> dict[str, Callable[[], list[float]]]:
-    """What scores the texts of a case, in the order given: name and function."""
+    """The contenders that score the texts of a case, in the given order: name and function."""
     texts = case.texts
     pipelines = {n: pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=n) for n in (1, 8)}
     scorer = GRMScorer(model, tokenizer)
@@ -187,7 +187,7 @@ def cache_reuse(model, tokenizer, case: Case) -> list[float]:
 
 
 def counted(model, run: Callable) -> tuple[list[float], int, int]:
-    """What a run returns, the token positions that went into the model, padding included, and FLOPs."""
+    """The result of a run, the number of token positions that went into the model (with padding), and FLOPs."""
     seen = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     try:
@@ -199,7 +199,7 @@ def counted(model, run: Callable) -> tuple[list[float], int, int]:
 
 
 def peak_bytes(run: Callable) -> int:
-    """Most bytes of tensors alive at once, above what was alive before."""
+    """Largest number of bytes of live tensors, above those alive before."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
@@ -212,7 +212,8 @@ def peak_bytes(run: Callable) -> int:
 
 
 def measure(model, tokenizer, case: Case, rounds: int) -> dict:
-    """Of each contender: CPU seconds (median), tokens, FLOPs, peak bytes, how far its scores are from the first's."""
+    """For each contender: CPU seconds (median), tokens, FLOPs, peak bytes, and the distance of its scores from the
+    first one's."""
     sides = contenders(model, tokenizer, case)
     result: dict = {"texts": len(case.answers), "tokens": sum(case.lengths), "padding": case.padding, "rounds": rounds}
     result["sides"] = {}

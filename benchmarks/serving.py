@@ -1,13 +1,13 @@
-"""What a reward costs here and in vLLM, on the same processor: `GRMScorer`, transformers one by one (the best setting
-of its pipeline), and vLLM with the plugin of this package, with and without prefix caching.
+"""The cost of a reward here and in vLLM, on the same processor: `GRMScorer`, transformers one by one (the best setting
+of its pipeline), and vLLM with this package's plugin, with and without prefix caching.
 
     python benchmarks/serving.py --vllm .venv-vllm/bin/python            # measures (a quiet machine), then the page
     python benchmarks/serving.py --report                                # the section only, from the results file
     python benchmarks/serving.py --small [--vllm PYTHON]                 # a tiny model, one round; writes nothing
 
-Each side is a process of its own, which loads the model once and then scores every case whenever it is told to; the
-sides take turns in each round. A figure is processor seconds of one thread, the median over the rounds. vLLM's cache
-is emptied before each case, as a trainer's new prompts find it. Rewards must agree, or nothing is written.
+Each side is a separate process. It loads the model once and scores the cases on request; the sides take turns in each
+round. A figure is processor seconds of one thread, the median over the rounds. vLLM's cache is emptied before each
+case, as for a trainer's new prompts. If rewards differ, nothing is written.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SIDES = {  # name: whether it is vLLM, dtype, settings
     "GRMScorer, bfloat16": (False, "bfloat16", {}),
     "vLLM, bfloat16": (True, "bfloat16", {"enable_prefix_caching": True}),
 }
-# Case: the least that GRMScorer's speed must be of the faster vLLM's, same dtype.
+# Case: the least ratio of GRMScorer's speed to the faster vLLM's, same dtype.
 GOALS = {"16 unrelated": 0.95, "best of 16": 1.1, "best of 64": 1.1}
 BF16_GOAL = 2.0  # speed of GRMScorer in bfloat16 over float32
 AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # of rewards, relative to max(1, |reward|): golden rows' tolerances

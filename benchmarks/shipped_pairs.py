@@ -1,5 +1,4 @@
-"""The preference pairs that come with the package, `grm_hf/base/pairs/*.parquet`, from `shared/data` beside the
-repository.
+"""Makes the preference pairs of the package, `grm_hf/base/pairs/*.parquet`, from `shared/data` beside the repository.
 
     python benchmarks/shipped_pairs.py [--output grm_hf/base/pairs]
 
@@ -19,7 +18,7 @@ from real_base import ROOT, first_user_turn, short_rows, split, test_rows
 
 
 OUTPUT = ROOT / "grm_hf" / "base" / "pairs"
-# Coarse on purpose: a pair too many is left out rather than one too few.
+# Coarse on purpose: it is better to leave out one pair too many than one too few.
 OFFENSIVE = re.compile(
     r"kill|murder|suicid|weapon|bomb|shoot|stab|rape|\bsex|porn|nude|naked|fuck|shit|bitch|cunt|slut|whore|racis|nazi"
     r"|hitler|\bdrugs?\b|cocaine|heroin|abus|terror|poison|steal|rob\b|robb|hack|illegal|crimin|torture|slave|genocid"

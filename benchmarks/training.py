@@ -1,5 +1,5 @@
-"""What a training step costs: TRL's `RewardTrainer` without any regulariser, the original GRM loss (full logits), and
-`GRMRewardTrainer` in each layout and with each regulariser; and the language-model term by itself.
+"""The cost of a training step: TRL's `RewardTrainer` without a regulariser, the original GRM loss (full logits), and
+`GRMRewardTrainer` in each layout and with each regulariser; and of the text loss by itself.
 
     python benchmarks/training.py            # measures (needs a quiet machine), then the section in docs/benchmarks.md
     python benchmarks/training.py --report   # the section only, from docs/results/benchmarks_training.json
@@ -107,12 +107,13 @@ LM_ROWS = ((133, BENCH.vocabulary), (1024, BENCH.vocabulary), (256, 131_072))
 
 
 def ids(text: str, vocabulary: int) -> list[int]:
-    """A token for each word with the space before it, run of signs, or white space: about as many as GPT-2's."""
+    """A token for each word with the space before it, run of signs, or white space: about as many as with GPT-2's
+    tokenizer."""
     return [2 + zlib.crc32(w.encode()) % (vocabulary - 2) for w in re.findall(r" ?\w+| ?[^\w\s]+|\s", text)]
 
 
 def pair(prompt: list[int], chosen: list[int], rejected: list[int], length: int) -> dict:
-    """A tokenised pair with terminators; the prompt loses its beginning where a sequence would be too long."""
+    """A tokenised pair with terminators; the prompt loses its beginning if a sequence would be too long."""
     chosen, rejected = ([*response, 1][:length] for response in (chosen, rejected))
     prompt = prompt[-max(1, length - max(len(chosen), len(rejected))) :]
     sides = {"chosen": (prompt + chosen)[:length], "rejected": (prompt + rejected)[:length]}
@@ -121,7 +122,7 @@ def pair(prompt: list[int], chosen: list[int], rejected: list[int], length: int)
 
 
 def load(name: str, vocabulary: int, shrink: int = 1) -> list[dict]:
-    """Tokenised pairs of a data set; or, where its file is missing or lengths are to be divided, made-up ones."""
+    """Tokenised pairs of a data set, or made-up pairs if its file is missing or lengths are divided."""
     file, medians = SETS[name]
     if shrink == 1 and (DATA / f"{file}.parquet").is_file():
         turns = lambda messages: "".join(f"\n\n{m['role']}: {m['content']}" for m in messages)  # noqa: E731
@@ -151,7 +152,7 @@ def batches_of(pairs: list[dict], size: int, order: str) -> list[list[dict]]:
 
 
 def padding(batches: list[list[dict]]) -> float:
-    """Tokens of padded batches for each real one."""
+    """Tokens of padded batches for each real token."""
     real = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for batch in batches for p in batch)
     return sum(2 * len(batch) * longest(batch) for batch in batches) / real
 
@@ -161,8 +162,8 @@ def padding(batches: list[list[dict]]) -> float:
 
 @dataclass
 class Work:
-    """What a step computes: tokens, those of them that the last layer's output is read of, pairs of a query and a key,
-    tokens whose logits are computed."""
+    """The work of a step: tokens, tokens whose last-layer output is read, pairs of a query and a key, tokens whose
+    logits are computed."""
 
     tokens: float = 0
     read: float = 0
@@ -184,7 +185,7 @@ class Work:
 
 
 def work(pairs: list[dict], side: str) -> Work:
-    """Attention under a mask of padding is counted as if a causal kernel ran, which is to the advantage of padding."""
+    """Attention under a padding mask counts as if a causal kernel ran; this favours padding."""
     if side in (TRL, ORIGINAL):
         regularizer, layout = "none", "padded"
     else:
@@ -250,7 +251,7 @@ class Sides:
         )
 
     def original(self, pairs: list[dict]) -> torch.Tensor:
-        """The loss as it is written in the paper: log-probabilities of all tokens of both texts, from all logits."""
+        """The loss as written in the paper: log-probabilities of all tokens of both texts, from all logits."""
         batch = DataCollatorForPreference(pad_token_id=0)(pairs)
         out = self.grm(**batch, use_cache=False, return_lm_logits=True)
         logps = out.lm_logits.float()[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
@@ -266,7 +267,7 @@ class Sides:
 
 def cost(model: torch.nn.Module, run: Callable) -> dict[str, float]:
     """CPU seconds of a run, and its peak bytes above weights, without and with parameter gradients. The allocator is
-    watched in the run that is timed, which takes a few microseconds an operation: most from the side with the most
+    watched during the timed run. This costs a few microseconds an operation, most for the side with the most
     operations, ours."""
     model.zero_grad()
     seconds = []
@@ -282,7 +283,7 @@ def cost(model: torch.nn.Module, run: Callable) -> dict[str, float]:
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Of the same run several times: median seconds, largest peak."""
+    """Several times the same run: median seconds, largest peak."""
     return {name: (median if name == "seconds" else max)(run[name] for run in runs) for name in runs[0]}
 
 
@@ -413,7 +414,7 @@ def run_all(quick: bool = False, only: tuple[str, ...] = ()) -> dict:
 
 @dataclass
 class Row:
-    """A line of the table of goals: what was reached and the most it may be, one or several of each."""
+    """A line of the table of goals: one or several reached values, and the largest allowed values."""
 
     figure: str
     padding: str
@@ -436,7 +437,7 @@ class Row:
 
 
 def ratio(step: dict, name: str, base: str, what: str = "seconds") -> float:
-    """Of CPU time, summed over the batches, or of bytes, the most in any of them."""
+    """Ratio of CPU time, summed over the batches, or of bytes, the largest of any batch."""
     combine = sum if what == "seconds" else max
     return combine(step["sides"][name][what]) / combine(step["sides"][base][what])
 
@@ -526,7 +527,7 @@ def table_of_goals(results: dict) -> list[Row]:
 
 
 def profile(results: dict, goals: list[Row]) -> list[str]:
-    """Where the arithmetic of a step goes, and why a figure is out of reach."""
+    """The parts of a step's arithmetic, and why a figure misses its goal."""
     shape = Shape(**results["shape"])
     hh = next(found for found in results["whole_sets"] if found["data"] == "hh")
     sides = {"none": NONE, "sft": OURS, "dpo": DPO}
@@ -630,7 +631,7 @@ def section(results: dict) -> str:
         lines.append(f"| {found['data']} | {found['order']} | {found['padding']:.2f} | {cells} |")
     lines += [
         "",
-        "### The language-model term by itself",
+        "### The text loss by itself",
         "",
         "From given hidden states, with the gradients of these and of the head: CPU time relative to full logits, and "
         "peak memory beyond these gradients. Liger's fused kernel is written in Triton and needs a GPU: not measured.",
@@ -647,7 +648,7 @@ def section(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a training step costs, against TRL and the original.")
+    parser = argparse.ArgumentParser(description="The cost of a training step, against TRL and the original.")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", nargs="+", choices=STEPS, default=[])

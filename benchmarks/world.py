@@ -43,7 +43,7 @@ WORLD_SEED = 0
 DOMAINS = {"id": "in-distribution", "ood": "out-of-distribution"}
 NO_DIFFERENCE = "no difference shown"
 PACKAGES = ("grm-hf", "transformers", "trl", "torch", "datasets", "tokenizers")
-TEST_SEED = 10_000  # of test pairs and held-out documents; training seeds count from 0
+TEST_SEED = 10_000  # seed of test pairs and held-out documents; training seeds count from 0
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def run(size: Size, seeds: int = 5) -> dict:
     Trains every method of `METHODS` with every seed and compares each with the baseline, seed by seed.
 
     A seed draws the training pairs and their labels, the reward head and the order of batches; base model and test
-    pairs are the same for all. Runs have one thread each, so that no number depends on the number of cores, and take
-    place in other processes, up to four at a time.
+    pairs are the same for all. Runs have one thread each, so no number depends on the number of cores. They are
+    processes of their own, up to four at a time.
 
     Returns:
-        `dict`: what `RESULTS` holds.
+        `dict`: the content of `RESULTS`.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +203,8 @@ def compare(runs: list[dict]) -> dict:
                     paired = [a - b for a, b in zip(values, by_method[BASELINE], strict=True)]
                     difference, half = spread(paired)
                     entry |= {"difference": difference, "difference_half_width": half}
-                    # Equal differences in all seeds (a few seeds, a small test set) leave no interval to judge by.
+                    # If all seeds have equal differences (few seeds, a small test set), there is no interval to judge
+                    # by.
                     shown = abs(difference) > half > 0
                     entry["verdict"] = ("better" if difference * sign > 0 else "worse") if shown else NO_DIFFERENCE
                 comparison.setdefault(quantity, {}).setdefault(domain, {})[method] = entry

@@ -2,8 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["grm-hf[train]"]
 # ///
-"""Train a policy with Online DPO: of two answers to a prompt, the one that a Generalizable Reward Model scores higher
-is the chosen one. Only the order counts, so a transformation that keeps it changes nothing: there is none to choose.
+"""Train a policy with Online DPO: a Generalizable Reward Model scores two answers to a prompt, and the one with the
+higher reward is the chosen one. Only the order counts, so there is no transform to choose.
 
     python examples/online_dpo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/od
 

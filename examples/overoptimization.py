@@ -2,13 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["grm-hf[demo]"]
 # ///
-"""How far can a policy be pushed towards a learned reward before the true one falls? The over-optimisation laboratory
-with a gold reward of one's own, a function of two strings: here short answers that repeat no word.
+"""How far can a policy be pushed towards a learned reward before the true one falls? This runs the over-optimisation
+laboratory with your own gold reward, a function of two strings. Here it favours short answers that repeat no word.
 
     python examples/overoptimization.py --output runs/overoptimization --quick
 
-The report is `report.html` in the output folder. `grm lab` does the same from the command line, with a reward model as
-gold and a policy and prompts of one's own as well: see docs/overoptimization.md.
+The report is `report.html` in the output folder. `grm lab` does the same from the command line, also with a reward
+model as gold and with your own policy and prompts: see docs/overoptimization.md.
 """
 
 import argparse

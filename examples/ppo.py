@@ -2,8 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["grm-hf[ppo]"]
 # ///
-"""Train a policy with PPO on the rewards of a Generalizable Reward Model, which also is where the value model starts.
-TRL had a PPO trainer up to version 1.12: `pip install "grm-hf[ppo]"`, in an environment of its own.
+"""Train a policy with PPO on the rewards of a Generalizable Reward Model. The value model starts from it too. TRL had
+a PPO trainer up to version 1.12: `pip install "grm-hf[ppo]"` in a separate environment.
 
     python examples/ppo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/ppo
 
@@ -57,7 +57,7 @@ def load_prompts(source: str, split: str, tokenizer) -> Dataset:
 def main(argv: list[str] | None = None) -> PPOTrainer:
     args, config = TrlParser((Arguments, PPOConfig)).parse_args_and_config(argv, fail_with_unknown_args=True)
     if config.stop_token is None and config.stop_token_id is None:
-        config.stop_token = "eos"  # or PPO goes on scoring what the policy writes behind the end of its answer
+        config.stop_token = "eos"  # otherwise PPO also scores what the policy writes behind the end of its answer
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     prompts = load_prompts(args.train, args.train_split, tokenizer)
     reward_model = ppo_reward_model(
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> PPOTrainer:
         value_model = GRMForSequenceClassification.from_pretrained(args.reward_model)
     else:
         value_model = GRMForSequenceClassification.from_base(args.model)
-    value_model.freeze_lm_head()  # it has no part in a value, and DDP refuses parameters without gradient
+    value_model.freeze_lm_head()  # values do not use it, and DDP refuses parameters without a gradient
 
     data = prompts.select_columns("input_ids").train_test_split(test_size=args.samples, seed=0)
     trainer = PPOTrainer(

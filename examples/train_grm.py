@@ -8,7 +8,7 @@ any of TRL's preference formats, starting from any causal language model.
     python examples/train_grm.py --model Qwen/Qwen3-0.6B --train trl-lib/ultrafeedback_binarized --output_dir runs/grm
 
 `--regularizer` chooses the text loss (none, sft, dpo_noref, dpo, ...), `--lora` trains an adapter. Every setting of
-`GRMRewardConfig` is an option too, or a line of a YAML file (`--config FILE`). The folder that is left loads anywhere
+`GRMRewardConfig` is an option too, or a line of a YAML file (`--config FILE`). The output folder loads anywhere
 with `AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`.
 """
 

@@ -628,7 +628,7 @@ def _convert(args):
         revision=args.revision,
     )
     config = done.model.config
-    print(f"found: {done.layout}; text head: {done.lm_head}")
+    print(f"found: {done.layout}; LM head: {done.lm_head}")
     print(f"bos_policy: {config.bos_policy}; max_sequence_length: {config.max_sequence_length}")
     print(f"converted model: {args.output}")
 

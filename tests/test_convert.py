@@ -115,7 +115,7 @@ def as_shards(folder):
 
 
 def check(source, output, lm, head, **options):
-    """Convert, and compare the folder with the original's arithmetic, the text head included."""
+    """Convert, and compare the folder with the original's arithmetic, the LM head included."""
     done = convert(source, output, **options)
     model, rewards = ours(output)
     assert rewards == pytest.approx(theirs(lm, head), rel=1e-6, abs=2e-6)
@@ -375,7 +375,7 @@ def test_the_authors_padding_token_gets_a_row(tmp_path):
 
 @pytest.mark.parametrize("way", ["modules_to_save", "save_embedding_layers"])
 def test_an_adapter_that_brings_embeddings_of_its_own_tokens(tmp_path, caplog, way):
-    """A classifier brings no rows of the text head."""
+    """A classifier brings no rows of the LM head."""
     peft = pytest.importorskip("peft")
     base, tokenizer = write(tmp_path / "base", body()), llama_tokenizer()
     tokenizer.add_tokens(["<new>", "<more>"])
@@ -590,7 +590,7 @@ def test_command(tmp_path, capsys):
     output = str(tmp_path / "grm")
     assert main(["convert", str(source), output, "--bos-policy", "single", "--max-length", "32"]) == 0
     out = capsys.readouterr().out
-    assert "GRM authors, MLP head" in out and "text head: its own" in out and "bos_policy: single" in out
+    assert "GRM authors, MLP head" in out and "LM head: its own" in out and "bos_policy: single" in out
     assert main(["verify", output]) == 0
     assert main(["convert", str(source), output]) == 1
     assert "not an empty folder" in capsys.readouterr().err

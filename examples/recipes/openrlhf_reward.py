@@ -4,7 +4,7 @@
 
 (`--remote_rm_url` in versions without dotted options). `GRM_MODEL` is the Hub id or folder, `GRM_TRANSFORM` one of the
 transformations of `grm_hf.rewards` (`standardize`, ...). The policy must use the chat template of the reward model
-(`--data.apply_chat_template`), since OpenRLHF passes rendered text, one at a time.
+(`--data.apply_chat_template`), because OpenRLHF passes rendered text, one text at a time.
 """
 
 import os
@@ -27,7 +27,7 @@ def reward_func(queries: list[str], prompts: list[str], labels: list, **kwargs) 
     Args:
         queries: Prompt and answer as one rendered text, special tokens included.
         prompts: The rendered prompts alone; part of the queries, so not used.
-        labels: Of the dataset; not used.
+        labels: Labels of the dataset; not used.
 
     Returns:
         `rewards` (for the advantage), `scores` between 0 and 1 (for dynamic filtering) and `extra_logs`.

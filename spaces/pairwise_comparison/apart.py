@@ -1,11 +1,11 @@
-"""Models that nobody vouches for, in a process of their own, which this file also is:
+"""Unlisted models, in a separate process. This file is also that process:
 
     python apart.py
 
-Whatever such an id brings is read there and nowhere else: its configuration, its tokenizer and the text of its tokens,
-its chat template, its weights. The process runs no code of a model, has no token of the page, gets limited time and
-memory, and answers in JSON; the page ends it when it takes too long. One model is there at a time, and its files leave
-the disk with it.
+Everything that such an id brings is read only there: its configuration, its tokenizer and the text of its tokens, its
+chat template, its weights. The process runs no code of a model, has no token of the page, gets limited time and
+memory, and answers in JSON. The page ends it when it takes too long. It holds one model at a time and deletes its
+files with it.
 """
 
 import gc
@@ -63,7 +63,7 @@ def check_id(name: str) -> None:
 
 
 class Apart:
-    """The other process, as the page sees it."""
+    """The page's handle of the separate process."""
 
     def __init__(self):
         self.process: subprocess.Popen | None = None
@@ -73,7 +73,7 @@ class Apart:
 
     def run(self, name: str, task: str, *arguments):
         """
-        What a function of `reward_models` says of a model.
+        The result of a function of `reward_models` for a model.
 
         Raises:
             `ValueError`: with a sentence for the visitor.
@@ -160,7 +160,7 @@ class Apart:
 
 def find(name: str):
     """
-    The commit of any public reward model and the files to read, by what the Hub says before anything is loaded.
+    The commit of a public reward model and the files to read, as the Hub reports them before anything is loaded.
 
     Returns:
         The repository, the commit, the names of the files, and the bytes of its weights.
@@ -245,7 +245,7 @@ def open_model(name: str, folder: str, seconds: int):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = parameters * (config.dtype.itemsize if isinstance(config.dtype, torch.dtype) else 2)
-    if size > MAX_GIGABYTES * 1e9 or parameters > weights:  # weights that no file holds take memory all the same
+    if size > MAX_GIGABYTES * 1e9 or parameters > weights:  # weights without a file take memory too
         raise ValueError(
             f"“{repo}” would have {parameters:,} parameters by its config.json, {size / 1e9:.1f} GB, and its files "
             f"have {weights / 1e9:.1f} GB. This page takes {MAX_GIGABYTES} GB and files with at least a byte for each."
@@ -257,7 +257,7 @@ def open_model(name: str, folder: str, seconds: int):
 
 
 def limit(room: int) -> None:
-    """What this process may take beyond what it has."""
+    """Limits the memory that this process may take in addition."""
     import resource  # not on Windows
 
     now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
@@ -267,7 +267,7 @@ def limit(room: int) -> None:
 def main():
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries is not an answer
     import reward_models
 
     loaded, brought = None, {name: getattr(reward_models, name) for name in ("encode", "pieces", "control_words")}
@@ -287,7 +287,7 @@ def main():
             answer = json.dumps(answer, allow_nan=False)
         except ValueError as error:
             answer = json.dumps(["refused", str(error)])
-        except BaseException as error:  # out of memory, a panic of a tokenizer: this process is no good any more
+        except BaseException as error:  # out of memory, a panic of a tokenizer: this process cannot go on
             print(f"A model that is not on the list failed: {type(error).__name__}: {error}"[:300], file=sys.stderr)
             os._exit(1)
         signal.alarm(0)
@@ -296,14 +296,15 @@ def main():
 
 
 def end_with(page: int) -> None:
-    # The system's own signal for this comes when the thread ends that started this process, not the page.
+    # The system's own signal for this comes when the starting thread ends, not when the page ends.
     while os.getppid() == page:
         time.sleep(1)
     os._exit(1)
 
 
 def in_time(function, seconds: int):
-    """A function that the system ends the process for after some seconds: what a model brings may run for ever."""
+    """A function with a time limit: after some seconds the system ends the process, because a model's tokenizer or
+    template may run for ever."""
 
     def bounded(*arguments):
         signal.alarm(seconds)

@@ -1,11 +1,12 @@
-"""The page: see a reward model think. Two answers to one prompt, token by token; a ranking; a table of pairs.
+"""The page that shows what a reward model does: two answers to one prompt, token by token; a ranking; a table of
+pairs.
 
     GRM_SPACE_MODELS=FOLDER_OR_LIST python app.py
 
-`reward_models.py` computes, `apart.py` does so for models nobody vouches for, `jobs.py` says whose turn it is,
-`guard.py` refuses what is too much, `tables.py` reads what visitors type, `drawing.py` draws, `page.js` is what the
-browser does; here they are wired to a page and to a JSON API. What a visitor gets wrong is answered with a sentence.
-Nothing of a visit is kept between two events: what later ones need travels with the page.
+`reward_models.py` computes; `apart.py` does so for unlisted models; `jobs.py` decides whose turn it is; `guard.py`
+refuses requests that are too large; `tables.py` reads the input of visitors; `drawing.py` draws; `page.js` runs in the
+browser. This file connects them to a page and a JSON API. A visitor's mistake is answered with a sentence. The server
+keeps nothing between two events of a visit: the page carries what a later event needs.
 """
 
 import asyncio
@@ -53,7 +54,7 @@ MAX_TABLE_TOKENS = 100_000
 STEP_TOKENS = 2000  # of a table that are scored in one turn
 COMPARISONS = Kind("comparisons", places=16, seconds=120)
 TABLES = Kind("tables", places=4, seconds=600)
-TRUSTED, OTHER = asyncio.Lock(), asyncio.Lock()  # a model that nobody vouches for holds up no other
+TRUSTED, OTHER = asyncio.Lock(), asyncio.Lock()  # an unlisted model does not delay the listed ones
 KINDS = [("one prompt", "prompt"), ("conversation", "conversation")]
 PRIVATE = {"api_visibility": "private", "concurrency_limit": None}
 
@@ -132,7 +133,7 @@ THEME = gr.themes.Default(
 
 @on_gpu
 def compute(task, name, *arguments):
-    """Everything that runs a model of the list. It is in memory by then (on ZeroGPU this is another process)."""
+    """Runs a function of a listed model, which is in memory by then (on ZeroGPU this is another process)."""
     return task(MODELS.load(name), *arguments)
 
 
@@ -142,7 +143,7 @@ def load_and_compute(task, name, *arguments):
 
 
 async def with_model(job, task, name, *arguments):
-    """What a function of `reward_models` says of a model, when it is the job's turn."""
+    """The result of a function of `reward_models` for a model, when it is the job's turn."""
     name = tables.check_text("" if name is None else name, "The model").strip()
     if not name:
         raise ValueError("No model is chosen. Pick one of the list, or type a Hub id.")
@@ -154,7 +155,7 @@ async def with_model(job, task, name, *arguments):
 
 
 def sentence(error: BaseException) -> str:
-    """What a visitor is told about an error."""
+    """The sentence for a visitor about an error."""
     if isinstance(error, ValueError):
         return str(error).encode("utf-8", "replace").decode()
     traceback.print_exception(error)
@@ -169,7 +170,7 @@ def session_of(request: gr.Request | None) -> str | None:
 
 
 async def show_comparison(name, kind, prompt, answer_a, answer_b, temperature, request: gr.Request = None):
-    """The verdict, what later events need, the link, the details, an emptied swap check."""
+    """The verdict, the state for later events, the link, the details, an emptied swap check."""
     try:
         async with COMPARISONS.job(session_of(request)) as job:
             chat = tables.read_prompt(kind, prompt)
@@ -182,7 +183,8 @@ async def show_comparison(name, kind, prompt, answer_a, answer_b, temperature, r
 
 
 def compared_of(inputs: list[str], result: dict, pressed: bool = True) -> dict:
-    """What was compared and what came out, as far as the verdict and later events need it; `pressed`: by a visitor."""
+    """The part of a comparison and its result that the verdict and later events need; `pressed`: a visitor pressed
+    Compare."""
     kept = ("rewards", "verdict", "preferred", "probability_a", "temperature", "model_temperature")
     link = query_of(*inputs, result["temperature"])
     found = {name: result[name] for name in kept}
@@ -190,7 +192,7 @@ def compared_of(inputs: list[str], result: dict, pressed: bool = True) -> dict:
 
 
 def read_compared(compared) -> dict:
-    """The same from a browser, which may send anything."""
+    """The same, checked, from a browser, which may send anything."""
     try:
         inputs = [tables.check_text(text, "An input") for text in compared["inputs"]]
         rewards = {name: float(compared["rewards"][name]) for name in "AB"}
@@ -230,7 +232,7 @@ async def show_swap_check(compared, request: gr.Request = None):
 
 
 async def offered(name, request: gr.Request = None):
-    """The buttons of the examples that a model can read; of a model that is not on the list, those in English."""
+    """The buttons of the examples that a model can read; for an unlisted model, those in English."""
     fits = [True] * (len(EXAMPLES) - 1) + [False]
     try:
         if MODELS.trusts(name or ""):
@@ -242,7 +244,7 @@ async def offered(name, request: gr.Request = None):
 
 
 def in_its_language(fits: list[bool]) -> list[bool]:
-    """The laboratory's world, the last one, is for models that read nothing else."""
+    """The last example is of the laboratory's world, for models that read nothing else."""
     return [*fits[:-1], fits[-1] and not any(fits[:-1])]
 
 
@@ -263,7 +265,7 @@ def query_of(name, kind, prompt, answer_a, answer_b, temperature) -> str:
 
 
 async def from_link(query: str):
-    """What a link says: the inputs, whether to compare, and a sentence if it is broken."""
+    """The content of a link: the inputs, whether to compare, and a sentence if it is broken."""
     query = (query or "").removeprefix("?")
     fields = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
     known = {key: fields[key] for key in ("model", "kind", "prompt", "a", "b", "t") if key in fields}
@@ -343,7 +345,7 @@ async def show_batch(name, text, upload, progress=gr.Progress(), request: gr.Req
 
 
 def download(text: str, form: str) -> str:
-    """A file for the visitor; those of more than an hour ago go, and all but the last fifty."""
+    """A file for the visitor. Files older than an hour are deleted, and all but the last fifty."""
     files = sorted(DOWNLOADS.iterdir(), key=lambda file: file.stat().st_mtime)
     for number, old in enumerate(files):
         if number < len(files) - 49 or time.time() - old.stat().st_mtime > 3600:
@@ -430,7 +432,7 @@ async def answered(task, name, prompt, messages, request, *arguments):
 
 
 def notices() -> str:
-    """What a visitor must know before anything else: nothing, where a model is on the list."""
+    """A notice for visitors if no model is on the list."""
     if MODELS.listed:
         return ""
     return "".join(map(drawing.problem, MODELS.problems)) + drawing.notice(
@@ -453,26 +455,26 @@ def about_models() -> str:
 
 ABOUT = f"""
 ## What this shows
-A reward model reads a conversation and gives it one number. Here the number is taken apart: the reward of the text up
-to each token (a decoder is causal, so that is the reward of an answer which ends there), how likely the LM head, which
-a GRM keeps, finds the same tokens, and the text and tokens that the model was really given. Rewards are those of
-`GRMScorer` of grm_hf: template, end of turn and maximum length are stored in the model.
+A reward model reads a conversation and gives it one number. This page shows where the number comes from: the reward of
+the text up to each token (a decoder is causal, so this is the reward of an answer that ends there), how likely a GRM's
+LM head finds each token, and the text and tokens that the model was given. The rewards are those of `GRMScorer` of
+grm_hf: template, end of turn and maximum length are stored in the model.
 
 ## Models of the list
 {{models}}
 
 A model of the list is pinned to a commit and may bring its own code. Any other Hub id is loaded without running code,
-in a process of its own with limited time and memory: a public `...ForSequenceClassification` with one label, up to
+in a separate process with limited time and memory: a public `...ForSequenceClassification` with one label, up to
 {apart.MAX_GIGABYTES} GB of safetensors.
 
 ## Limits
 {reward_models.MAX_CHARACTERS:,} characters a text, {reward_models.MAX_TOKENS:,} tokens a sequence,
 {tables.MAX_ANSWERS} answers to rank, {tables.MAX_ROWS} pairs and {MAX_TABLE_TOKENS:,} tokens a table.
 {COMPARISONS.seconds} seconds of computing for a comparison or a ranking, {TABLES.seconds} for a table.
-One computation at a time; others wait.
+Computations run one at a time; others wait.
 
 ## What is kept of what you type
-No comparison is written to disk. The last visitor's stays in memory until the next one's comes. A table that you
+No comparison is written to disk. The last visitor's comparison stays in memory until the next one. A table that you
 upload and a file of scores for download stay on disk for up to two hours. The address of the page holds the whole
 comparison, so your browser's history has it, and whoever gets the link reads it.
 
@@ -488,8 +490,8 @@ print(result["verdict"], result["rewards"])
 
 
 def at_first_sight():
-    """The first example that the first model of the list reads, its comparison, which examples it reads, and whether
-    it reads the ranking and the table that stand here."""
+    """The first example that the first listed model reads, its comparison, which examples it reads, and whether it
+    reads the ranking and the table of this page."""
     fits, name = in_its_language([True] * len(EXAMPLES)), next(iter(MODELS.listed), None)
     shown, reads = ["", None, "", ""], [True, True]
     first = next(iter(EXAMPLES.values()))
@@ -528,7 +530,7 @@ def build() -> gr.Blocks:
             list(MODELS.listed),
             value=next(iter(MODELS.listed), None),
             label="Reward model",
-            info="Of the list, or any Hub id of a one-label sequence classifier (no code of those is run)",
+            info="From the list, or any Hub id of a one-label sequence classifier (its code is not run)",
             allow_custom_value=True,
             elem_id="model",
         )
@@ -615,7 +617,7 @@ def build() -> gr.Blocks:
         with gr.Tab("About", id="about"):
             gr.Markdown(ABOUT.replace("{models}", about_models()))
 
-        # What travels with the page: the comparison shown, the link that opened it, whether that one is good.
+        # State of the page: the comparison shown, the link that opened it, and whether the link is valid.
         compared = gr.JSON(shown[1], visible=False)
         query = gr.Textbox(visible="hidden", elem_id="query")
         opened = gr.Checkbox(visible=False)
@@ -677,7 +679,7 @@ if __name__ == "__main__":
         footer_links=["api", "settings"],
         run_history=False,
         enable_monitoring=False,
-        state_session_capacity=1,  # there is no state: it would keep what visitors typed
+        state_session_capacity=1,  # no state: it would keep the visitors' input
         app_kwargs={"middleware": [Middleware(Guard, most=MAX_BODY, values=1000, uploads=UPLOADS)]},
         ssr_mode=False,
     )

@@ -1,4 +1,4 @@
-"""Results as HTML that reads in light, dark and on a telephone. What visitors and models wrote is escaped here."""
+"""Results as HTML, readable in light, in dark and on a telephone. Texts of visitors and models are escaped here."""
 
 import html
 import json
@@ -134,7 +134,7 @@ def notice(message: str) -> str:
 
 
 def headline(text: str) -> str:
-    """The heading of a result: the page goes there."""
+    """The heading of a result. The page moves the focus to it."""
     return f'<h2 class="verdict" tabindex="-1">{text}</h2>'
 
 
@@ -144,7 +144,7 @@ def signed(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """Never 0 or 100 %, which no probability here is."""
+    """A probability in percent, never 0 or 100 %."""
     if value < 0.001:
         return "under 0.1 %"
     return "over 99.9 %" if value > 0.999 else f"{100 * value:.1f} %"
@@ -162,7 +162,7 @@ def letter(name: str) -> str:
 
 
 def verdict(compared: dict) -> str:
-    """What was found, whose texts it is about, and what may be wrong with it (see `app.compared_of`)."""
+    """The verdict, its texts, and its warnings (see `app.compared_of`)."""
     said = escape(compared["verdict"])
     for name in "AB":
         said = said.replace(f"answer {name}", f"answer {letter(name)}")
@@ -205,7 +205,7 @@ def details(result: dict) -> str:
 
 
 def warnings(result: dict) -> list[str]:
-    """What may make the rewards of a comparison worthless."""
+    """Reasons why the rewards of a comparison may be wrong."""
     found = []
     for name, answer in result["answers"].items():
         facts = answer["seen"]
@@ -231,7 +231,7 @@ def warnings(result: dict) -> list[str]:
 
 
 def bars(rows: list[tuple[str, str, float, str]]) -> str:
-    """Diverging bars around zero: label (HTML), class, value, and what a reader is told that it is."""
+    """Diverging bars around zero: label (HTML), class, value, and its name for a screen reader."""
     largest = max((abs(row[2]) for row in rows), default=0) or 1
     parts = []
     for label, kind, value, told in rows:
@@ -273,7 +273,7 @@ def scale(result: dict) -> str:
 
 
 def units(tokens: list[dict]) -> list[dict]:
-    """Tokens as they are shown: those that make one character, or one sign of several characters, are one unit.
+    """Tokens in their shown form: tokens that make one character, or one sign of several characters, are one unit.
     Each has the number of its first token and of its last, from 1, and the reward after its last."""
     numbered = [{**token, "first": number, "last": number} for number, token in enumerate(tokens, 1)]
     characters = together(numbered, lambda before, token: not before["text"])
@@ -313,8 +313,8 @@ def told_of(unit: dict, previous: float | None) -> str:
 
 
 def heat_maps(answers: dict) -> str:
-    """Both answers, each token coloured by the reward of the text that ends there; the line below it is solid where
-    the reward is positive and dotted where it is negative."""
+    """Both answers, each token coloured by the reward of the text that ends there. The line below a token is solid if
+    the reward is positive and dotted if it is negative."""
     largest = max(abs(token["reward"]) for answer in answers.values() for token in answer["tokens"]) or 1
     parts = []
     for name, answer in answers.items():
@@ -345,7 +345,7 @@ def visible(text: str) -> str:
 
 
 def token_tables(answers: dict) -> str:
-    """Every number that a token or a dot carries."""
+    """A table of all numbers of tokens and dots."""
     parts = []
     for name, answer in answers.items():
         previous, rows = answer["reward_before"], []
@@ -419,7 +419,7 @@ def trace(answers: dict) -> str:
                 for i, text, value in dots
             ]
         top = ends[name]
-        if close:  # the labels would lie on each other
+        if close:  # the labels would overlap
             lower = name == ("A" if ends["A"] > ends["B"] else "B")
             top = (ends["A"] + ends["B"]) / 2 + (5 if lower else -5)
         over.append(
@@ -448,7 +448,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def other_head(result: dict) -> str:
-    """The LM head: how likely each answer is, and where it and the reward head part."""
+    """The LM head: how likely each answer is, and where it and the reward head disagree."""
     answers, heads = result["answers"], result["heads"]
     if heads is None:
         return "<p>This model has no LM head any more: its reward head took its place.</p>"
@@ -500,7 +500,7 @@ def number(value: float | None, form) -> str:
 
 
 def seen(answers: dict) -> str:
-    """Tokens, truncation and end of each text, and the text itself as the model got it."""
+    """Tokens, truncation and end of each text, and the text that the model got."""
     parts = []
     for name, answer in answers.items():
         facts = answer["seen"]
@@ -679,8 +679,8 @@ def batch(rows: list[dict], scores: list[dict], result: dict, reliability: list[
 
 
 def reliability_plot(rows: list[dict], n: int) -> str:
-    """Confidence against accuracy, a dot for each bin, its area the share of the pairs; on the dashed line the model
-    is right as often as it says."""
+    """Confidence against accuracy, with a dot for each bin; its area is the share of the pairs. On the dashed line the
+    model is right as often as it says."""
     left, right, top, bottom = 46, 408, 14, 292
 
     def x(confidence: float) -> float:

@@ -1,8 +1,8 @@
-"""Whose turn it is. A line runs one computation at a time; a job takes its turns in a line, and ends when its time is
-up or when nobody waits for its result any more.
+"""The turns of computations. A line runs one computation at a time. A job takes its turns in a line, and ends when its
+time is up or when nobody waits for its result any more.
 
-A page waits in no line. Each kind of job has places of its own, so that many tables keep nobody from comparing, and a
-table takes a new turn for each few pairs, so that a comparison comes between.
+The page itself waits in no line. Each kind of job has its own places, so many tables do not block comparisons. A table
+takes a new turn after every few pairs, so a comparison can come between.
 """
 
 import asyncio
@@ -25,9 +25,9 @@ class Stopped(ValueError):
 class Kind:
     """
     Args:
-        name: What the jobs are, in a sentence.
-        places: Most of them that run or wait.
-        seconds: Most that one may compute.
+        name: The name of the jobs in a sentence.
+        places: Largest number that run or wait.
+        seconds: Longest computation of a job.
     """
 
     def __init__(self, name: str, places: int, seconds: float):
@@ -48,8 +48,8 @@ class Kind:
 class Job:
     """
     Args:
-        session: Whose client must be there; `None` for a job of the page itself.
-        seconds: Most that it may compute.
+        session: The session whose client must be there; `None` for a job of the page itself.
+        seconds: Longest computation.
     """
 
     def __init__(self, session: str | None, seconds: float):
@@ -76,7 +76,7 @@ class Job:
 
     async def run(self, line: asyncio.Lock, task, *arguments):
         """Runs a function in a thread when it is this job's turn in a line."""
-        while self.session is not None and not guard.listening(self.session):  # nothing is computed for nobody
+        while self.session is not None and not guard.listening(self.session):  # nobody waits, so nothing is computed
             self.check()
             await asyncio.sleep(0.05)
         turn = asyncio.ensure_future(line.acquire())
@@ -100,7 +100,7 @@ class Job:
 
 
 def check() -> None:
-    """Of the job that this code runs for, if it runs for one."""
+    """Checks the job that this code runs for, if there is one."""
     job = current.get()
     if job is not None:
         job.check()

@@ -1,5 +1,5 @@
-// What the page does by itself: it marks results that are out of date, keeps the address and the link those of the
-// comparison shown, says what it is doing, and goes to what it has found.
+// The page marks results that are out of date, keeps the address and the link of the comparison shown, says what it is
+// doing, and moves to its results.
 window.page = (() => {
   const OURS = ["model", "kind", "prompt", "a", "b", "t"], SAID = {
     compare: ["Comparing…", "Still comparing: your first press counts."],

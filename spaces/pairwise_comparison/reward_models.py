@@ -1,11 +1,11 @@
-"""Reward models: which ones this page offers, loading them, and reading them token by token.
+"""Reward models: the list of this page, loading, and reading token by token.
 
-Models of the list are pinned to a revision and may bring their own code. What a free id brings is handled in another
-process (`apart.py`), with functions of this file.
+Models of the list are pinned to a revision and may bring their own code. Other ids are handled in a separate process
+(`apart.py`), with functions of this file.
 
-`encoding.py` is grm_hf's own: it renders and tokenises by the policies that the model's configuration stores, so a
-reward is the number that the library gives. A decoder is causal: the head on the hidden state of token t gives the
-reward of the text that ends there, and one forward pass gives the reward after each token.
+`encoding.py` is a copy of grm_hf's. It renders and tokenises by the policies in the model's configuration, so a reward
+is the library's number. A decoder is causal: the head on the hidden state of token t gives the reward of the text that
+ends there, and one forward pass gives the reward after each token.
 """
 
 import json
@@ -43,11 +43,9 @@ class Listed:
     A model of the list.
 
     Attributes:
-        source: A folder, or a Hub id.
-        revision: The commit that an id is pinned to.
-        note: For the About tab.
-        trusted: Whether the owner of this page vouches for its code: a folder, or a pinned id. Another id is only a
-            suggestion, and is loaded as any that a visitor types.
+        source: A folder, or a Hub id. revision: The commit that an id is pinned to. note: For the About tab. trusted:
+        Whether its code may run: a folder, or a pinned id. Another id is only a suggestion, and is loaded like an id
+        that a visitor types.
     """
 
     source: str
@@ -57,8 +55,8 @@ class Listed:
 
 
 def read_list(path: Path) -> tuple[dict[str, Listed], list[str]]:
-    """The models that a JSON file lists (or that is in a folder), by name, and a sentence for each entry left out.
-    Folders are relative to the file. Where an entry has a folder and an id, the folder is used if it is there."""
+    """The models in a JSON list (or the model in a folder) by name, and a sentence for each entry that is left out.
+    Folders are relative to the file. If an entry has a folder and an id, the folder is used if it exists."""
     if path.is_dir():
         path = path.resolve()
         return {f"{path.parent.name} {path.name}" if path.name == "model" else path.name: Listed(str(path))}, []
@@ -111,11 +109,11 @@ class Loaded:
 
     @property
     def temperature(self) -> float:
-        """By which the model itself divides differences of rewards."""
+        """The temperature by which the model itself divides differences of rewards."""
         return getattr(self.model.config, "reward_temperature", 1.0)
 
     def standardised(self, reward: float) -> float | None:
-        """In standard deviations from the mean over the model's last evaluation set, where it knows them."""
+        """The reward in standard deviations from the mean over the model's last evaluation set, if it stores them."""
         config = self.model.config
         mean, std = getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
         return None if (mean, std) == (0.0, 1.0) or not std else (reward - mean) / std
@@ -151,7 +149,7 @@ class Models:
 
 
 def load(name: str, source: str, revision: str | None, trust_remote_code: bool) -> Loaded:
-    """A reward model and all that reading it needs."""
+    """Loads a reward model and all that is needed to read it."""
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
         where["revision"] = revision
@@ -186,7 +184,8 @@ def load(name: str, source: str, revision: str | None, trust_remote_code: bool) 
 
 
 def check_code(name: str, source: str, revision: str | None) -> None:
-    """The revision of a model pins its own files only: of another repository's, the latest would be taken."""
+    """Refuses code from another repository. A revision pins the model's own files only, and of another repository the
+    latest would be taken."""
     for file in ("adapter_config.json", "config.json", "tokenizer_config.json"):
         try:
             path = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -210,7 +209,8 @@ def check_code(name: str, source: str, revision: str | None) -> None:
 
 
 def encoder_of_a_classifier(name, model, tokenizer) -> Encoder:
-    """The policies are those that `grm export` stores, or grm_hf's; the limit is at most the model's positions."""
+    """The encoder of a classifier, with the policies that `grm export` stores, or grm_hf's; the limit is at most the
+    model's positions."""
     if not isinstance(getattr(model, "score", None), torch.nn.Module):
         raise ValueError(
             f"“{name}” ({model.config.model_type}) has no head `score` on a decoder. This page reads rewards at the "
@@ -231,17 +231,14 @@ def encoder_of_a_classifier(name, model, tokenizer) -> Encoder:
 @dataclass(frozen=True)
 class Reading:
     """
-    What a model makes of one text.
+    The result of a model for one text.
 
     Attributes:
-        reward: Read at token `read_at`.
-        ids, pieces, special: The tokens: ids, the text each adds, whether each is a special token.
-        start: Index of the first token of the answer.
-        rewards: The reward of the text that ends with each token.
-        logprobs: Log-probability of each token of the answer, by the LM head; `None` without one. That of
-            a token with nothing before it is `None`.
-        cut, response_cut: Tokens that truncation took away, and whether some were the answer's.
-        unknown: Tokens that stand for words the tokenizer does not know.
+        reward: Read at token `read_at`. ids, pieces, special: The tokens: ids, the text each adds, whether each is a
+        special token. start: Index of the first token of the answer. rewards: The reward of the text that ends with
+        each token. logprobs: Log-probability of each token of the answer, by the LM head; `None` without an LM head.
+        It is `None` for a token with nothing before it. cut, response_cut: Number of tokens that truncation removed,
+        and whether some were the answer's. unknown: Tokens that stand for words the tokenizer does not know.
     """
 
     reward: float
@@ -260,8 +257,8 @@ class Reading:
 def encode(
     loaded: Loaded, prompt: str | list[dict] | None, answer: str | list[dict], name: str = "The answer"
 ) -> Encoded:
-    """Tokens of a prompt (text: one user message where the model has a chat template) and an answer to it; without
-    prompt, of a whole conversation."""
+    """Tokens of a prompt (a string is one user message if the model has a chat template) and an answer to it; without
+    a prompt, of a whole conversation."""
     for what, text in (("The prompt", prompt), (name, answer)):
         if text is None:
             continue
@@ -299,7 +296,7 @@ def device() -> str:
 
 @torch.no_grad()
 def read(loaded: Loaded, encoded: Encoded) -> Reading:
-    """Everything about one text, in one forward pass."""
+    """The reading of one text, in one forward pass."""
     model, tokenizer, ids = loaded.model.to(device()), loaded.tokenizer, encoded.ids
     inputs = {"input_ids": torch.tensor([ids], device=device()), "use_cache": False}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -353,14 +350,14 @@ def read(loaded: Loaded, encoded: Encoded) -> Reading:
 
 
 def unknown_id(tokenizer) -> int | None:
-    """The token that stands for unknown words, unless it is one that ends texts, too."""
+    """The token for unknown words, unless it also ends texts."""
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
     return None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
 
 
 @torch.no_grad()
 def reward_of(loaded: Loaded, encoded: Encoded) -> float:
-    """The reward alone, of one text by itself."""
+    """Only the reward, of one text by itself."""
     model = loaded.model.to(device())
     ids = torch.tensor([encoded.ids], device=device())
     reward = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.item()
@@ -376,7 +373,7 @@ def check_finite(loaded: Loaded, values: list[float]) -> None:
 
 @torch.no_grad()
 def rewards_together(loaded: Loaded, texts: list[Encoded]) -> list[float] | None:
-    """The rewards of texts in one padded batch; `None` where the model cannot be given one."""
+    """The rewards of texts in one padded batch; `None` if the model cannot take a batch."""
     model = loaded.model.to(device())
     pad = model.config.get_text_config().pad_token_id
     if loaded.kind == "classifier" and pad is None:
@@ -406,7 +403,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
 
 
 def control_words(tokenizer, text: str) -> list[str]:
-    """Special tokens that a text spells out: the model reads them as such, not as text."""
+    """Special tokens that a text spells out. The model reads them as special tokens, not as text."""
     return sorted(
         {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in text}
     )
@@ -426,7 +423,7 @@ def compare(
     Two answers to one prompt, as JSON.
 
     Args:
-        temperature: Divides the difference of rewards, after the model's own temperature has.
+        temperature: Divides the difference of rewards, after the model's own temperature.
     """
     check_temperature(temperature)
     encoded = encode_both(loaded, prompt, answer_a, answer_b)
@@ -453,7 +450,7 @@ def compare(
 
 
 def judge(rewards: dict[str, float], temperature: float, own: float) -> dict[str, Any]:
-    """What two rewards mean at a temperature, which divides their difference after the model's own has."""
+    """The verdict on two rewards at a temperature, which divides their difference after the model's own."""
     check_temperature(temperature)
     difference = rewards["A"] - rewards["B"]
     preferred = None if difference == 0 else "A" if difference > 0 else "B"
@@ -527,8 +524,8 @@ def describe(loaded: Loaded, reading: Reading) -> dict[str, Any]:
 
 
 def disagreements(before: float | None, tokens: list[dict], count: int = 3) -> list[dict]:
-    """The tokens at which the heads disagree most: the reward falls where the language model was less surprised than
-    usual in this answer, or rises where it was more so. Both are measured in standard deviations over the answer."""
+    """The tokens at which the heads disagree most: the reward falls where the LM head was less surprised than usual in
+    this answer, or rises where it was more surprised. Both are measured in standard deviations over the answer."""
     steps, previous = [], before
     for token in tokens:
         if previous is not None and token["logprob"] is not None and not token["special"]:
@@ -592,14 +589,14 @@ def encode_rows(loaded: Loaded, rows: list[dict], first: int = 1) -> list[list[E
 
 
 def measure(loaded: Loaded, rows: list[dict]) -> dict[str, Any]:
-    """The tokens of each pair of a table, and the model's own temperature: what there is to know before scoring it."""
+    """The tokens of each pair of a table and the model's own temperature, before the table is scored."""
     tokens = [sum(len(text.ids) for text in pair) for pair in encode_rows(loaded, rows)]
     return {"tokens": tokens, "temperature": loaded.temperature}
 
 
 def score(loaded: Loaded, rows: list[dict], first: int) -> list[list]:
-    """The values that `tables.SCORES` names, of each row, and how many words of it the model does not know. One text
-    at a time: a score depends on no neighbour."""
+    """The values that `tables.SCORES` names for each row, and the number of its unknown words. Texts are scored one at
+    a time, so a score depends on no neighbour."""
     scores = []
     for pair in encode_rows(loaded, rows, first):
         chosen, rejected = (reward_of(loaded, text) for text in pair)

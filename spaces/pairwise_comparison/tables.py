@@ -1,6 +1,6 @@
-"""What visitors type and upload, read into Python with a sentence for every mistake; and tables written for download.
+"""Reads the input of visitors, with a sentence for every mistake, and writes tables for download.
 
-Conversations: one turn after another, each begun by its role at the beginning of a line, or JSON messages.
+Conversations: turns that begin with their role at the beginning of a line, or JSON messages.
 Tables of pairs: CSV with columns `prompt`, `chosen`, `rejected`, or JSON lines with these keys, text or messages.
 """
 
@@ -24,7 +24,7 @@ NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a lis
 
 
 def called(value) -> str:
-    """A value's type, as a visitor calls it."""
+    """A value's type in a visitor's words."""
     return "null" if value is None else NAMES.get(type(value), type(value).__name__)
 
 
@@ -85,7 +85,7 @@ def read_prompt(kind: str, text: str | None) -> str | list[dict]:
 
 
 def check_messages(messages, name: str) -> list[dict]:
-    """A list of messages, each with a role and a text, in an order that a conversation has."""
+    """Checks a list of messages: each has a role and a text, in the order of a conversation."""
     if not isinstance(messages, list):
         raise ValueError(f"{name} is {called(messages)}; a list of 1 to {MAX_TURNS} messages is required.")
     if not 1 <= len(messages) <= MAX_TURNS:
@@ -110,7 +110,7 @@ def check_messages(messages, name: str) -> list[dict]:
 
 
 def check_prompt(messages, name: str) -> list[dict]:
-    """Messages that an answer can follow."""
+    """Checks messages that an answer must follow."""
     messages = check_messages(messages, name)
     if messages[-1]["role"] != "user":
         raise ValueError(
@@ -121,7 +121,7 @@ def check_prompt(messages, name: str) -> list[dict]:
 
 
 def read_answers(text: str | None) -> list[str]:
-    """Answers divided by lines of three or more dashes; without any, one a line."""
+    """Answers divided by lines of three or more dashes; without such lines, one answer a line."""
     text = check_text("" if text is None else text, "The list of answers")
     parts = re.split(r"^-{3,}[ \t\r]*$", text, flags=re.MULTILINE)
     answers = [part.strip() for part in (parts if len(parts) > 1 else LINE.split(text))]
@@ -129,8 +129,8 @@ def read_answers(text: str | None) -> list[str]:
 
 
 def read_pairs(text: str | None, upload: bytes | None) -> tuple[list[dict], str]:
-    """Rows with `prompt` (text, messages, or none where the sides are whole conversations), `chosen`, `rejected`, and
-    whatever else they have, as text; and the format, "csv" or "jsonl"."""
+    """Rows with `prompt` (text, messages, or none if the sides are whole conversations), `chosen`, `rejected`, and
+    further columns as text; and the format, "csv" or "jsonl"."""
     what = "The table" if upload is None else "The file"
     if upload is None:
         upload = check_text(text or "", what).encode()
@@ -183,7 +183,8 @@ def _csv_rows(text):
 
 
 def _check_names(names, where):
-    """All names of `SCORES` are those of a table from here, which is scored anew; some of them are another's."""
+    """A table with all names of `SCORES` comes from this page and is scored anew. A table with some of them is
+    refused."""
     taken = [name for name in SCORES if name in names]
     if taken and len(taken) < len(SCORES):
         raise ValueError(
@@ -243,7 +244,7 @@ def shorten(value, length: int = 80) -> str:
 
 
 def write_pairs(rows: list[dict], scores: list[dict], form: str) -> str:
-    """The rows with what `SCORES` names, in the format they came in."""
+    """The rows with the values of `SCORES`, in their own format."""
     merged = [{**row, **score} for row, score in zip(rows, scores, strict=True)]
     if form == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged)

@@ -1,9 +1,11 @@
-"""The page of the metric: rewards of preference pairs in, as CSV; accuracy with intervals, calibration, subsets out.
+"""The page of the metric: it reads rewards of preference pairs as CSV, and reports accuracy with intervals,
+calibration and subsets.
 
     python app.py
 
-`metrics.py` does the mathematics, `guard.py` refuses what is too much; here a table is read, with errors that name the
-line, and a report is drawn as HTML. Whatever a visitor typed is escaped before it is shown, and nothing of it is kept.
+`metrics.py` does the mathematics, and `guard.py` refuses requests that are too large. This file reads a table, with
+errors that name the line, and draws a report as HTML. A visitor's input is escaped before it is shown, and is not
+kept.
 """
 
 import csv
@@ -81,7 +83,7 @@ MEANING = {
 
 
 def read_table(text: str) -> tuple[dict[str, list], list[str]]:
-    """Columns of a CSV table, checked, and the names of the columns that are not used."""
+    """The checked columns of a CSV table, and the names of unused columns."""
     lines = text.lstrip("\ufeff").strip()
     if not lines:
         raise ValueError("There is nothing to measure yet: paste a table or upload a file.")
@@ -173,7 +175,7 @@ def check_temperature(value, name: str = "The temperature") -> float:
 
 
 def check_column(values, name: str, of: str) -> list | None:
-    """A list of numbers or of texts, as the API gets it."""
+    """A checked list of numbers or of texts, from the API."""
     if not isinstance(values, list):
         raise ValueError(f"`{name}` is {called(values)}; a list of {of} is required.")
     if len(values) > MAX_ROWS:
@@ -203,7 +205,7 @@ def percents(interval: tuple[float, float]) -> str:
 
 
 def interval_plot(rows: list[tuple[str, float, tuple[float, float]]]) -> str:
-    """Accuracies with their intervals on an axis from 0 to 1 each; the dashed mark is a coin."""
+    """Accuracies with their intervals, each on an axis from 0 to 1; the dashed mark is a coin."""
     left, right, step = 8, 412, 48
     parts = []
     for i, (name, value, interval) in enumerate(rows):
@@ -227,7 +229,8 @@ def interval_plot(rows: list[tuple[str, float, tuple[float, float]]]) -> str:
 
 
 def reliability_plot(margins, temperature: float) -> str:
-    """Confidence against accuracy, a dot for each bin, its area the share of the pairs; the line is calibration."""
+    """Confidence against accuracy, with a dot for each bin; its area is the share of the pairs. The line is
+    calibration."""
     left, right, top, bottom = 44, 408, 12, 300
     n = len(margins)
 
@@ -290,7 +293,7 @@ def table_row(name: str, value: float, meaning: str) -> str:
 
 
 def report(text: str, upload: bytes | None, ties: str, temperature: float) -> str:
-    """The report on a table, as HTML; for a table that cannot be read, a sentence that says why."""
+    """The report on a table as HTML. If the table cannot be read, a sentence that says why."""
     try:
         if ties not in TIES:
             raise ValueError(f"A tie counts {', '.join(TIES)}; one of these is required.")
@@ -384,7 +387,7 @@ def measure(
     Args:
         chosen: Rewards of the chosen responses.
         rejected: Rewards of the rejected responses.
-        ties: What a pair with two equal rewards counts: "0", "0.5", "1" or "drop".
+        ties: The value of a pair with two equal rewards: "0", "0.5", "1" or "drop".
         temperature: Divides the margins before log loss, Brier score and calibration error are computed.
         prompts: The prompt of each pair, for the interval over prompts.
         subsets: The subset of each pair.
@@ -415,7 +418,7 @@ def check_subsets(values) -> list[str]:
 
 
 def example() -> str:
-    """Sixty made-up pairs: two for each prompt, and a model that is a little too sure."""
+    """Sixty invented pairs, two for each prompt, from a model that is a little too sure."""
     rng = random.Random(0)
     lines = ["chosen,rejected,prompt,subset"]
     for i in range(60):
@@ -484,7 +487,7 @@ if __name__ == "__main__":
         footer_links=["api", "settings"],
         run_history=False,
         enable_monitoring=False,
-        state_session_capacity=1,  # there is no state: it would keep what visitors typed
+        state_session_capacity=1,  # no state: it would keep the visitors' input
         app_kwargs={
             "middleware": [
                 Middleware(

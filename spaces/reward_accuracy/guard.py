@@ -1,10 +1,10 @@
-"""A wall before the routes of a page: what any visitor may send, and who is still there.
+"""A guard in front of the routes of a page: it limits what a visitor may send, and knows who is still there.
 
     demo.launch(app_kwargs={"middleware": [Middleware(Guard, most=2_000_000, values=1000, uploads=FOLDER)]})
 
-A body that is too long, too slow, nested too deeply, or of too many values is refused before anything parses it. All
-bodies that are read at one time stay within a bound, and so do uploaded files and open requests. A client that waits
-for a result holds a stream open: `listening` says whether one is there.
+A body that is too long, too slow, nested too deeply, or has too many values is refused before anything parses it. All
+bodies that are read at one time stay within a limit, and so do uploaded files and open requests. A client that waits
+for a result holds a stream open: `listening` says whether there is one.
 """
 
 import asyncio
@@ -39,9 +39,9 @@ class Guard:
     ASGI middleware.
 
     Args:
-        app: What it stands before.
+        app: The application behind it.
         most: Bytes of one body.
-        values: Most that the lists and objects of one body may hold together.
+        values: Largest number of values in all lists and objects of one body.
         uploads: Folder of uploaded files.
     """
 
@@ -129,7 +129,7 @@ async def refuse(send, status: int, sentence: str):
 
 
 def session_of(scope) -> str | None:
-    """Whose results a request waits for."""
+    """The session whose results a request waits for."""
     found = STREAM.search(scope["path"]) if scope["method"] == "GET" else None
     if not found:
         return None
@@ -138,7 +138,7 @@ def session_of(scope) -> str | None:
 
 
 def too_deep(rest: bytes) -> bool:
-    """Of JSON without its strings."""
+    """Whether JSON, given without its strings, is nested too deeply."""
     rest = rest.translate(None, NO_BRACKETS)
     for _ in range(MAX_DEPTH):
         if not rest:
@@ -148,7 +148,7 @@ def too_deep(rest: bytes) -> bool:
 
 
 def size(folder: Path) -> int:
-    """Of the files in a folder; a small one counts for the room it takes."""
+    """Bytes of the files in a folder; a small file counts for its room on the disk."""
     found = 0
     for path in folder.rglob("*"):
         with suppress(OSError):  # it has just been deleted
