@@ -291,12 +291,13 @@ def section(results: dict) -> str:
         "",
         "`python benchmarks/scoring.py`",
         "",
-        "Speed-up over `pipeline('text-classification')` at batch 8 in the order given: CPU time, median of "
+        "Speed-up over `pipeline('text-classification')` at batch 8 in the given order, by CPU time, median of "
         f"interleaved rounds. A {model['type']} of {model['layers']} layers, hidden size {model['hidden']}, "
         f"vocabulary {model['vocabulary']}, {model['dtype']}, random weights; {results['machine']}; "
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}. `n` answers to one prompt of "
         f"{PROMPT} tokens; answers of lognormal length, median {ANSWER}, sigma {SIGMA} ('equal' and n = 1: {ANSWER}). "
-        "'Padding' is what the pipeline computes for each real token; 'unrelated' are texts of hh-rlhf.",
+        "'Padding' is the number of tokens that the pipeline computes for each real token. 'Unrelated' texts are "
+        "those of hh-rlhf.",
         "",
         f"| texts | padding | {' | '.join(CONTENDERS[1:])} | must be |",
         f"|---|---|{'---|' * len(CONTENDERS)}",
@@ -313,7 +314,7 @@ def section(results: dict) -> str:
         ]
     lines += [
         "",
-        "The same runs counted: ours relative to the pipeline at batch 8.",
+        "Counts of the same runs, ours relative to the pipeline at batch 8.",
         "",
         "| texts | tokens computed | FLOPs | peak memory above weights | largest difference of a score |",
         "|---|---|---|---|---|",

@@ -536,7 +536,7 @@ def profile(results: dict, goals: list[Row]) -> list[str]:
     whole = {name: flops(hh, side, shape, trimmed=False) for name, side in sides.items()}
     lines = [
         "FLOPs of a step by part, relative to the whole step with `none` (hh, random batches of 8, shared_prefix). "
-        "The last layer is finished only where its output is read; the last column is the step without that.",
+        "The last layer is completed only where its output is read. The last column is the step without this saving.",
         "",
         f"| regulariser | {' | '.join(parts['none'])} | all | all, last layer whole |",
         f"|---|{'---|' * (len(parts['none']) + 2)}",
@@ -550,11 +550,11 @@ def profile(results: dict, goals: list[Row]) -> list[str]:
             untrimmed = whole[name] / whole["none"]
             lines += [
                 "",
-                f"`{name}` over `none` is {reached:.3f}, above {goal:.2f}, because `none` gains most from the last "
-                f"layer: {1 - base / whole['none']:.1%} of its FLOPs against "
-                f"{1 - sum(parts[name].values()) / whole[name]:.1%} of those of `{name}`, whose text loss reads more "
-                f"of it. Without that gain the ratio would be {untrimmed:.3f}, "
-                f"{'within' if untrimmed <= goal else 'still above'} the goal, and both steps dearer.",
+                f"`{name}` over `none` is {reached:.3f}, above {goal:.2f}, because `none` saves most in the last "
+                f"layer: {1 - base / whole['none']:.1%} of its FLOPs. `{name}` saves "
+                f"{1 - sum(parts[name].values()) / whole[name]:.1%}, because its text loss reads more of the layer. "
+                f"Without this saving the ratio would be {untrimmed:.3f}, "
+                f"{'within' if untrimmed <= goal else 'still above'} the goal, and both steps would cost more.",
             ]
     small = results["steps"]["hh 128k, batches of 2"]
     large = Shape(**{**asdict(shape), "vocabulary": small["vocabulary"]})
@@ -568,7 +568,7 @@ def profile(results: dict, goals: list[Row]) -> list[str]:
             f"{row.reached[-1]:.3f}, above {row.goals[-1]:.2f}; the FLOPs of these batches are "
             f"{flops(small, OURS, large) / whole_step:.3f} of TRL's, "
             f"{done.flops(large)['text'] / whole_step:.3f} for the text loss alone. Each of its three products "
-            f"goes over {4 * large.hidden * large.vocabulary / 2**20:.0f} MiB of head or gradient for the "
+            f"reads {4 * large.hidden * large.vocabulary / 2**20:.0f} MiB of LM head or gradient for the "
             f"{done.logits / len(small['padding']):.0f} tokens of a batch. In batches of "
             f"{results['steps']['hh 128k']['pairs']} CPU time is {row.reached[0]:.3f}.",
         ]
@@ -586,12 +586,12 @@ def section(results: dict) -> str:
         "",
         f"A Llama of {shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocabulary} unless said, "
         f"float32, random weights, forward and backward; {results['machine']}; {versions}. Lengths: "
-        f"{results['lengths']} (`{'`, `'.join(SETS)}`), cut at {MAX_LENGTH} tokens, a token being a word, a run of "
-        f'signs or white space. "Ours" is `{OURS}`; "TRL" is the step of its `RewardTrainer` on the same pairs and '
-        'weights, without any regulariser. "Padding" is the tokens of padded batches for each real one. CPU time: '
-        "sum over the batches of the medians of the rounds. Peak memory: the largest of the batches, by the "
-        "allocator, above weights, less the bytes of parameter gradients. FLOPs: by a formula that the tests hold "
-        "against `torch.utils.flop_counter`; padded batches are granted causal attention.",
+        f"{results['lengths']} (`{'`, `'.join(SETS)}`), cut at {MAX_LENGTH} tokens; a token is a word, a run of signs "
+        f'or white space. "Ours" is `{OURS}`. "TRL" is the step of its `RewardTrainer` on the same pairs and weights, '
+        'without a regulariser. "Padding" is the number of tokens in padded batches for each real token. CPU time is '
+        "the sum over the batches of the medians over the rounds. Peak memory is that of the largest batch, by the "
+        "allocator, above the weights and without the parameter gradients. FLOPs come from a formula that the tests "
+        "compare with `torch.utils.flop_counter`; padded batches count with causal attention.",
         "",
         *([results["conditions"], ""] if "conditions" in results else []),
         "| figure | padding | reached | goal | met |",
@@ -633,8 +633,8 @@ def section(results: dict) -> str:
         "",
         "### The text loss by itself",
         "",
-        "From given hidden states, with the gradients of these and of the head: CPU time relative to full logits, and "
-        "peak memory beyond these gradients. Liger's fused kernel is written in Triton and needs a GPU: not measured.",
+        "It starts from given hidden states and computes the gradients of these and of the LM head. CPU time is "
+        "relative to full logits; peak memory is without these gradients. Liger's fused kernel needs a GPU: not measured.",
         "",
         "| tokens | vocabulary | side | CPU time | memory, MiB |",
         "|---|---|---|---|---|",

@@ -208,7 +208,7 @@ def _counted(rows: list[dict]) -> str:
     """The number of comparisons of a family for each verdict, before and after the correction."""
     counts = [f"{sum(row['verdict'] == name for row in rows)} {name}" for name in ("better", "worse", SAME)]
     kept = [f"{sum(row['verdict'] == name and row['holm'] for row in rows)} {name}" for name in ("better", "worse")]
-    return f"{', '.join(counts)} by uncorrected 95 % intervals, after Holm's correction {' and '.join(kept)}"
+    return f"{', '.join(counts)} by uncorrected 95 % intervals; after Holm's correction {' and '.join(kept)}"
 
 
 # ----------------------------------------------------------------------------------------------------------- sentences
@@ -244,14 +244,14 @@ def findings(results: dict) -> list[str]:
         for rows, what in ((cells, "in single cells of labels, size and set"), (averages, "averaged over the sizes")):
             family = [row for row in rows if row["quantity"] == quantity]
             parts.append(f"{len(family)} {what}: {_counted(family)}")
-        lines.append(f"{label[0].upper() + label[1:]} ({n}), comparisons with Bradley-Terry, {'; '.join(parts)}.")
+        lines.append(f"{label[0].upper() + label[1:]} ({n}), compared with Bradley-Terry, {'; '.join(parts)}.")
     widths = [
         f"{float(np.median([(r['high'] - r['low']) / 2 for r in rows if r['quantity'] == 'gold'])):.2f} {what}"
         for rows, what in ((cells, "in single cells"), (averages, "averaged over the sizes"))
     ]
     lines.append(
-        f"Half the width of an interval for the difference in gold is, in the median, {' and '.join(widths)}: smaller "
-        "differences could hardly have been shown."
+        f"The median half width of an interval for the difference in gold is {' and '.join(widths)}: smaller "
+        "differences could hardly be shown."
     )
     for verdict in ("better", "worse"):
         named = [
@@ -277,8 +277,8 @@ def _where_grm_does_not_help(cells, n):
     worse = [row for row in gold if row["verdict"] == "worse"]
     same = sum(row["verdict"] == SAME for row in gold)
     lines = [
-        f"Where GRM does not help: of {len(gold)} cells of a GRM method, gold at {n} is not shown to differ from "
-        f"Bradley-Terry's in {same} and is worse in {len(worse)}{f' ({named(worse)})' if worse else ''}."
+        f"Where GRM does not help: of {len(gold)} cells of a GRM method, {same} show no difference in gold at {n} "
+        f"from Bradley-Terry, and {len(worse)} are worse{f' ({named(worse)})' if worse else ''}."
     ]
     groups: dict[tuple, list[str]] = {}
     for row in gold:

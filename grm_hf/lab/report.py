@@ -171,7 +171,9 @@ def about(results: dict) -> list[str]:
     """The measurements and their conditions (Markdown)."""
     s = results["settings"]
     own = [f"{name} `{s[name]}`" for name in ("model", "prompts", "eval_prompts", "gold") if s[name]]
-    world = f"The demo world{' with ' + ', '.join(own) if own else ''}" if not s["model"] else ", ".join(own)
+    world = ", ".join(own)
+    if not s["model"]:
+        world = f"The world of docs/demo_world.md{' with ' if own else ''}{world}"
     units = ", ".join(f"{seconds:.0f} s {kind}" for kind, seconds in results["seconds"].items())
     calls = results["calls"]
     wall = sum(call["seconds"] for call in calls)
@@ -185,34 +187,36 @@ def about(results: dict) -> list[str]:
         for key, found in results["sets"].items()
     )
     return [
-        f"{world}; policy and base of the proxies: {results['parameters']:,} parameters, sampled at temperature 1.",
-        f"Measured on the same answers for all proxies. {sets}.",
-        "Proxies: two sampled answers to a prompt are a pair, ordered by gold (clean) or with "
-        f"{100 * s['flipped']:.0f} % of the labels turned around; {', '.join(map(str, s['sizes']))} pairs, "
-        f"{s['epochs']} epochs, learning rate {s['learning_rate']:g}, batch {s['batch_size']}. "
+        f"{world}. The policy is also the base of the proxies: {results['parameters']:,} parameters, sampled at "
+        "temperature 1.",
+        f"All proxies are measured on the same answers. {sets}.",
+        "A pair for the proxies is two sampled answers to a prompt, ordered by gold (clean) or with "
+        f"{100 * s['flipped']:.0f} % of the labels turned around. Training takes {', '.join(map(str, s['sizes']))} "
+        f"pairs, {s['epochs']} epochs, learning rate {s['learning_rate']:g}, batches of {s['batch_size']}. "
         f"{results['skipped_pairs']} pairs of equal gold or without text were not used.",
-        f"{s['seeds']} seeds; each draws its own answers, pairs, labels, heads and orders, so that nothing is shared "
-        f"between seeds but base, prompts and the answers that are chosen among. An ensemble has {s['members']} "
-        "Bradley-Terry models of its seed's pairs, with heads and orders of their own.",
-        "Rewards are differences from n = 1 (policies: from the initial one), in standard deviations within prompts: "
-        "gold in those of gold, a best-of-n proxy in its own. Policies' proxies are standardised over all answers.",
-        "Intervals are 95 % by Student's t over seeds, differences paired by seed. They hold for this base, these "
-        "prompts and these answers. A peak is chosen after the fact, so that “below peak” is never negative, and "
-        "positive by chance alone too.",
-        f"PPO and GRPO: proxies of {s['policy_size']} pairs with {LABELS[s['policy_labels']]}, "
-        f"{s['policy_steps']} steps of {s['policy_batch']} answers, learning rate {s['policy_learning_rate']:g}, "
-        f"no penalty on the divergence, measured with {s['policy_samples']} answers to each prompt. KL: at each token "
-        f"of the policy's answers the divergence of the whole distributions, summed. {versions}.",
+        f"{s['seeds']} seeds. Each draws its own answers, pairs, labels, heads and orders. Seeds share only the base, "
+        f"the prompts and the candidate answers. An ensemble has {s['members']} Bradley-Terry models of its seed's "
+        "pairs, each with its own head and order.",
+        "Rewards are differences from n = 1 (for policies: from the initial policy), in standard deviations within "
+        "prompts: gold in those of gold, a best-of-n proxy in its own. Proxies of policies are standardised over all "
+        "answers.",
+        "Intervals are 95 % by Student's t over seeds; differences are paired by seed. They hold for this base, these "
+        "prompts and these answers. A peak is chosen after the fact, so “below peak” is never negative, and chance "
+        "alone makes it positive.",
+        f"PPO and GRPO use proxies of {s['policy_size']} pairs with {LABELS[s['policy_labels']]}, "
+        f"{s['policy_steps']} steps of {s['policy_batch']} answers, learning rate {s['policy_learning_rate']:g} and "
+        f"no penalty on the divergence. They are measured with {s['policy_samples']} answers to each prompt. KL is "
+        f"the divergence of the whole distributions at each token of the policy's answers, summed. {versions}.",
         f"Cost: {results['cpu_seconds'] / 60:.1f} minutes of processor time in the units, up to "
-        f"{max((call['workers'] for call in calls), default=0)} at a time; {wall / 60:.1f} minutes of wall time, with "
-        f"whatever else the machine did (by kind of unit: {units}).",
+        f"{max((call['workers'] for call in calls), default=0)} at a time; {wall / 60:.1f} minutes of wall time "
+        f"beside other work of the machine (by kind of unit: {units}).",
     ]
 
 
 def markdown(results: dict) -> str:
     """docs/results/lab.md."""
     lines = [
-        "# Over-optimisation in the demo world",
+        "# Over-optimisation in the world whose true reward is known",
         "",
         "`make lab` runs the study and `python benchmarks/lab.py` keeps its results. `python benchmarks/results.py` "
         "writes this page. [overoptimization.md](../overoptimization.md) says what is measured and why.",

@@ -85,7 +85,7 @@ class Settings:
             )
         if self.model and not (self.prompts and self.gold):
             raise ValueError(
-                "A model of your own needs `prompts` and `gold` of your own: the demo world's questions and gold "
+                "A model of your own needs `prompts` and `gold` of your own: the world's questions and gold "
                 "reward mean nothing to it."
             )
         if self.eval_prompts and not self.prompts:

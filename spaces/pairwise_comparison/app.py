@@ -471,7 +471,7 @@ in a separate process with limited time and memory: a public `...ForSequenceClas
 {reward_models.MAX_CHARACTERS:,} characters a text, {reward_models.MAX_TOKENS:,} tokens a sequence,
 {tables.MAX_ANSWERS} answers to rank, {tables.MAX_ROWS} pairs and {MAX_TABLE_TOKENS:,} tokens a table.
 {COMPARISONS.seconds} seconds of computing for a comparison or a ranking, {TABLES.seconds} for a table.
-Computations run one at a time; others wait.
+Listed models have one computation at a time, and all others share one. The rest wait.
 
 ## What is kept of what you type
 No comparison is written to disk. The last visitor's comparison stays in memory until the next one. A table that you
