@@ -48,7 +48,8 @@ def front() -> str:
         "# Results",
         "",
         "Is the reward better when the decoder keeps a text loss (GRM) than without one (Bradley-Terry)? Each study "
-        f"trains both alike, on the same pairs. {in_short()}",
+        f"trains both alike, on the same pairs. {in_short()} Only the first study corrects its intervals for the number "
+        "of comparisons.",
         "",
         f"![Differences between GRM and Bradley-Terry, with intervals](images/{FIGURE.name})",
         "",

@@ -238,8 +238,7 @@ def findings(results: dict) -> list[str]:
     before, after = results["perplexity_before"]["id"], results["comparison"]["perplexity"]["id"]
     perplexities = ", ".join(f"{entry['mean']:.2f} after {method}" for method, entry in after.items())
     return [
-        f"{results['seeds']} seeds. Accuracy: {'; '.join(shown) or 'no GRM differs from Bradley-Terry'}; no other "
-        "difference is shown. The intervals are not corrected for the number of comparisons.",
+        f"{results['seeds']} seeds. Accuracy: {'; '.join([*shown, 'no other difference is shown'])}.",
         f"Perplexity of the LM head {DOMAINS['id']}: {before:.2f} before training, {perplexities}.",
     ]
 
