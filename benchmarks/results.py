@@ -48,8 +48,8 @@ def front() -> str:
         "# Results",
         "",
         "Is the reward better when the decoder keeps a text loss (GRM) than without one (Bradley-Terry)? Each study "
-        f"trains both alike, on the same pairs. {in_short()} Only the first study corrects its intervals for the number "
-        "of comparisons.",
+        f"trains both alike, on the same pairs. {in_short()} Only the first study corrects its intervals for the "
+        "number of comparisons.",
         "",
         f"![Differences between GRM and Bradley-Terry, with intervals](images/{FIGURE.name})",
         "",
@@ -109,7 +109,7 @@ def panels() -> list[dict]:
         {"title": "A world whose true reward is known", "axis": points, "rows": _world_rows(read(world.RESULTS))},
         {
             "title": "Over-optimisation in that world",
-            "axis": "gold of the best answer, in standard deviations",
+            "axis": "gold of the best answer, GRM minus Bradley-Terry, in standard deviations",
             "rows": _lab_rows(read(lab.RESULTS)),
         },
     ]

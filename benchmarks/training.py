@@ -634,8 +634,8 @@ def section(results: dict) -> str:
         "### The text loss by itself",
         "",
         "It starts from given hidden states and computes the gradients of these and of the LM head. CPU time is "
-        "relative to full logits; peak memory is without these gradients. Liger's fused kernel needs a GPU and was not "
-        "measured.",
+        "relative to full logits; peak memory is without these gradients. Liger's fused kernel needs a GPU and was "
+        "not measured.",
         "",
         "| tokens | vocabulary | side | CPU time | memory, MiB |",
         "|---|---|---|---|---|",

@@ -230,8 +230,8 @@ def table(results: dict, quantity: str, digits: int, scale: float) -> list[str]:
 def findings(results: dict) -> list[str]:
     """What the run found, in sentences."""
     shown = [
-        f"{method} is {e['verdict']} {DOMAINS[domain]} by {100 * e['difference']:+.1f} ± "
-        f"{100 * e['difference_half_width']:.1f} points"
+        f"{method} differs {DOMAINS[domain]} by {100 * e['difference']:+.1f} ± "
+        f"{100 * e['difference_half_width']:.1f} points from {BASELINE} ({e['verdict']})"
         for domain, method, e in against_baseline(results)
         if e["verdict"] != NO_DIFFERENCE
     ]
