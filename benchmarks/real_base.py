@@ -96,7 +96,7 @@ PACKAGES = ("grm-hf", "torch", "transformers", "trl", "tokenizers")
 
 
 def plan() -> list[tuple[str, dict]]:
-    """Every run of the study, the most informative first: (method, what it is trained on)."""
+    """Every run of the study, the most informative first: (method, training data)."""
     runs = []
     for train, pairs, flipped, methods, seeds in (
         ("rmb", 600, 0.0, ("none", "sft"), 8),

@@ -504,7 +504,7 @@ def _eval(args):
     if args.compare and not args.output:
         raise ValueError("--compare needs --output: rows are compared one by one, and they are kept there.")
     if args.card and not Path(args.model).is_dir():
-        raise ValueError(f"--card writes into a folder, and {args.model!r} is none.")
+        raise ValueError(f"--card writes into a folder, and {args.model!r} is not a folder.")
     _check_place(args.model)
     accelerator = _accelerator()
     if args.member:

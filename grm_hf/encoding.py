@@ -116,7 +116,7 @@ class Encoder:
         special = {index for index, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
             special.discard(tokenizer.unk_token_id)  # stands for a word of the response
-        # Plain tuples: they pickle the same way every time, which is what caches of `datasets.map` are found by.
+        # Plain tuples: they always pickle alike, and `datasets.map` finds its cache by the pickle.
         object.__setattr__(self, "_special_ids", tuple(sorted(special)))
         object.__setattr__(self, "_ends", tuple(sorted(str(token) for token in added.values() if str(token).strip())))
 

@@ -55,7 +55,7 @@ class Qwen3ForRewardModel(_ForRewardModel, Qwen3PreTrainedModel):
 
 
 REWARD_MODELS: dict[str, Any] = {kind.__name__: kind for kind in (Qwen2ForRewardModel, Qwen3ForRewardModel)}
-# What SGLang's classifiers read and transformers' lack, so that zeros are written for it (`grm export`).
+# SGLang's classifiers read this bias and transformers' lack it, so `grm export` writes zeros for it.
 ZERO_BIAS = "score.bias"
 
 

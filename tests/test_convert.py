@@ -470,7 +470,7 @@ REFUSALS = {
     "missing in head": (spoil(lambda s: s.pop("v_head.summary.0.weight")), "no v_head.summary.0.weight"),
     "gap in head": (
         spoil(lambda s: s.update({k.replace("y.2", "y.4"): s.pop(k) for k in list(s) if "summary.2" in k})),
-        "none that is known",
+        "an unknown form",
     ),
     "two heads": (spoil(lambda s: s.update({"score.weight": torch.zeros(1, 32)})), "more than one reward head"),
     "two outputs": (

@@ -403,7 +403,7 @@ def test_the_tokenizer_is_loaded_as_it_was(tmp_path):
     tokenizer.save_pretrained(tmp_path / "plain")
     saved(tmp_path / "foreign", lm, tokenizer=tokenizer, head_type="mlp")
     if AutoTokenizer.from_pretrained(tmp_path / "plain")(text) != tokenizer(text):
-        with pytest.raises(ValueError, match="splits texts otherwise"):
+        with pytest.raises(ValueError, match="splits texts differently"):
             export(tmp_path / "foreign", tmp_path / "other")
         assert not (tmp_path / "other").exists()
 

@@ -283,7 +283,7 @@ def _head(folder: Path, source: str, adapter: bool):
     widths = {shape[0] for shape in shapes[:-1]} | {shape[-1] for shape in shapes[1:]}
     if any(len(shape) != 2 for shape in shapes) or numbers != list(range(0, 2 * len(layers), 2)) or len(widths) > 1:
         raise ValueError(
-            f"The reward head of '{source}' is none that is known: {dict(zip(sorted(found), shapes, strict=False))}. "
+            f"The reward head of '{source}' has an unknown form: {dict(zip(sorted(found), shapes, strict=False))}. "
             "It must be one linear layer, or layers of one width with a ReLU between two."
         )
     if shapes[-1][0] != 1:

@@ -330,8 +330,8 @@ def _check(folder: Path, probe: list[int]) -> float:
     if tokenizer(PROBE)["input_ids"] != probe:
         raise ValueError(
             f"Beside a model of type '{native.config.model_type}', transformers {__version__} makes a "
-            f"{type(tokenizer).__name__} of this model's tokenizer, which splits texts otherwise. Whoever serves the "
-            "model would send it other tokens than those of training."
+            f"{type(tokenizer).__name__} of this model's tokenizer, which splits texts differently. A server would "
+            "send the model other tokens than those of training."
         )
     scorer = GRMScorer(native, tokenizer, deterministic=True)
     for number, row in enumerate(rows):

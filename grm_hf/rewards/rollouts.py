@@ -50,7 +50,7 @@ class RolloutEncoder:
             The reward model's.
 
     Attributes:
-        opening: What the chat template writes in front of an answer; empty if it writes nothing, or there is none.
+        opening: The text that the chat template writes in front of an answer; empty if there is none.
     """
 
     def __init__(self, encoder: Encoder):

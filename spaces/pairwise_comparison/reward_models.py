@@ -581,7 +581,7 @@ def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperatu
 
 
 def encode_rows(loaded: Loaded, rows: list[dict], first: int = 1) -> list[list[Encoded]]:
-    """Chosen and rejected of each row of a table, of which the first one has a number."""
+    """Chosen and rejected of each row of a table. Errors call the first row by the number `first`."""
     return [
         [encode(loaded, row.get("prompt") or None, row[side], f"Pair {number}, “{side}”") for side in SIDES]
         for number, row in enumerate(rows, first)
