@@ -229,7 +229,8 @@ def _opening(runs, base, about, level, done, planned) -> list[str]:
         else:
             sentences.append(
                 f"After {CONDITIONS[first]}, GRM's accuracy {where} differs from Bradley-Terry's by "
-                f"{found['mean']:+.1f} points (over seeds {_span(found['over_seeds'])}): {found['verdict']}."
+                f"{found['mean']:+.1f} points (over seeds {_span(found['over_seeds'])}, over prompts "
+                f"{_span(found['over_prompts'])}): {found['verdict']}."
             )
     perplexities = [_mean(runs, first, method, lambda run: run["perplexity"]) for method in ("none", "sft")]
     if base and all(perplexities):

@@ -141,7 +141,7 @@ def draw(drawn: list[dict], path: Path = FIGURE) -> None:
     from matplotlib.figure import Figure
 
     colours = {NAMES[method]: colour for method, colour in report.COLOURS.items()} | WORLD_COLOURS
-    figure = Figure(figsize=(6.5 * len(drawn), 4.2), layout="constrained")
+    figure = Figure(figsize=(6 * len(drawn), 4.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for place, marks in enumerate(panel["rows"].values()):
             for step, (method, (mean, low, high)) in enumerate(marks.items()):
@@ -151,7 +151,7 @@ def draw(drawn: list[dict], path: Path = FIGURE) -> None:
                 axes.plot(mean, y, "o", color=colours[method], markersize=6, label=label)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set(yticks=[-i for i in range(len(panel["rows"]))], yticklabels=panel["rows"])
-        axes.set(title=panel["title"], xlabel=panel["axis"])
+        axes.set(title=panel["title"], xlabel=panel["axis"], ylim=(0.5 - len(panel["rows"]), 0.5))
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": digest(drawn)})
