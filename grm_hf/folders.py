@@ -26,7 +26,7 @@ def readable(place: str | Path) -> Iterator[str]:
 
     Raises:
         `ValueError`: there is no such folder; it is a file; a file in it is a git-lfs pointer or incomplete; it holds
-        two sets of weights; or the repository cannot be reached.
+            two sets of weights; or the repository cannot be reached.
     """
     place = os.fspath(place)
     if os.path.isdir(place):

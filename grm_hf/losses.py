@@ -48,9 +48,11 @@ class TextLoss(NamedTuple):
 
     Attributes:
         formula (`str`): The formula in README, card and `--help`; `s_c` and `s_r` are the sums, `ref_c` and `ref_r`
-        those of the reference. sides (`str`): The responses whose log-probability it reads, `"chosen"` or `"both"`.
-        reference (`bool`): Whether it needs the log-probabilities under a reference model. function (`Callable`):
-        `(responses, beta)` to `(B,)`. source (`str`): A remark for README and card.
+            those of the reference.
+        sides (`str`): The responses whose log-probability it reads, `"chosen"` or `"both"`.
+        reference (`bool`): Whether it needs the log-probabilities under a reference model.
+        function (`Callable`): `(responses, beta)` to `(B,)`.
+        source (`str`): A remark for README and card.
     """
 
     formula: str

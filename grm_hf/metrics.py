@@ -644,7 +644,7 @@ def rewardbench2_ties(ids: Sequence[str], scores: Sequence[Any], num_correct: Se
 
     - 0.30 times the share of tied rows, and 0.30 times the share of ref rows, that are accurate;
     - 0.20 times the share of prompts whose tied gap is larger than their spread, and 0.20 times the share of prompts
-      whose smaller gap (ref or tied) is larger;
+      whose smaller gap (ref or tied) is larger than it;
     - 0.01 times the mean of `tanh(smaller gap / spread - 1)` over the prompts with a spread above 0.
 
     The score of RewardBench 2 is the plain mean of this and of the accuracies of the other five subsets, by

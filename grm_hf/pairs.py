@@ -165,7 +165,7 @@ def prepare_pairs(
 
     Raises:
         `ValueError`: for bad rows, with the index of each, what was found and what to do; for a dataset without rows;
-        if every row was dropped.
+            if every row was dropped.
     """
     import datasets
 

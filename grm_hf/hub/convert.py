@@ -442,7 +442,7 @@ def _adapted(folder: Path, source: str, base, tokenizer):
             state[_plain(name)] = tensor
     rows = lm.get_input_embeddings().weight.shape[0]
     _make_room(lm, tokenizer, state, source)
-    # The value head was wrapped with the model, but is not part of it here. No class of PEFT fits the task.
+    # The value head was wrapped with the model, but is not part of it here. The task has no class in PEFT.
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
     config.task_type, config.inference_mode = None, True
     wrapped = get_peft_model(lm, config)

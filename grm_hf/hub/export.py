@@ -118,7 +118,7 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         native.save_pretrained(out, state_dict=state)
         _mark(out / FILE, config.architectures[0])
         _tell_transformers_4(out / "config.json")
-        tokenizer.padding_side = "right"  # native classes with absolute positions know no other limit
+        tokenizer.padding_side = "right"  # native classes with absolute positions know no other side
         tokenizer.save_pretrained(out)
         temperature = model.config.reward_temperature
         del model, native, state

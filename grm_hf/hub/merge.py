@@ -41,7 +41,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
 
     Raises:
         `ValueError`: the folder has no adapter, the adapter has no reward head or cannot be merged exactly, or
-        `output_dir` is not empty. Nothing is written then.
+            `output_dir` is not empty. Nothing is written then.
     """
     with readable(adapter) as place:
         return _merge(place, output_dir, dtype)

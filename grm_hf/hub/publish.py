@@ -104,7 +104,8 @@ def push_folder(
 
     Raises:
         `ValueError`: the folder is not a complete reward model or holds a token, or the Hub refuses the token or the
-        tag. `OSError`: the push did not get through; the repository is as it was, and the push can be repeated.
+        tag.
+        `OSError`: the push did not get through; the repository is as it was, and the push can be repeated.
     """
     _refuse_unknown(commit_kwargs)
     with stage(folder, repo_id.split("/")[-1]) as staged:

@@ -30,7 +30,7 @@ def load_gold(source: str | None) -> Gold:
 
     Raises:
         `ValueError`: there is no such function or reward model. Later also for a value that is not finite or a
-        function that raises, with the prompt and the response.
+            function that raises, with the prompt and the response.
     """
     if source is None:
         reward: Gold = functools.partial(_each, WORLD.gold)

@@ -26,15 +26,20 @@ class Settings:
         gold (`str`, *optional*): `module:function` of (prompt, response), or the folder or Hub id of a reward model;
             `None`: that of the world.
         model (`str`, *optional*): Folder or Hub id of the policy, from which proxies start too; `None`: the world's
-        base, pretrained by the run. prompts (`str`, *optional*): JSONL file with a `prompt` in each row; `None`: the
-        world's questions. eval_prompts (`str`, *optional*): The same, of prompts to measure on; `None`: the last
-        quarter of `prompts`. sizes (`tuple[int, ...]`): Numbers of training pairs. flipped (`float`): Share of wrong
-        labels if labels are `"flipped"`. seeds (`int`): Seeds; each draws its own answers, pairs, heads and orders.
-        members (`int`): Bradley-Terry models in an ensemble. eval_limit (`int`): Largest number of prompts of a set to
-        measure on. samples (`int`): Answers to each of them. max_n (`int`): The largest n of best-of-n.
-        policy_proxies, policy_labels, policy_size: The proxies that PPO and GRPO optimise. policy_steps, policy_batch,
-        generations: Their steps, answers a step, and answers to a prompt (GRPO). evaluations (`int`): Points of their
-        curves. policy_samples (`int`): Answers to each prompt at a point.
+            base, pretrained by the run.
+        prompts (`str`, *optional*): JSONL file with a `prompt` in each row; `None`: the world's questions.
+        eval_prompts (`str`, *optional*): The same, of prompts to measure on; `None`: the last quarter of `prompts`.
+        sizes (`tuple[int, ...]`): Numbers of training pairs.
+        flipped (`float`): Share of wrong labels if labels are `"flipped"`.
+        seeds (`int`): Seeds; each draws its own answers, pairs, heads and orders.
+        members (`int`): Bradley-Terry models in an ensemble.
+        eval_limit (`int`): Largest number of prompts of a set to measure on.
+        samples (`int`): Answers to each of them.
+        max_n (`int`): The largest n of best-of-n.
+        policy_proxies, policy_labels, policy_size: The proxies that PPO and GRPO optimise.
+        policy_steps, policy_batch, generations: Their steps, answers a step, and answers to a prompt (GRPO).
+        evaluations (`int`): Points of their curves.
+        policy_samples (`int`): Answers to each prompt at a point.
     """
 
     gold: str | None = None

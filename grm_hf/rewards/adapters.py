@@ -89,7 +89,7 @@ def grm_reward_func(
 
     Raises:
         `ValueError`: for a model that is not a reward model, settings that would be ignored, and missing statistics;
-        [`GoldenError`] for golden rows that do not hold.
+            [`GoldenError`] for golden rows that do not hold.
 
     Example:
 

@@ -59,8 +59,8 @@ def ppo_reward_model(
 
     Raises:
         `ValueError`: for a policy tokenizer without a padding token or with EOS as padding; without `prompts`, also
-        for a reward model with another vocabulary or with EOS as padding; [`GoldenError`] for golden rows that do not
-        hold.
+            for a reward model with another vocabulary or with EOS as padding; [`GoldenError`] for golden rows that do
+            not hold.
 
     Example:
 

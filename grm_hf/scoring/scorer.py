@@ -91,7 +91,7 @@ class GRMScorer:
             model and be given the same chats.
         dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the body of a model that is loaded here. `"bfloat16"` is faster if the processor has the
-            instructions, and exact within the tolerance of docs/numerics.md. The reward head stays in float32.
+            instructions; the tolerance is in docs/numerics.md. The reward head stays in float32.
 
     Example:
 

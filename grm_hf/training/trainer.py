@@ -74,7 +74,7 @@ class GRMRewardTrainer(RewardTrainer):
         data_counts (`dict[str, Counts]`): rows seen, dropped and truncated, for each data set. Those of a streaming
             training set are complete when training ends.
         eval_pairs (`dict[tuple[str, int], np.ndarray]`): for each evaluation, by its prefix and step: rewards of the
-        chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
+            chosen and of the rejected responses, and lengths in tokens of the two texts, `(pairs, 4)`.
 
     Example:
 

@@ -43,9 +43,11 @@ class Listed:
     A model of the list.
 
     Attributes:
-        source: A folder, or a Hub id. revision: The commit that an id is pinned to. note: For the About tab. trusted:
-        Whether its code may run: a folder, or a pinned id. Another id is only a suggestion, and is loaded like an id
-        that a visitor types.
+        source: A folder, or a Hub id.
+        revision: The commit that an id is pinned to.
+        note: For the About tab.
+        trusted: Whether its code may run: a folder, or a pinned id. Another id is only a suggestion, and is loaded
+            like an id that a visitor types.
     """
 
     source: str
@@ -234,11 +236,14 @@ class Reading:
     The result of a model for one text.
 
     Attributes:
-        reward: Read at token `read_at`. ids, pieces, special: The tokens: ids, the text each adds, whether each is a
-        special token. start: Index of the first token of the answer. rewards: The reward of the text that ends with
-        each token. logprobs: Log-probability of each token of the answer, by the LM head; `None` without an LM head.
-        It is `None` for a token with nothing before it. cut, response_cut: Number of tokens that truncation removed,
-        and whether some were the answer's. unknown: Tokens that stand for words the tokenizer does not know.
+        reward: Read at token `read_at`.
+        ids, pieces, special: The tokens: ids, the text each adds, whether each is a special token.
+        start: Index of the first token of the answer.
+        rewards: The reward of the text that ends with each token.
+        logprobs: Log-probability of each token of the answer, by the LM head; `None` without an LM head. It is `None`
+            for a token with nothing before it.
+        cut, response_cut: Number of tokens that truncation removed, and whether some were the answer's.
+        unknown: Tokens that stand for words the tokenizer does not know.
     """
 
     reward: float
