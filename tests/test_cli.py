@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra `train`")
 
 from datasets import Dataset  # noqa: E402
-from test_trainer import TOKENIZER, base, grm, rows  # noqa: E402
+from trainers import TOKENIZER, base, grm, rows  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification, __version__  # noqa: E402
 from grm_hf.cli import main  # noqa: E402

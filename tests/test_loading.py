@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import assert_same, multimodal, pad, score, texts, tiny_grm
-from tiny import byte_tokenizer, tiny_lm
+from tiny import assert_same, byte_tokenizer, multimodal, pad, score, texts, tiny_grm, tiny_lm
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -22,7 +22,16 @@ import yaml
 from hub import File, Hub
 from pages import put
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm, word_tokenizer
+from tiny import (
+    FAMILIES,
+    bare_tokenizer,
+    byte_tokenizer,
+    chat_grm,
+    chatml_tokenizer,
+    llama_tokenizer,
+    tiny_lm,
+    word_tokenizer,
+)
 from tokenizers import decoders
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
@@ -40,9 +49,7 @@ TOKENIZERS = {"chatml": chatml_tokenizer(), "llama": llama_tokenizer(), "bare": 
 
 
 def grm(tokenizer, family="llama", **config):
-    torch.manual_seed(0)
-    lm = tiny_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512)
-    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8).eval()
+    model = chat_grm(tokenizer, family)
     for name, value in config.items():
         setattr(model.config, name, value)
     return model

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from rollouts import ANSWERS, CHATML, PROMPTS, TOKENIZERS, alone, completions, expected, grm, rollout
+from tiny import byte_tokenizer, chatml_tokenizer
 
-from grm_hf import GRMForSequenceClassification
 from grm_hf.pairs import Encoder
 from grm_hf.rewards import (
     RewardEnsemble,
@@ -34,47 +33,8 @@ from grm_hf.rewards import (
 from grm_hf.scoring import GRMScorer
 
 
-TOKENIZERS = {"chatml": chatml_tokenizer(), "llama": llama_tokenizer(), "bare": bare_tokenizer()}
-CHATML = TOKENIZERS["chatml"]
-PROMPTS = [
-    [{"role": "user", "content": "one two"}],
-    [{"role": "user", "content": "one two"}],
-    [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "three"},
-        {"role": "assistant", "content": "four"},
-        {"role": "user", "content": "five six seven"},
-    ],
-]
-ANSWERS = ["good", "bad and long", "six"]
 REAL = st.floats(-20, 20, allow_nan=False)
 rewards_lists = st.lists(REAL, min_size=1, max_size=8)
-
-
-def grm(tokenizer=CHATML, seed=0, **config):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special, **config))
-    model = GRMForSequenceClassification.from_base(base, head_hidden_size=8).eval()
-    with torch.no_grad():
-        model.score.out.weight *= 20  # rewards that differ visibly
-    return model
-
-
-def completions(answers=ANSWERS):
-    return [[{"role": "assistant", "content": answer}] for answer in answers]
-
-
-def alone(model, ids):
-    """The reward of one unpadded sequence, by the model's own forward."""
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits.item()
-
-
-def expected(model, tokenizer, prompts=PROMPTS, answers=ANSWERS):
-    encoder = Encoder(tokenizer)
-    return [alone(model, encoder.encode(p, a).ids) for p, a in zip(prompts, answers, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------- transformations
@@ -527,24 +487,6 @@ def get_reward(model, query_responses, pad_token_id, context_length):
     lengths = [int((~row[context_length:]).int().argmax()) if (~row[context_length:]).any() else -1 for row in mask]
     at = [context_length + n - 1 if n >= 0 else len(mask[0]) - 1 for n in lengths]
     return rewards[torch.arange(len(at)), torch.tensor(at), 0]
-
-
-def rollout(tokenizer, prompts=PROMPTS, answers=ANSWERS, end=True):
-    """Left-padded prompts and right-padded answers, as PPO concatenates them."""
-    pad = tokenizer.pad_token_id
-    queries = [
-        tokenizer(
-            p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        ).input_ids
-        for p in prompts
-    ]
-    replies = [tokenizer(a, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * end for a in answers]
-    context, longest = max(map(len, queries)), max(map(len, replies))
-    rows = [
-        [pad] * (context - len(q)) + q + r + [pad] * (longest - len(r)) for q, r in zip(queries, replies, strict=True)
-    ]
-    return torch.tensor(rows), context, [{"prompt": p, "input_ids": q} for p, q in zip(prompts, queries, strict=True)]
 
 
 @pytest.mark.parametrize("end", [True, False])

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, chatml_tokenizer, tiny_lm
+from tiny import FAMILIES, assistant, chat_grm, chatml_tokenizer, tiny_lm, user
 
-from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
 from grm_hf.devices import alone as owned
 from grm_hf.devices import evaluating
@@ -35,20 +35,7 @@ import scoring as benchmark  # noqa: E402
 
 TOKENIZER = chatml_tokenizer()
 WORDS = "one two three four five six seven eight nine ten".split()
-
-
-def grm(family="llama", seed=0, **config):
-    torch.manual_seed(seed)
-    lm = tiny_lm(family, **{"vocab_size": len(TOKENIZER), "max_position_embeddings": 512, **config})
-    return GRMForSequenceClassification.from_base(lm, head_hidden_size=8).eval()
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
+grm = partial(chat_grm, TOKENIZER)
 
 
 def a_set_of_chats(seed=0, prompts=4, answers=4):
@@ -794,10 +781,7 @@ def test_golden_rows_leave_the_model_as_it_was(tmp_path):
 
 @pytest.fixture(scope="module")
 def training():
-    pytest.importorskip("trl", reason="needs the extra `train`")
-    import test_trainer
-
-    return test_trainer
+    return pytest.importorskip("trainers")
 
 
 @pytest.mark.trainer
@@ -857,7 +841,7 @@ def test_a_run_that_cannot_have_golden_rows_says_so_and_goes_on(tmp_path, traini
 
 DDP = """
     import conftest
-    import test_trainer as t
+    import trainers as t
 
     run = t.trainer(sys.argv[1] + "/run", save_strategy="steps", save_steps=2, ddp_backend="gloo", max_steps=2)
     run.train()
