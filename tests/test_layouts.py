@@ -2,7 +2,6 @@
 not be."""
 
 import copy
-import doctest
 import inspect
 import pickle
 import random
@@ -510,10 +509,6 @@ def test_an_adapter_on_a_model_that_served_before():
     right = step(model, some_pairs(), "padded")
     serve_segments(model)
     assert_same(step(model, some_pairs(), "shared_prefix"), right, 1e-5)
-
-
-def test_a_segment_is_what_its_docstring_shows():
-    assert doctest.testmod(layouts).attempted >= 6 and not doctest.testmod(layouts).failed
 
 
 # --------------------------------------------------------------------------------------- kernels on ragged batches
