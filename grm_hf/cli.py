@@ -505,7 +505,6 @@ def _eval(args):
         raise ValueError("--compare needs --output: rows are compared one by one, and they are kept there.")
     if args.card and not Path(args.model).is_dir():
         raise ValueError(f"--card writes into a folder, and {args.model!r} is none.")
-    _check_place(args.model)
     accelerator = _accelerator()
     if args.member:
         scorer = RewardEnsemble([args.model, *args.member])

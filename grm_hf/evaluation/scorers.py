@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.integrations.peft import find_adapter_config_file
 
 from ..devices import evaluating, own_device
+from ..folders import readable
 from ..rewards.adapters import PolicyScorer, policy_scorer
 from ..rewards.rollouts import Rollout
 from ..scoring import GRMScorer, Score
@@ -114,7 +115,8 @@ def as_scorer(
         revision: Of a Hub id.
     """
     if isinstance(model, (str, os.PathLike)):
-        return _load(os.fspath(model), tokenizer, accelerator, trust_remote_code, revision)
+        with readable(model) as place:
+            return _load(place, tokenizer, accelerator, trust_remote_code, revision)
     if isinstance(model, torch.nn.Module):
         base: Any = model
         if hasattr(model, "peft_config"):

@@ -75,15 +75,20 @@ def check_scores(examples: Sequence[Example], scores: Iterable) -> list[list[flo
     if len(scores) != len(examples):
         raise ValueError(f"there are {len(examples)} examples and {len(scores)} lists of scores; one each is needed.")
     for number, (example, row) in enumerate(zip(examples, scores, strict=True)):
-        name = f"example {number} ({example.id!r})"
-        if len(row) != len(example.responses):
-            raise ValueError(f"{name}: {len(example.responses)} responses and {len(row)} scores; one each is needed.")
-        if broken := [j for j, score in enumerate(row) if not math.isfinite(score)]:
-            raise ValueError(
-                f"{name}: the score of response {broken[0]} is {row[broken[0]]}, no finite number. The "
-                "model's weights are broken, or overflow in its dtype."
-            )
+        check_row(number, example, row)
     return scores
+
+
+def check_row(number: int, example: Example, scores: Sequence[float]) -> None:
+    """Refuse scores of an example that are not finite, or not one for each response."""
+    name = f"example {number} ({example.id!r})"
+    if len(scores) != len(example.responses):
+        raise ValueError(f"{name}: {len(example.responses)} responses and {len(scores)} scores; one each is needed.")
+    if broken := [j for j, score in enumerate(scores) if not math.isfinite(score)]:
+        raise ValueError(
+            f"{name}: the score of response {broken[0]} is {scores[broken[0]]}, no finite number. The model's weights "
+            "are broken, or overflow in its dtype."
+        )
 
 
 def headline(parts: dict[str, Part]) -> float:
