@@ -389,6 +389,12 @@ def test_an_answer_without_text_has_a_reward(answer):
     assert grm_reward_func(model, CHATML)([PROMPTS[0]], completions([answer])) == [pytest.approx(by_hand, abs=1e-5)]
 
 
+def test_an_answer_that_is_an_image_is_refused_and_not_taken_for_a_blank_one():
+    answer = [{"role": "assistant", "content": [{"type": "image"}]}]
+    with pytest.raises(ValueError, match="content that is not text"):
+        grm_reward_func(grm(), CHATML)([PROMPTS[0]], [answer])
+
+
 def test_a_malformed_conversation_is_named():
     prompts = [PROMPTS[0], [{"role": "robot"}]]
     with pytest.raises(ValueError, match="chat 1: .*content"):
