@@ -30,7 +30,15 @@ from ..devices import alone, evaluating
 from ..encoding import Encoder
 from ..hub import card, publish
 from ..hub.tokenizer import spell_for_transformers_4
-from ..layouts import PairCollator, embedded_positions, model_kwargs, resolve_layout
+from ..layouts import (
+    LAYOUTS,
+    PairCollator,
+    embedded_positions,
+    model_kwargs,
+    num_sequences,
+    resolve_layout,
+    sequence_lengths,
+)
 from ..logprobs import sequence_logps
 from ..pairs import Counts, prepare_pairs
 from ..scoring import golden
@@ -190,9 +198,9 @@ class GRMRewardTrainer(RewardTrainer):
             wanted = "padded"
         elif wanted == "auto" and routers:
             wanted = "packed"  # the auxiliary loss is an average over tokens: a shared prefix would count once
-        elif wanted == "shared_prefix" and routers:
+        elif routers and LAYOUTS[wanted].shares:
             logger.warning(
-                "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, so it "
+                f"layout={wanted!r} counts a shared prefix once in the auxiliary loss of the experts, so it "
                 "is another number than with padded rows. layout='packed' gives the same."
             )
         self.layout = resolve_layout(wanted, self.model)
@@ -230,7 +238,7 @@ class GRMRewardTrainer(RewardTrainer):
             self._reference = self._choose_reference(args.reference)
         if reference_model is not None:
             reference_model.requires_grad_(False)
-            if self.layout != "padded":
+            if LAYOUTS[self.layout].segments:
                 serve_segments(reference_model)
             self._reference_model = self.accelerator.prepare_model(reference_model.eval(), evaluation_mode=True)
         if self._reference == "precompute":
@@ -322,20 +330,20 @@ class GRMRewardTrainer(RewardTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         parts = _parts(inputs)
-        pairs = sum(map(_num_sequences, parts))
+        pairs = sum(map(num_sequences, parts))
         loss = 0.0
         self._mode = "train"
         with alone(self.model):  # a scorer in another thread waits, and brings its evaluation mode afterwards
             for i, part in enumerate(parts, 1):
                 with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
-                    share = {"share": _num_sequences(part) / pairs} if len(parts) > 1 else {}
+                    share = {"share": num_sequences(part) / pairs} if len(parts) > 1 else {}
                     loss += super().training_step(model, part | share, *args, **kwargs)
         return loss
 
     def _lm_fn(self, inputs, loss=None):
         """What the model runs on its hidden states inside its forward: log-probabilities summed for each response."""
         index, targets, owner = (inputs[key] for key in TEXT_KEYS)
-        sequences = _num_sequences(inputs)
+        sequences = num_sequences(inputs)
         return lambda hidden, model: sequence_logps(hidden, model, index, targets, owner, sequences, loss)
 
     def _reference_logps(self, model, inputs):
@@ -391,7 +399,7 @@ class GRMRewardTrainer(RewardTrainer):
             loss, total = loss + aux, total + aux
             columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
 
-        chosen_tokens, rejected_tokens = _lengths(inputs).chunk(2)
+        chosen_tokens, rejected_tokens = sequence_lengths(inputs).chunk(2)
         columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
         columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
         return loss, columns | {"loss": total}
@@ -413,7 +421,7 @@ class GRMRewardTrainer(RewardTrainer):
                 f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give what "
                 "grm_hf.layouts.PairCollator gives."
             )
-        tokens = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs)).chunk(2)[0]
+        tokens = torch.bincount(inputs["text_owner"], minlength=num_sequences(inputs)).chunk(2)[0]
         reference = self._reference_logps(model, inputs) if self.args.needs_reference else None
 
         def responses_of(sums):
@@ -649,18 +657,6 @@ def _text_columns(responses):
 def _parts(inputs):
     """The batches that a batch was split into by `max_tokens_per_batch`, or itself."""
     return inputs.get("parts", [inputs])
-
-
-def _num_sequences(inputs):
-    """Number of sequences in a batch, `2B`: chosen above rejected."""
-    return inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
-
-
-def _lengths(inputs):
-    """Number of tokens of each sequence, `(2B,)`: the same in every layout (a shared prefix counts for each)."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum(-1)
-    return inputs["position_ids"].flatten()[inputs["read_index"]] + 1
 
 
 def _unwrapped(model):
