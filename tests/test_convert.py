@@ -421,6 +421,14 @@ REFUSALS = {
         spoil(lambda s: s.update({k.replace("y.2", "y.4"): s.pop(k) for k in list(s) if "summary.2" in k})),
         "none that is known",
     ),
+    "another activation": (
+        lambda f: configure(f, vhead_activation="gelu"),
+        r"has 'gelu' between two layers \(`vhead_activation` in config.json\); the head of a GRM has ReLU",
+    ),
+    "layers of an unknown class": (
+        spoil(lambda s: s.update({k.replace("v_head.summary", "score"): s.pop(k) for k in list(s) if "v_head" in k})),
+        r"score\.0\.bias.*nothing says what stands between two.*name one of Qwen2ForRewardModel",
+    ),
     "two heads": (spoil(lambda s: s.update({"score.weight": torch.zeros(1, 32)})), "more than one reward head"),
     "two outputs": (
         spoil(lambda s: s.update({"v_head.summary.2.weight": torch.zeros(2, 24)})),
