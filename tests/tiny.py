@@ -1,5 +1,7 @@
 """Tiny tokenizers and models, built in code: no network, no files, the same in every process."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -283,6 +285,17 @@ def multimodal(kind="gemma3"):
     vision = CLIPVisionConfig(**vision, patch_size=14)
     config = LlavaConfig(text_config=LlamaConfig(**text), vision_config=vision, image_token_index=99)
     return LlavaForConditionalGeneration(config).eval()
+
+
+def write_rows(path, rows):
+    """Rows as JSONL; the path as a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_rows(text):
+    """The rows of JSONL, which only a line break ends."""
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def user(text):
