@@ -459,8 +459,8 @@ def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float
             batch = {k: v.to(model.device) for k, v in PairCollator(0, name, text="both")(pairs).items()}
             inputs = model_kwargs(batch)
             model(**inputs, lm_fn=lambda states, _, at=batch["text_index"]: hidden.append(states.flatten(0, 1)[at]))
-    expected, found = hidden
+    expected, computed = hidden
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
-    expected, found = expected.double(), found.double()
-    error = float((found - expected).norm() / expected.norm())
+    expected, computed = expected.double(), computed.double()
+    error = float((computed - expected).norm() / expected.norm())
     return error, tolerance, plan_of(inputs["attention_mask"]).windowed

@@ -631,8 +631,8 @@ def rewardbench2_tie_shares(ids: Sequence[str], scores: Sequence[Any], num_corre
         if kind == "tied" and correct > 1:
             spreads[prompt] = right.max() - right.min()
         rows.append((kind, prompt))
-    for kind, found in gaps.items():
-        if not found:
+    for kind, by_prompt in gaps.items():
+        if not by_prompt:
             raise ValueError(f"No '{kind}' row; the score needs prompts with rows of both kinds.")
     # (tied gap, smaller gap, spread) of the prompts that have both rows
     both = {

@@ -54,7 +54,7 @@ class Qwen3ForRewardModel(_ForRewardModel, Qwen3PreTrainedModel):
     body = Qwen3Model
 
 
-REWARD_MODELS: dict[str, Any] = {kind.__name__: kind for kind in (Qwen2ForRewardModel, Qwen3ForRewardModel)}
+REWARD_MODELS: dict[str, Any] = {each.__name__: each for each in (Qwen2ForRewardModel, Qwen3ForRewardModel)}
 # What SGLang's classifiers read and transformers' lack, so that zeros are written for it (`grm export`).
 ZERO_BIAS = "score.bias"
 

@@ -521,10 +521,10 @@ def test_a_new_layout_is_one_row_of_the_table(monkeypatch):
     """A layout that nobody has heard of trains and scores by its own row, and by no other one's."""
 
     class Wide(layouts.Padded):
-        """Rows of a multiple of 16 tokens, two texts to a batch."""
+        """Rows of a multiple of 24 tokens, two texts to a batch."""
 
         def lay_out(self, sequences, pad_token_id, multiple):
-            return super().lay_out(sequences, pad_token_id, 16)
+            return super().lay_out(sequences, pad_token_id, 24)
 
         def batches(self, texts, max_tokens, ranks):
             return [list(range(i, min(i + 2, len(texts)))) for i in range(0, len(texts), 2)]
@@ -545,7 +545,7 @@ def test_a_new_layout_is_one_row_of_the_table(monkeypatch):
     expected = GRMScorer(model, chatml_tokenizer(), layout="padded").score(texts)
     monkeypatch.setattr(GRMForSequenceClassification, "forward", watched)
     assert GRMScorer(model, chatml_tokenizer(), layout="wide").score(texts) == pytest.approx(expected, abs=1e-6)
-    assert shapes == [(2, 16), (1, 16)]
+    assert shapes == [(2, 24), (1, 24)]
 
 
 def test_no_other_file_compares_the_name_of_a_layout():

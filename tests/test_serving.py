@@ -43,8 +43,8 @@ QUESTION = [{"role": "user", "content": "Name a river."}]
 ANSWERS = ["The Danube.", "Rhine", "I do not know of any river, sorry.", ""]
 
 
-def saved(folder, tokenizer, **config):
-    model = chat_grm(tokenizer, head_hidden_size=40)
+def saved(folder, tokenizer, seed=0, **config):
+    model = chat_grm(tokenizer, seed=seed, head_hidden_size=40)
     with torch.no_grad():
         for part in model.score.parameters():
             part += 0.3 * torch.randn_like(part)
@@ -476,8 +476,7 @@ def test_verify_asks_the_server(served, folder, tmp_path, capsys):
     assert "0.0e+00" in (out := capsys.readouterr().out) or "e-0" in out
     for route in PROTOCOLS:
         assert main(["verify", folder, "--url", served + route]) == 0, capsys.readouterr().err
-    torch.manual_seed(3)
-    other = saved(tmp_path / "other", llama_tokenizer())
+    other = saved(tmp_path / "other", llama_tokenizer(), seed=3)
     capsys.readouterr()
     assert main(["verify", other, "--url", served]) == 1
     assert "do not hold" in (found := capsys.readouterr()).err and "DIFFERS" in found.out

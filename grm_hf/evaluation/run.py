@@ -167,15 +167,15 @@ def load_examples(
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     seen: dict[str, int] = {}
-    for found in of.load(checked(_rows(of, data, revision))):
-        if isinstance(found, Skipped):
-            skipped[found.reason] = skipped.get(found.reason, 0) + 1
+    for loaded in of.load(checked(_rows(of, data, revision))):
+        if isinstance(loaded, Skipped):
+            skipped[loaded.reason] = skipped.get(loaded.reason, 0) + 1
             continue
         row = last["row"]
-        if found.id in seen:
-            raise row.error(f"`id` {found.id!r} is there twice, first in row {seen[found.id]}; ids must differ")
-        seen[found.id] = row.number
-        examples.append(found)
+        if loaded.id in seen:
+            raise row.error(f"`id` {loaded.id!r} is there twice, first in row {seen[loaded.id]}; ids must differ")
+        seen[loaded.id] = row.number
+        examples.append(loaded)
     if not examples:
         raise ValueError(f"the data holds no rows for the suite {suite!r}" + _said(skipped))
     if subset:
@@ -416,12 +416,12 @@ def read_results(path: str | os.PathLike, results: Results) -> Results:
     rows = sorted((json.loads(line) for line in lines), key=lambda row: row["row"])
     if [row["row"] for row in rows] != list(range(len(results.examples))):
         raise ValueError(f"{path} is not finished: {len(rows)} of {len(results.examples)} rows.")
-    found = Results(
+    theirs = Results(
         results.suite, header["model"], {}, results.examples, rows, header["model_digest"], header["rows_digest"],
         results.skipped,
     )
-    found.summary = aggregate(results.suite, results.examples, found.scores)
-    return found
+    theirs.summary = aggregate(results.suite, results.examples, theirs.scores)
+    return theirs
 
 
 def compare(a: Results, b: Results) -> dict[str, Any]:

@@ -238,8 +238,8 @@ def _local(source: str, revision: str | None) -> Path:
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
-    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    return [path for path in found if path.suffix in (".safetensors", ".bin")]
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path for path in paths if path.suffix in (".safetensors", ".bin")]
 
 
 def _settings(folder: Path, source, adapter: bool) -> dict:
@@ -382,7 +382,7 @@ def _require(source: str, info: dict, missing: set, spare: set):
     """Refuse what does not fit, by name. `missing` may be missing, `spare` has its place elsewhere."""
     left = sorted(name for name in info["unexpected_keys"] if _plain(name) not in spare)
     lacking = sorted(set(info["missing_keys"]) - missing)
-    shapes = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    shapes = [f"{key} {tuple(there)}, not {tuple(wanted)}" for key, there, wanted in info["mismatched_keys"]]
     for names, what in (
         (lacking, "lacks weights of its language model"),
         (shapes, "has weights of another shape than its config.json says"),
@@ -428,31 +428,31 @@ def _body(folder: Path, source: str, settings: dict, head: set, base: str | None
 def _zero_biases(folder: Path, names) -> set:
     """Those of `names` that are biases of projections and zero, as `grm export` gives a Llama for engines' sake."""
     ends = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-    found: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
     if wanted := {name for name in names if name.endswith(ends)}:
         for path in _files(folder, "model*.safetensors"):
-            found.update(_read(path, lambda name: name in wanted))
-    return {name for name, tensor in found.items() if not tensor.any()}
+            biases.update(_read(path, lambda name: name in wanted))
+    return {name for name, tensor in biases.items() if not tensor.any()}
 
 
 def _borrow_lm_head(lm, base: str, names: set):
     """Put the LM head of `base` into `lm`: that alone is read of it."""
     folder = _local(base, None)
     embedding = next(name for name, part in lm.named_parameters() if part is lm.get_input_embeddings().weight)
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     wanted = {*names, embedding}
     for path in _files(folder, *WEIGHTS):
         for name, tensor in _read(path, lambda name: _plain(name).removeprefix("lm.") in wanted).items():
-            found[_plain(name).removeprefix("lm.")] = tensor
-    if names - set(found) and not _says_tied(folder):
+            weights[_plain(name).removeprefix("lm.")] = tensor
+    if names - set(weights) and not _says_tied(folder):
         raise ValueError(
-            f"'{base}' has no LM head ({sorted(names - set(found))}), and its config.json does not tie it "
+            f"'{base}' has no LM head ({sorted(names - set(weights))}), and its config.json does not tie it "
             "to the embeddings. `base` must be the language model that this one was trained from, not a classifier: "
             "`grm convert --base ID`."
         )
     for name in sorted(names):
         ours = lm.get_parameter(name)
-        theirs = found.get(name, found.get(embedding) if name.endswith("weight") else None)
+        theirs = weights.get(name, weights.get(embedding) if name.endswith("weight") else None)
         if theirs is None or theirs.shape != ours.shape:
             raise ValueError(
                 f"The LM head of '{base}' does not fit: {name} is "

@@ -293,11 +293,11 @@ class Results:
             self._file.write(line_of(self.kept[row]).encode("utf-8"))
             self._file.flush()
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, error, *_) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-            if kind is None:
+            if error is None:
                 self._rewrite()
 
     def _rewrite(self) -> None:
