@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import scoring
 import torch
-from results_page import ROOT, write_section
+from results_page import BENCHMARKS, ROOT, write_section
 from transformers import pipeline
 
 from grm_hf import GRMScorer
@@ -170,7 +170,7 @@ def main() -> None:
             print(section(results))
             return
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_section("evaluation", section(json.loads(RESULTS.read_text(encoding="utf-8"))), scoring.PAGE)
+    write_section("evaluation", section(json.loads(RESULTS.read_text(encoding="utf-8"))), BENCHMARKS)
 
 
 if __name__ == "__main__":

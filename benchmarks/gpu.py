@@ -23,8 +23,8 @@ from statistics import median
 import torch
 from datasets import Dataset
 from real_base import digest, write
-from results_page import ROOT, write_section
-from scoring import PAGE, word_tokenizer
+from results_page import BENCHMARKS, ROOT, write_section
+from scoring import word_tokenizer
 from training import ALPHA, BETA, ORIGINAL, REAL, TRL, Shape, Sides, Work, batches_of, load, pair, total, work
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, pipeline
 from trl import RewardConfig, RewardTrainer
@@ -284,7 +284,7 @@ def main() -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     if not results:
         sys.exit(f"{RESULTS} has no results yet.")
-    write_section("gpu", section(results), PAGE)
+    write_section("gpu", section(results), BENCHMARKS)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,17 @@ HEADER = (
     "# Results\n\nEvery section is written by the command it names, from a results file in `docs/results/`. "
     "Nothing here is typed by hand.\n"
 )
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+HEADERS = {
+    BENCHMARKS: "# Benchmarks\n\nEvery section is written by the command it names, from a results file in "
+    "`docs/results/`. Every figure is a ratio of two sides measured in one process.\n"
+}
 
 
 def write_section(name: str, text: str, page: Path = PAGE) -> None:
     """Put `text` (Markdown, beginning with its heading) into the section `name`, or behind the others if it is new."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    old = page.read_text(encoding="utf-8") if page.is_file() else HEADER
+    old = page.read_text(encoding="utf-8") if page.is_file() else HEADERS.get(page, HEADER)
     if begin in old:
         before, rest = old.split(begin)
         _, after = rest.split(end)

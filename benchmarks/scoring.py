@@ -22,12 +22,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from results_page import ROOT, write_section
+from results_page import BENCHMARKS, ROOT, write_section
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,11 +38,6 @@ from grm_hf.modeling_grm import CACHE
 
 DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "docs" / "results" / "scoring.json"
-PAGE = ROOT / "docs" / "benchmarks.md"
-HEADER = (
-    "# Benchmarks\n\nEvery section is written by the command it names, from a results file in `docs/results/`. "
-    "Every figure is a ratio of two sides measured in one process.\n"
-)
 EOS = "</s>"
 PROMPT, ANSWER, SIGMA = 300, 200, 0.6  # tokens of the prompt; median and spread of the lognormal answers
 # Case: least speed-up of `ours` over the pipeline at batch 8.
@@ -344,13 +338,6 @@ def section(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict, page: Path = PAGE) -> None:
-    if not page.is_file():
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(HEADER, encoding="utf-8")
-    write_section("scoring", section(results), page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Scoring, against what is built on transformers alone.")
     parser.add_argument("--report", action="store_true")
@@ -363,7 +350,7 @@ def main() -> None:
             return
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+    write_section("scoring", section(json.loads(RESULTS.read_text(encoding="utf-8"))), BENCHMARKS)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ import time
 from pathlib import Path
 from statistics import median
 
-from results_page import ROOT, write_section
+from results_page import BENCHMARKS, ROOT, write_section
 
 
 RESULTS = ROOT / "docs" / "results" / "serving.json"
-PAGE = ROOT / "docs" / "benchmarks.md"
 SIDES = {  # name: whether it is vLLM, dtype, settings
     "GRMScorer": (False, "float32", {}),
     "transformers, one by one": (False, "float32", {}),
@@ -293,7 +292,7 @@ def main() -> None:
         results = measure(args.vllm, args.rounds, small=False)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    write_section("serving", report(results), PAGE)
+    write_section("serving", report(results), BENCHMARKS)
     print(report(results))
 
 

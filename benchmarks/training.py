@@ -30,8 +30,8 @@ from statistics import median
 
 import torch
 from datasets import Dataset
-from results_page import ROOT, write_section
-from scoring import DATA, HEADER, PAGE, llama, peak_bytes, rows, word_tokenizer
+from results_page import BENCHMARKS, ROOT, write_section
+from scoring import DATA, llama, peak_bytes, rows, word_tokenizer
 from torch.nn.functional import linear_cross_entropy, logsigmoid
 from transformers import LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
@@ -647,13 +647,6 @@ def section(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict, page: Path = PAGE) -> None:
-    if not page.is_file():
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(HEADER, encoding="utf-8")
-    write_section("training", section(results), page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step costs, against TRL and the original.")
     parser.add_argument("--report", action="store_true")
@@ -670,7 +663,7 @@ def main() -> None:
             results = before | {"steps": before["steps"] | results["steps"]}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+    write_section("training", section(json.loads(RESULTS.read_text(encoding="utf-8"))), BENCHMARKS)
 
 
 if __name__ == "__main__":

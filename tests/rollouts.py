@@ -61,3 +61,27 @@ def rollout(tokenizer, prompts=PROMPTS, answers=ANSWERS, end=True):
         [pad] * (context - len(q)) + q + r + [pad] * (longest - len(r)) for q, r in zip(queries, replies, strict=True)
     ]
     return torch.tensor(rows), context, [{"prompt": p, "input_ids": q} for p, q in zip(prompts, queries, strict=True)]
+
+
+def read_by_ppo(model, queries_and_responses, pad_token_id, context_length):
+    """What TRL's PPO does with a reward model, written from its contract: the decoder by `base_model_prefix`, the head
+    on every position, the reward before the first padding token after the context."""
+    real = queries_and_responses != pad_token_id
+    decoder = getattr(model, model.base_model_prefix)
+    with torch.no_grad():
+        out = decoder(
+            input_ids=queries_and_responses.masked_fill(~real, 0),
+            attention_mask=real,
+            position_ids=real.cumsum(1) - real.long(),
+            return_dict=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        per_token = model.score(out.hidden_states[-1])
+    assert per_token.shape == (*real.shape, 1)
+    rewards = []
+    for row, values in zip(queries_and_responses.tolist(), per_token.squeeze(-1), strict=True):
+        response = row[context_length:]
+        length = response.index(pad_token_id) if pad_token_id in response else len(response)
+        rewards.append(values[context_length + length - 1])
+    return torch.stack(rewards)

@@ -16,7 +16,7 @@ pytest.importorskip("trl.kernels.chunked_logprob", reason="needs the newest TRL"
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import training  # noqa: E402
-from results_page import write_section  # noqa: E402
+from results_page import BENCHMARKS, write_section  # noqa: E402
 from training import CACHED, DPO, LIVE, MIX, NONE, ORIGINAL, OURS, TRL, Shape, Sides  # noqa: E402
 
 
@@ -46,10 +46,10 @@ def batches():
 
 
 def test_the_page_is_what_the_results_file_gives(tmp_path):
-    page = shutil.copy(training.PAGE, tmp_path / "benchmarks.md")
+    page = shutil.copy(BENCHMARKS, tmp_path / "benchmarks.md")
     results = json.loads(training.RESULTS.read_text(encoding="utf-8"))
     write_section("training", training.section(results), page)
-    assert page.read_bytes() == training.PAGE.read_bytes()
+    assert page.read_bytes() == BENCHMARKS.read_bytes()
     assert results["shape"] == vars(training.BENCH) and results["lengths"] == "real"
 
 

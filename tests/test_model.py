@@ -14,6 +14,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rollouts import read_by_ppo
 from tiny import (
     BFLOAT16,
     FAMILIES,
@@ -941,30 +942,6 @@ def test_text_classification_pipeline_returns_the_raw_reward(head_type, tmp_path
 # ---------------------------------------------------------------------------------- PPO reads by itself: same number
 
 
-def rewards_as_ppo_reads_them(model, queries_and_responses, pad_token_id, context_length):
-    """What TRL's PPO does with a reward model, written from its contract: the decoder by `base_model_prefix`, the head
-    on every position, the reward before the first padding token after the context."""
-    real = queries_and_responses != pad_token_id
-    decoder = getattr(model, model.base_model_prefix)
-    with torch.no_grad():
-        out = decoder(
-            input_ids=queries_and_responses.masked_fill(~real, 0),
-            attention_mask=real,
-            position_ids=real.cumsum(1) - real.long(),
-            return_dict=True,
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        per_token = model.score(out.hidden_states[-1])
-    assert per_token.shape == (*real.shape, 1)
-    rewards = []
-    for row, values in zip(queries_and_responses.tolist(), per_token.squeeze(-1), strict=True):
-        response = row[context_length:]
-        length = response.index(pad_token_id) if pad_token_id in response else len(response)
-        rewards.append(values[context_length + length - 1])
-    return torch.stack(rewards)
-
-
 @pytest.mark.parametrize("head_type", HEADS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_ppo_reads_the_reward_that_forward_gives(family, head_type):
@@ -973,7 +950,7 @@ def test_ppo_reads_the_reward_that_forward_gives(family, head_type):
     left, _ = pad(queries, left=True, token=pad_token)
     right, _ = pad(responses, left=False, token=pad_token)
     ids = torch.cat([left, right], 1)
-    found = rewards_as_ppo_reads_them(model, ids, pad_token, context_length=6)
+    found = read_by_ppo(model, ids, pad_token, context_length=6)
     assert_same(found, score(model, ids, ids != pad_token))
     whole = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
     assert_same(found, expected(tiny_lm(family), model, whole))
