@@ -9,7 +9,7 @@ import io
 import json
 import re
 
-from checks import called, check_number, check_text
+from checks import called, check_text
 
 
 MAX_ROWS = 200
@@ -25,7 +25,11 @@ SCORES = ("chosen_reward", "rejected_reward", "margin", "probability", "cut_toke
 
 
 def check_temperature(value, name: str = "The temperature") -> float:
-    return check_number(value, name, COLDEST, HOTTEST)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not COLDEST <= value <= HOTTEST:
+        shown = f"“{value[:40]}”" if isinstance(value, str) else value if type(value) is float else called(value)
+        shown = value if type(value) is int and abs(value) < 1e9 else shown
+        raise ValueError(f"{name} is {shown}; a number from {COLDEST} to {HOTTEST} is required.")
+    return value
 
 
 def check_answers(value) -> list[str]:

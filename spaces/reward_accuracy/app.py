@@ -25,7 +25,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # of the last event
 import gradio as gr  # noqa: E402
 import metrics  # noqa: E402
 from calibration import pairs, reliability_plot  # noqa: E402
-from checks import called, check_number, check_text  # noqa: E402
+from checks import called, check_text  # noqa: E402
 from guard import Guard  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
@@ -155,7 +155,12 @@ def table_text(text: str, upload: bytes | None) -> str:
 
 
 def check_temperature(value, name: str = "The temperature") -> float:
-    return check_number(value, name, COLDEST, HOTTEST)
+    if value is None:
+        raise ValueError(f"{name} is empty; a number from {COLDEST} to {HOTTEST} is required.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not COLDEST <= value <= HOTTEST:
+        shown = value if isinstance(value, float) or (type(value) is int and abs(value) < 1e9) else called(value)
+        raise ValueError(f"{name} is {shown}; a number from {COLDEST} to {HOTTEST} is required.")
+    return value
 
 
 def check_column(values, name: str, of: str) -> list | None:
