@@ -15,11 +15,9 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import scoring
@@ -114,14 +112,8 @@ def measure(model, tokenizer, suite: str, rows: list[dict], rounds: int) -> dict
         if error > CLOSE:
             raise ValueError(f"{suite}: {name} gives other scores than {SIDES[0]}, by {error:.1e}.")
         result["sides"][name] = {"tokens": tokens, "error": error}
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, run in running.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
-    for name, times in seconds.items():
-        result["sides"][name]["seconds"] = median(times)
+    for name, seconds in scoring.cpu_seconds(running, rounds).items():
+        result["sides"][name]["seconds"] = seconds
     return result
 
 

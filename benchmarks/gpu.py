@@ -26,11 +26,9 @@ from datasets import Dataset
 from real_base import digest, write
 from scoring import word_tokenizer
 from sections import ROOT, write_section
-from torch.nn.functional import logsigmoid
 from training import ALPHA, BETA, ORIGINAL, REAL, TRL, Shape, Sides, Work, batches_of, load, pair, total, work
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, pipeline
 from trl import RewardConfig, RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer, GRMScorer
 
@@ -116,20 +114,6 @@ class GpuSides(Sides):
             return trainer.training_step(trainer.model, batch)
 
         return step
-
-    def original(self, pairs: list[dict]) -> torch.Tensor:
-        """The loss as written in the paper: log-probabilities of all tokens of both texts, from all logits."""
-        batch = {key: value.to(device()) for key, value in DataCollatorForPreference(pad_token_id=0)(pairs).items()}
-        out = self.grm(**batch, use_cache=False, return_lm_logits=True)
-        logps = out.lm_logits[:, :-1].float().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-        place = torch.arange(1, batch["input_ids"].shape[1], device=device())
-        starts = torch.tensor([p[f"{s}_start"] for s in ("chosen", "rejected") for p in pairs], device=device())
-        sums = (logps * ((place >= starts[:, None]) & (batch["attention_mask"][:, 1:] == 1))).sum(-1)
-        chosen, rejected = out.logits.squeeze(-1).chunk(2)
-        text = -logsigmoid(BETA * sums[: len(pairs)]).mean()
-        loss = (1 - ALPHA) * -logsigmoid(chosen - rejected).mean() + ALPHA * text
-        loss.backward()
-        return loss.detach()
 
 
 def train(settings: dict) -> dict:

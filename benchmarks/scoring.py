@@ -223,15 +223,20 @@ def measure(model, tokenizer, case: Case, rounds: int) -> dict:
         expected = expected or scores
         error = float(np.abs(np.subtract(scores, expected)).max())
         result["sides"][name] = {"tokens": tokens, "flops": flops, "peak_bytes": peak_bytes(run), "error": error}
+    for name, seconds in cpu_seconds(sides, rounds).items():
+        result["sides"][name]["seconds"] = seconds
+    return result
+
+
+def cpu_seconds(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """The median over rounds, in each of which every side has its turn."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
             start = time.process_time()
             run()
             seconds[name].append(time.process_time() - start)
-    for name, times in seconds.items():
-        result["sides"][name]["seconds"] = median(times)
-    return result
+    return {name: median(times) for name, times in seconds.items()}
 
 
 def pair_set(name: str) -> dict:

@@ -252,11 +252,12 @@ class Sides:
 
     def original(self, pairs: list[dict]) -> torch.Tensor:
         """The loss as written in the paper: log-probabilities of all tokens of both texts, from all logits."""
-        batch = DataCollatorForPreference(pad_token_id=0)(pairs)
+        device = self.grm.device
+        batch = {key: value.to(device) for key, value in DataCollatorForPreference(pad_token_id=0)(pairs).items()}
         out = self.grm(**batch, use_cache=False, return_lm_logits=True)
         logps = out.lm_logits.float()[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-        place = torch.arange(1, batch["input_ids"].shape[1])
-        starts = torch.tensor([p[f"{side}_start"] for side in ("chosen", "rejected") for p in pairs])
+        place = torch.arange(1, batch["input_ids"].shape[1], device=device)
+        starts = torch.tensor([p[f"{side}_start"] for side in ("chosen", "rejected") for p in pairs], device=device)
         sums = (logps * ((place >= starts[:, None]) & (batch["attention_mask"][:, 1:] == 1))).sum(-1)
         chosen, rejected = out.logits.squeeze(-1).chunk(2)
         text = -logsigmoid(BETA * sums[: len(pairs)]).mean()

@@ -357,9 +357,9 @@ def summary(trainer) -> str:
     lines = ["", *(str(counts) for counts in trainer.data_counts.values())]
     for name, label in (("accuracy", "reward head"), ("implicit_accuracy", "LM head")):
         for prefix, where in (("eval_", "evaluation"), ("", "training (last log line)")):
-            found = [row[prefix + name] for row in trainer.state.log_history if prefix + name in row]
-            if found:
-                lines.append(f"accuracy of the {label}, {where}: {found[-1]:.3f}")
+            values = [row[prefix + name] for row in trainer.state.log_history if prefix + name in row]
+            if values:
+                lines.append(f"accuracy of the {label}, {where}: {values[-1]:.3f}")
                 break
     folder = trainer.args.output_dir
     lines.append(f"model: {folder}")
@@ -505,7 +505,6 @@ def _eval(args):
         raise ValueError("--compare needs --output: rows are compared one by one, and they are kept there.")
     if args.card and not Path(args.model).is_dir():
         raise ValueError(f"--card writes into a folder, and {args.model!r} is not a folder.")
-    _check_place(args.model)
     accelerator = _accelerator()
     if args.member:
         scorer = RewardEnsemble([args.model, *args.member])
@@ -513,13 +512,13 @@ def _eval(args):
         scorer = as_scorer(args.model, accelerator=accelerator, trust_remote_code=args.trust_remote_code)
     runs, comparisons = [], []
     for suite in suites:
-        found = evaluate(
+        results = evaluate(
             scorer, suite, args.data, subset=args.subset, limit=args.limit, output=args.output,
             accelerator=accelerator, progress=True, revision=args.revision,
         )
-        others = [read_results(path, found) for path in args.compare]
-        runs += [found, *others]
-        comparisons += [compare(found, other) for other in others]
+        others = [read_results(path, results) for path in args.compare]
+        runs += [results, *others]
+        comparisons += [compare(results, other) for other in others]
     if accelerator is not None and not accelerator.is_main_process:
         return
     if args.output:

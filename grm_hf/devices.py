@@ -91,10 +91,10 @@ def is_whole(model: nn.Module) -> bool:
 
 def own_device() -> torch.device:
     """The accelerator of this process among those of its machine, or the CPU."""
-    kind = torch.accelerator.current_accelerator()
-    if kind is None or not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
         return torch.device("cpu")
-    return torch.device(kind.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
 
 
 def quiet() -> None:

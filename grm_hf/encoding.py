@@ -221,7 +221,7 @@ class Encoder:
         if not text.startswith(before) or before == render(prompt):
             before = os.path.commonprefix([text, render([*prompt, _probing({"role": "assistant"}, final)])])
 
-        end, own = text.rstrip(), _text(final).rstrip()
+        end, own = text.rstrip(), text_of(final).rstrip()
         # The end of turn is the template's, not a token that the response itself happens to end with.
         quoted = own.endswith(self._ends) and end.endswith(own)
         if quoted or not end.endswith(self._ends):
@@ -235,7 +235,7 @@ class Encoder:
         if not any(in_parts):
             return messages
         strings = [
-            {**message, "content": _text(message)} if parts else message
+            {**message, "content": text_of(message)} if parts else message
             for message, parts in zip(messages, in_parts, strict=True)
         ]
         probed = _rendered([_probing(m, m) if p else m for m, p in zip(messages, in_parts, strict=True)], render)
@@ -310,7 +310,7 @@ def _conversation(prompt: Any, response: Any) -> list[dict]:
             f"its first message has role {messages[len(prompt)]['role']!r}, though there is a prompt. If the messages "
             "repeat the prompt, remove the prompt (the column `prompt`)."
         )
-    if not _text(final).strip() and not final.get("tool_calls"):
+    if not text_of(final).strip() and not final.get("tool_calls"):
         raise ValueError("the response has no text and no tool calls. Remove the row, or give the response.")
     if len(messages) == 1:
         raise ValueError("there is no message before the response. Give the prompt that it answers.")
@@ -347,8 +347,8 @@ def _unread(text: str, messages: list[dict], tools: list | None, render: Callabl
                     "template that writes tool calls, or remove the row."
                 )
     # A short text may be there by chance: a mark at the end of a message shows whether the template reads it.
-    marks = [chr(ord(_PROBE) - 1 - i % 6000) if _text(message).strip() else "" for i, message in enumerate(messages)]
-    marked = [_probing(m, m, _text(m) + mark) if mark else m for m, mark in zip(messages, marks, strict=True)]
+    marks = [chr(ord(_PROBE) - 1 - i % 6000) if text_of(message).strip() else "" for i, message in enumerate(messages)]
+    marked = [_probing(m, m, text_of(m) + mark) if mark else m for m, mark in zip(messages, marks, strict=True)]
     probed = _rendered(marked, render)
     for i, mark in enumerate(marks):
         if probed is not None and mark not in probed:
@@ -367,7 +367,7 @@ def _rendered(messages: list[dict], render: Callable, **kwargs) -> str | None:
 
 def _dropped(index: int, message: dict) -> ValueError:
     return ValueError(
-        f"message {index} ({message['role']}) has the text {describe(_text(message))}, and the chat template leaves "
+        f"message {index} ({message['role']}) has the text {describe(text_of(message))}, and the chat template leaves "
         "it out or changes it, so the model would not see what was written. Use a template that writes the messages "
         "of this role as they are, change the message, or remove the row."
     )
@@ -415,7 +415,8 @@ def _texts(message: dict) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
-def _text(message: dict) -> str:
+def text_of(message: dict) -> str:
+    """The text of a message, whose content is a string, a list of text parts, or nothing."""
     return "".join(_texts(message))
 
 

@@ -20,7 +20,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 @contextmanager
-def readable(place: str | Path) -> Iterator[str]:
+def readable(place: str | os.PathLike) -> Iterator[str]:
     """
     A context that gives a folder or Hub id to load from, as a string. Every command and [`GRMScorer`] load this way.
 

@@ -9,7 +9,8 @@ position in its own sequence. A branch attends to its prefix and to itself (`grm
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from .devices import evaluating
 from .modeling_grm import GRMForSequenceClassification
 
 
-LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 MIN_SHARED = 8  # tokens: a shorter prefix saves less than a branch's mask and copied keys cost
 
 
@@ -113,6 +113,130 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+class Layout(Protocol):
+    """
+    How token sequences lie in a batch: a row of `LAYOUTS`. Whatever else depends on the layout asks its row.
+
+    Attributes:
+        segments (`bool`):
+            Whether rows hold several sequences, which the attention of `grm_hf.attention` keeps apart. Such a layout
+            is tried on a model before it is used ([`resolve_layout`]).
+        shares (`bool`):
+            Whether one token may stand for several sequences, so that an average over tokens is another one.
+    """
+
+    @property
+    def segments(self) -> bool: ...
+
+    @property
+    def shares(self) -> bool: ...
+
+    def lay_out(self, sequences: Sequence[Sequence[int]], pad_token_id: int, multiple: int | None) -> tuple:
+        """See [`lay_out`]."""
+
+    def size(self, pair: Sequence[Sequence[int]]) -> int:
+        """What a pair needs, for `tokens`."""
+
+    def tokens(self, sizes: Sequence[int], multiple: int | None) -> int:
+        """How many tokens a batch of pairs of these sizes has at most, padding included."""
+
+    def batches(self, texts: Sequence[Sequence[int]], max_tokens: int, ranks: int) -> list[list[int]]:
+        """Which of `texts`, which are sorted, are computed together in at most `max_tokens` tokens."""
+
+
+class Padded:
+    """A sequence a row, filled up to the longest. This is what every model is made for."""
+
+    segments = shares = False
+
+    def lay_out(self, sequences, pad_token_id, multiple):
+        length = filled(max(map(len, sequences)), multiple)
+        padding = [[pad_token_id] * (length - len(ids)) for ids in sequences]
+        batch = {
+            "input_ids": torch.tensor([[*ids, *pad] for ids, pad in zip(sequences, padding, strict=True)]),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * len(pad) for ids, pad in zip(sequences, padding, strict=True)]
+            ),
+        }
+        return batch, [range(i * length, i * length + len(ids)) for i, ids in enumerate(sequences)]
+
+    def size(self, pair):
+        return max(map(len, pair))
+
+    def tokens(self, sizes, multiple):
+        return 2 * len(sizes) * filled(max(sizes), multiple)
+
+    def batches(self, texts, max_tokens, ranks):
+        batches = []
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+        while order:  # the first is the longest of those left: every row of the batch is padded to it
+            count = max(1, max_tokens // len(texts[order[0]]))
+            batches.append(order[:count])
+            order = order[count:]
+        return batches
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """All sequences in one row; with `shares`, what they have in common at their beginnings once."""
+
+    shares: bool
+    segments = True
+
+    def lay_out(self, sequences, pad_token_id, multiple):
+        forest = plant(sequences, self.shares)
+        tokens = len(forest.ids)
+        if fill := filled(tokens, multiple) - tokens:
+            forest.ids += [pad_token_id] * fill
+            forest.positions += range(fill)
+            forest.segments.append(Segment(tokens, fill, -1, 0))
+        read = torch.tensor([path[-1] for path in forest.paths])
+        batch = {
+            "input_ids": torch.tensor([forest.ids]),
+            "position_ids": torch.tensor([forest.positions]),
+            "segments": torch.tensor(forest.segments),
+            "read_index": read,
+            "output_rows": read.unique(),
+        }
+        return batch, forest.paths
+
+    def size(self, pair):
+        return len(plant(pair, self.shares).ids)
+
+    def tokens(self, sizes, multiple):
+        return filled(sum(sizes), multiple)
+
+    def batches(self, texts, max_tokens, ranks):
+        new = [len(text) for text in texts]  # tokens that a text adds to a row behind its predecessor
+        if self.shares:
+            for i, neighbours in enumerate(pairwise(texts), 1):
+                shared = common_prefix(*neighbours)
+                new[i] -= shared if shared >= MIN_SHARED else 0
+        budget = min(max_tokens, -(-sum(new) // ranks))  # a row for each process
+        batches, room = [], -1
+        for i, text in enumerate(texts):
+            if room < new[i]:
+                batches.append([])
+                room = budget - len(text)
+            else:
+                room -= new[i]
+            batches[-1].append(i)
+        return batches
+
+
+# To add one: a row here, and its attention in `grm_hf.attention` if it attends to something new.
+LAYOUTS: dict[str, Layout] = {
+    "padded": Padded(),
+    "packed": OneRow(shares=False),
+    "shared_prefix": OneRow(shares=True),
+}
+FASTEST = "shared_prefix"  # what "auto" tries
+
+
+def filled(tokens: int, multiple: int | None) -> int:
+    return -(-tokens // (multiple or 1)) * (multiple or 1)
+
+
 def lay_out(
     sequences: Sequence[Sequence[int]], layout: str, pad_token_id: int = 0, pad_to_multiple_of: int | None = None
 ) -> tuple[dict[str, torch.Tensor], Sequence[Sequence[int]]]:
@@ -123,8 +247,8 @@ def lay_out(
         sequences (`Sequence[Sequence[int]]`):
             Token ids, at least one in each.
         layout (`str`):
-            `"padded"` (a sequence a row), `"packed"` (all in one row) or `"shared_prefix"` (all in one row, common
-            prefixes once).
+            A name in `LAYOUTS`: `"padded"` (a sequence a row), `"packed"` (all in one row) or `"shared_prefix"` (all
+            in one row, common prefixes once).
         pad_token_id (`int`, *optional*, defaults to `0`):
             Token that fills rows up.
         pad_to_multiple_of (`int`, *optional*):
@@ -135,35 +259,7 @@ def lay_out(
         `(num_segments, 4)`, `read_index` `(num_sequences,)` (where each reward is read) and `output_rows` (every index
         whose hidden state is read); and for each sequence the index of each of its tokens in the flattened batch.
     """
-    if layout == "padded":
-        length = filled(max(map(len, sequences)), pad_to_multiple_of)
-        padding = [[pad_token_id] * (length - len(ids)) for ids in sequences]
-        batch = {
-            "input_ids": torch.tensor([[*ids, *pad] for ids, pad in zip(sequences, padding, strict=True)]),
-            "attention_mask": torch.tensor(
-                [[1] * len(ids) + [0] * len(pad) for ids, pad in zip(sequences, padding, strict=True)]
-            ),
-        }
-        return batch, [range(i * length, i * length + len(ids)) for i, ids in enumerate(sequences)]
-    forest = plant(sequences, share=layout == "shared_prefix")
-    tokens = len(forest.ids)
-    if fill := filled(tokens, pad_to_multiple_of) - tokens:
-        forest.ids += [pad_token_id] * fill
-        forest.positions += range(fill)
-        forest.segments.append(Segment(tokens, fill, -1, 0))
-    read = torch.tensor([path[-1] for path in forest.paths])
-    batch = {
-        "input_ids": torch.tensor([forest.ids]),
-        "position_ids": torch.tensor([forest.positions]),
-        "segments": torch.tensor(forest.segments),
-        "read_index": read,
-        "output_rows": read.unique(),
-    }
-    return batch, forest.paths
-
-
-def filled(tokens: int, multiple: int | None) -> int:
-    return -(-tokens // (multiple or 1)) * (multiple or 1)
+    return LAYOUTS[layout].lay_out(sequences, pad_token_id, pad_to_multiple_of)
 
 
 @dataclass
@@ -204,25 +300,20 @@ class PairCollator:
     max_tokens: int | None = None
 
     def __post_init__(self):
-        if self.layout not in LAYOUTS[1:]:
-            raise ValueError(f"layout={self.layout!r} is unknown: a collator takes one of {LAYOUTS[1:]}.")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r} is unknown: a collator takes one of {tuple(LAYOUTS)}.")
         if self.text not in ("none", "chosen", "both"):
             raise ValueError(f"text={self.text!r} is unknown: use 'none', 'chosen' or 'both'.")
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.max_tokens is None:
             return self._batch(pairs)
+        layout = LAYOUTS[self.layout]
         parts: list[list[dict[str, Any]]] = [[]]
         sizes: list[int] = []
         for pair in pairs:
-            sequences = (pair["chosen_ids"], pair["rejected_ids"])
-            if self.layout == "padded":
-                sizes.append(max(map(len, sequences)))
-                tokens = 2 * len(sizes) * filled(max(sizes), self.pad_to_multiple_of)
-            else:
-                sizes.append(len(plant(sequences, share=self.layout == "shared_prefix").ids))
-                tokens = filled(sum(sizes), self.pad_to_multiple_of)
-            if parts[-1] and tokens > self.max_tokens:
+            sizes.append(layout.size((pair["chosen_ids"], pair["rejected_ids"])))
+            if parts[-1] and layout.tokens(sizes, self.pad_to_multiple_of) > self.max_tokens:
                 parts.append([])
                 sizes = sizes[-1:]
             parts[-1].append(pair)
@@ -266,6 +357,19 @@ def model_kwargs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return kwargs
 
 
+def num_sequences(batch: dict[str, torch.Tensor]) -> int:
+    """Number of sequences in a batch; of a [`PairCollator`] `2B`, chosen above rejected."""
+    return batch["read_index" if "read_index" in batch else "input_ids"].shape[0]
+
+
+def sequence_lengths(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of tokens of each sequence, `(num_sequences,)`: the same in every layout (a shared prefix counts for
+    each)."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum(-1)
+    return batch["position_ids"].flatten()[batch["read_index"]] + 1
+
+
 def embedded_positions(model) -> int | None:
     """How many positions a model has an embedding for; `None` where positions are not embedded (rotary, ALiBi)."""
     decoder, tokens = model.get_decoder(), model.get_input_embeddings()
@@ -295,11 +399,11 @@ def resolve_layout(
     Returns:
         `str`: `"padded"`, `"packed"` or `"shared_prefix"`.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown: use one of {LAYOUTS}.")
-    if layout == "padded":
-        return layout
-    wanted = "shared_prefix" if layout == "auto" else layout
+    wanted = FASTEST if layout == "auto" else layout
+    if wanted not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown: use one of {('auto', *LAYOUTS)}.")
+    if not LAYOUTS[wanted].segments:
+        return wanted
     reason = _why_inexact(wanted, model)
     if reason is None:
         return wanted
@@ -355,8 +459,8 @@ def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float
             batch = {k: v.to(model.device) for k, v in PairCollator(0, name, text="both")(pairs).items()}
             inputs = model_kwargs(batch)
             model(**inputs, lm_fn=lambda states, _, at=batch["text_index"]: hidden.append(states.flatten(0, 1)[at]))
-    expected, found = hidden
+    expected, computed = hidden
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
-    expected, found = expected.double(), found.double()
-    error = float((found - expected).norm() / expected.norm())
+    expected, computed = expected.double(), computed.double()
+    error = float((computed - expected).norm() / expected.norm())
     return error, tolerance, plan_of(inputs["attention_mask"]).windowed

@@ -54,7 +54,7 @@ class Qwen3ForRewardModel(_ForRewardModel, Qwen3PreTrainedModel):
     body = Qwen3Model
 
 
-REWARD_MODELS: dict[str, Any] = {kind.__name__: kind for kind in (Qwen2ForRewardModel, Qwen3ForRewardModel)}
+REWARD_MODELS: dict[str, Any] = {each.__name__: each for each in (Qwen2ForRewardModel, Qwen3ForRewardModel)}
 # SGLang's classifiers read this bias and transformers' lack it, so `grm export` writes zeros for it.
 ZERO_BIAS = "score.bias"
 

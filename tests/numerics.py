@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from test_model import BFLOAT16, FLOAT32, alone, pad, score, texts
-from tiny import tiny_lm
+from tiny import BFLOAT16, FLOAT32, alone, pad, score, texts, tiny_lm
 
 from grm_hf import GRMForSequenceClassification
 

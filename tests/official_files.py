@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import assistant, user
 
 from grm_hf.evaluation.rewardbench import LANGUAGES, SUBSETS
 from grm_hf.metrics import REWARDBENCH
@@ -14,14 +15,6 @@ from grm_hf.metrics import REWARDBENCH
 # Beside the repository, or where GRM_DATA says.
 DATA = Path(os.environ.get("GRM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real rows (shared/data) are not here")
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def pair(number, subset, name="subset"):

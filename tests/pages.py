@@ -1,6 +1,7 @@
 """What the tests of the two Spaces share: a page in a process of its own, models on a Hub of this machine, a Chromium
 whose network ends at this machine, and axe, where they can be had."""
 
+import ast
 import os
 import shutil
 import socket
@@ -17,6 +18,17 @@ from hub import File, Repo
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 AXE = Path(os.environ.get("GRM_AXE") or ROOT / ".venv/axe/node_modules/axe-core/axe.min.js")
+
+
+def imported(file):
+    """The modules that a file imports, without those of Python: `.name` for one beside it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or "").split(".")[0])
+    return names - set(sys.stdlib_module_names)
 
 
 def put(hub, repo_id, folder):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from test_trainer import (
+from tiny import chatml_tokenizer, tiny_lm
+from trainers import (
     TOKENIZER,
     base,
     grm,
@@ -16,7 +17,6 @@ from test_trainer import (
     settings,
     trainer,
 )
-from tiny import chatml_tokenizer, tiny_lm
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")

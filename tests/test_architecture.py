@@ -1,7 +1,8 @@
 """The house (docs/architecture.md): a floor for each room, imports go down only, no private name leaves its room, and
-what the Spaces share with the package is copied by one table."""
+what the Spaces share with the package is copied by one table. No test file imports another."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,21 @@ def test_no_private_attribute_of_another_room_is_used():
     }
     assert not found
     assert list(attributes_of_modules("from ..hub import card\ncard._join()", ("training", "x.py"))) == ["card._join"]
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+
+def test_no_test_file_is_imported_by_another_file():
+    """What two of them need lies in a module named by its subject (tests/tiny.py, ...). Scripts in strings count."""
+    imported = {
+        (path.name, name)
+        for folder in ("tests", "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"^\s*(?:from|import) +(test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if name != path.stem
+    }
+    assert not imported
 
 
 # -------------------------------------------------------------------------------------------------------------- copies

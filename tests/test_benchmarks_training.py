@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_layouts import flops
+from flops import flops
 
 
 pytest.importorskip("trl.kernels.chunked_logprob", reason="needs the newest TRL")

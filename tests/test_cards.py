@@ -15,8 +15,8 @@ import yaml
 pytest.importorskip("trl", reason="needs the extra `train`")
 
 from huggingface_hub import ModelCard  # noqa: E402
-from test_trainer import lora, pairs, trainer  # noqa: E402
 from tiny import bare_tokenizer, tiny_lm  # noqa: E402
+from trainers import lora, pairs, trainer  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification  # noqa: E402
 from grm_hf.hub.card import (  # noqa: E402

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra `train`")
 
 from datasets import Dataset  # noqa: E402
-from test_trainer import TOKENIZER, base, grm, rows  # noqa: E402
+from tiny import read_rows, write_rows  # noqa: E402
+from trainers import TOKENIZER, base, grm, rows  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification, __version__  # noqa: E402
 from grm_hf.cli import main  # noqa: E402
@@ -47,15 +48,6 @@ CHATS = [
     {"text": "four five"},
     {"prompt": "x" * 100, "response": "y"},
 ]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def lines(text):
-    return [json.loads(line) for line in text.splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -105,7 +97,7 @@ def test_train_from_a_trl_reward_yaml(tmp_path, base_folder, capsys):
 
 
 def test_train_with_an_adapter_then_merge(tmp_path, base_folder, capsys):
-    data = write(tmp_path / "pairs.jsonl", rows(8))
+    data = write_rows(tmp_path / "pairs.jsonl", rows(8))
     lora = {"use_peft": True, "lora_r": 4, "lora_task_type": "SEQ_CLS", "lora_target_modules": "all-linear"}
     config = yaml(tmp_path, base_folder, data, **lora)
     assert main(["train", "--config", config]) == 0
@@ -127,7 +119,7 @@ def test_train_with_an_adapter_then_merge(tmp_path, base_folder, capsys):
     ],
 )
 def test_train_mistakes_are_one_line(tmp_path, base_folder, capsys, change, words):
-    data = write(tmp_path / "pairs.jsonl", rows(8))
+    data = write_rows(tmp_path / "pairs.jsonl", rows(8))
     config = yaml(tmp_path, base_folder, data, **change)
     assert main(["train", "--config", config]) == 1
     err = capsys.readouterr().err
@@ -135,10 +127,10 @@ def test_train_mistakes_are_one_line(tmp_path, base_folder, capsys, change, word
 
 
 def test_an_unknown_setting_is_named(tmp_path, base_folder, capsys):
-    config = yaml(tmp_path, base_folder, write(tmp_path / "pairs.jsonl", rows(8)))
+    config = yaml(tmp_path, base_folder, write_rows(tmp_path / "pairs.jsonl", rows(8)))
     assert main(["train", "--config", config, "--alhpa", "0.1"]) == 1
     assert "--alhpa" in capsys.readouterr().err
-    config = yaml(tmp_path, base_folder, write(tmp_path / "pairs.jsonl", rows(8)), alhpa=0.1)
+    config = yaml(tmp_path, base_folder, write_rows(tmp_path / "pairs.jsonl", rows(8)), alhpa=0.1)
     assert main(["train", "--config", config]) == 1
     assert "alhpa" in capsys.readouterr().err
 
@@ -146,7 +138,7 @@ def test_an_unknown_setting_is_named(tmp_path, base_folder, capsys):
 def test_a_bad_row_is_named_before_training(tmp_path, base_folder, capsys):
     data = rows(8)
     data[5]["rejected"] = data[5]["chosen"]
-    config = yaml(tmp_path, base_folder, write(tmp_path / "pairs.jsonl", data))
+    config = yaml(tmp_path, base_folder, write_rows(tmp_path / "pairs.jsonl", data))
     assert main(["train", "--config", config]) == 1
     assert "row 5" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -192,7 +184,8 @@ def test_the_page_of_the_command_line_is_what_help_says(monkeypatch):
 def test_an_error_in_training_has_its_traceback_and_the_checkpoint(tmp_path, base_folder, capsys, monkeypatch):
     from grm_hf import GRMRewardTrainer
 
-    config = yaml(tmp_path, base_folder, write(tmp_path / "pairs.jsonl", rows(8)), save_strategy="steps", save_steps=1)
+    pairs = write_rows(tmp_path / "pairs.jsonl", rows(8))
+    config = yaml(tmp_path, base_folder, pairs, save_strategy="steps", save_steps=1)
     right = GRMRewardTrainer.training_step
 
     def fails(self, *args, **kwargs):
@@ -238,13 +231,13 @@ def saved(folder, seed):
 
 def test_score_transforms_and_resumes(tmp_path, capsys):
     model, output = saved(tmp_path / "model", 1), tmp_path / "out.jsonl"
-    source = write(tmp_path / "chats.jsonl", CHATS[:3])
+    source = write_rows(tmp_path / "chats.jsonl", CHATS[:3])
     raw = GRMScorer(model).score([CHATS[0]["messages"], CHATS[1], CHATS[2]["text"]])
     arguments = ["score", source, "--model", model, "--output", str(output), "--transform", "log_sigmoid"]
     arguments += ["--reference", "0.25"]
     assert main(arguments) == 0
     by_hand = [-math.log1p(math.exp(0.25 - reward)) for reward in raw]
-    assert [line["score"] for line in lines(output.read_text())] == pytest.approx(by_hand, abs=1e-6)
+    assert [line["score"] for line in read_rows(output.read_text())] == pytest.approx(by_hand, abs=1e-6)
 
     output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
     capsys.readouterr()
@@ -258,14 +251,14 @@ def test_score_transforms_and_resumes(tmp_path, capsys):
 
 def test_score_takes_an_ensemble(tmp_path, capsys):
     models = [saved(tmp_path / str(seed), seed) for seed in (1, 2)]
-    source = write(tmp_path / "chats.jsonl", CHATS[:3])
+    source = write_rows(tmp_path / "chats.jsonl", CHATS[:3])
     chats = [CHATS[0]["messages"], CHATS[1], CHATS[2]["text"]]
     apart = [[(r - 0.1 * seed) / 0.5 for r in GRMScorer(m).score(chats)] for seed, m in enumerate(models, 1)]
     output = str(tmp_path / "out.jsonl")
     options = [option for model in models for option in ("--model", model)]
     for _ in range(2):  # the second time everything is done
         assert main(["score", source, *options, "--ensemble", "min", "--output", output]) == 0
-        found = [line["score"] for line in lines((tmp_path / "out.jsonl").read_text())]
+        found = [line["score"] for line in read_rows((tmp_path / "out.jsonl").read_text())]
         assert found == pytest.approx([min(pair) for pair in zip(*apart, strict=True)], abs=1e-5)
     assert main(["score", source, "--model", models[0], "--model", models[0]]) == 1
     assert "identical" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from originals import IDS, TOKENIZER, VOCABULARY, body, configure, named, theirs, value_head, write
 from safetensors.torch import load_file, save_file
 from tiny import chatml_tokenizer, llama_tokenizer, tiny_lm
-from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from grm_hf import GRMForSequenceClassification
@@ -24,64 +24,13 @@ from grm_hf.scoring import verify
 
 
 MODULE = importlib.import_module("grm_hf.hub.convert")  # `grm_hf.hub.convert` is the function
-TOKENIZER = llama_tokenizer()
-VOCABULARY = len(TOKENIZER)
-IDS = [[256, 7, 91, 33, 250, 2, 14, 259], [256, 5, 5, 80, 258], list(range(40, 75))]
 CHAT = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-
-
-def body(family="llama", **overrides):
-    defaults = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "eos_token_id": TOKENIZER.eos_token_id}
-    return tiny_lm(family, **{**defaults, **overrides})
-
-
-def value_head(width=32, inner=24, layers=1, bias=True):
-    """The authors' head: `summary` of a Sequential, or of one Linear for `layers=0`."""
-    torch.manual_seed(7)
-    if layers == 0:
-        return nn.Linear(width, 1, bias=bias)
-    steps = []
-    for i in range(layers):
-        steps += [nn.Linear(width if i == 0 else inner, inner), nn.ReLU()]
-    return nn.Sequential(*steps, nn.Linear(inner, 1))
-
-
-def named(head, prefix="v_head.summary"):
-    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in head.state_dict().items()}
-
-
-@torch.no_grad()
-def theirs(lm, head):
-    """The original's arithmetic, in float64: the head on the last of `hidden_states`, at the last token."""
-    if lm.config.model_type != "mixtral":  # its kernel knows float32 alone
-        lm, head = lm.double(), head.double()
-    rewards = []
-    for ids in IDS:
-        out = lm(input_ids=torch.tensor([ids]), output_hidden_states=True)
-        rewards.append(head(out.hidden_states[-1])[0, len(ids) - 1, 0].item())
-    return rewards
 
 
 @torch.no_grad()
 def ours(folder):
     model = GRMForSequenceClassification.from_pretrained(folder).eval()
     return model, [model(input_ids=torch.tensor([ids])).logits.item() for ids in IDS]
-
-
-def write(folder, lm, tensors=None, settings=None, tokenizer=TOKENIZER):
-    """A folder with a language model, further tensors in the same file, and further settings in its config.json."""
-    lm.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    save_file({**load_file(path), **(tensors or {})}, path, metadata={"format": "pt"})
-    configure(folder, **(settings or {}))
-    return folder
-
-
-def configure(folder, **settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
 def as_bin(folder, shards=1):
@@ -471,6 +420,14 @@ REFUSALS = {
     "gap in head": (
         spoil(lambda s: s.update({k.replace("y.2", "y.4"): s.pop(k) for k in list(s) if "summary.2" in k})),
         "an unknown form",
+    ),
+    "another activation": (
+        lambda f: configure(f, vhead_activation="gelu"),
+        r"has 'gelu' between two layers \(`vhead_activation` in config.json\); the head of a GRM has ReLU",
+    ),
+    "layers of an unknown class": (
+        spoil(lambda s: s.update({k.replace("v_head.summary", "score"): s.pop(k) for k in list(s) if "v_head" in k})),
+        r"score\.0\.bias.*nothing says what stands between two.*name one of Qwen2ForRewardModel",
     ),
     "two heads": (spoil(lambda s: s.update({"score.weight": torch.zeros(1, 32)})), "more than one reward head"),
     "two outputs": (

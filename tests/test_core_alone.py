@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_files import TOKENIZER, grm
+from tiny import chat_grm, chatml_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = chatml_tokenizer()
 EXTRAS = "trl peft datasets pandas pyarrow accelerate evaluate gradio matplotlib scipy vllm sklearn"
 CORE = "chats encoding folders devices attention layouts native losses logprobs scoring scoring.files scoring.golden"
 
@@ -24,7 +25,7 @@ def alone(code, blocked, *arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    grm().save_pretrained(path)
+    chat_grm(TOKENIZER).save_pretrained(path)
     TOKENIZER.save_pretrained(path)
     return path
 

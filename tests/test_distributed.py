@@ -52,7 +52,7 @@ TRAIN = f"""
     import json
 
     import conftest
-    import test_trainer as t
+    import trainers as t
 
     folder, processes = sys.argv[1], int(sys.argv[2])
     results = {{}}
@@ -111,7 +111,7 @@ FSDP = """
     import json
 
     import conftest
-    import test_trainer as t
+    import trainers as t
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from official_files import FILES, write
-from test_evaluation_run import saved
+from tiny import chat_grm, chatml_tokenizer
 
 from grm_hf import cli
 from grm_hf.evaluation import SUITES
@@ -25,8 +25,10 @@ OF_THE_TABLE = re.findall(r"`(grm eval MODEL [^`]*)`", PAGE)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    saved(folder / "runs/demo/model")
-    saved(folder / "other/model", seed=1)
+    tokenizer = chatml_tokenizer()
+    for seed, name in enumerate(("runs/demo/model", "other/model")):
+        chat_grm(tokenizer, seed=seed, max_position_embeddings=8192).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     for suite, files in FILES.items():
         write(folder / "data" / suite, files())
     write(folder, FILES["own"]())

@@ -570,14 +570,6 @@ def test_importing_needs_no_extra():
     assert done.stdout == "1.0\n", done.stderr[-2000:]
 
 
-def test_docstring_examples():
-    import doctest
-
-    from grm_hf.evaluation import run
-
-    assert doctest.testmod(run).failed == 0
-
-
 def test_an_example_is_plain_data():
     example = Example(prompt="p", responses=["a", "b"], correct=[0])
     assert (example.subset, example.id, example.meta, example.pairs) == ("", "", {}, [(0, 1)])

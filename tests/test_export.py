@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from originals import IDS, TOKENIZER, VOCABULARY, body, named, theirs, value_head, write
 from safetensors.torch import load_file, save_file
-from test_convert import IDS, TOKENIZER, VOCABULARY, body, named, theirs, value_head, write
 from tiny import BARE, FAMILIES, bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer
 from torch import nn
 from transformers import (

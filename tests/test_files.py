@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scoring import TOKENIZER, assistant, grm, user
+from tiny import assistant, chat_grm, chatml_tokenizer, user
 
 from grm_hf import GRMForSequenceClassification, cli
 from grm_hf.cli import main
@@ -26,6 +27,8 @@ from grm_hf.scoring.files import Results, digest, line_of, model_digest, read_fi
 
 
 ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = chatml_tokenizer()
+grm = partial(chat_grm, TOKENIZER)
 ROWS = [
     {"prompt": "one\ntwo", "response": "café 🙏\u2028", "id": "a"},
     {"messages": [user("one"), assistant("two")]},
@@ -249,8 +252,6 @@ def test_a_link_stays_a_link_and_modes_stay(tmp_path):
 
 @pytest.mark.parametrize("change", ["head", "one weight", "template", "policy", "dtype", "nothing"])
 def test_the_digest_of_a_model_tells_models_apart(change):
-    from tiny import chatml_tokenizer
-
     model, tokenizer = grm(), chatml_tokenizer()
     before = model_digest(GRMScorer(model, tokenizer))
     with torch.no_grad():

@@ -162,7 +162,7 @@ def do_score(repo_id, revision=None, token=None, auto="AutoModelForSequenceClass
 
 def do_save(folder, seed=0):
     """A reward model with its tokenizer in a folder; its scores."""
-    import test_trainer as t
+    import trainers as t
 
     model = t.grm(seed)
     model.save_pretrained(folder)
@@ -171,7 +171,7 @@ def do_save(folder, seed=0):
 
 
 def do_push_model(repo_id, seed=0, **arguments):
-    import test_trainer as t
+    import trainers as t
 
     model = t.grm(seed)
     done = model.push_to_hub(repo_id, tokenizer=t.TOKENIZER, **arguments)
@@ -180,7 +180,7 @@ def do_push_model(repo_id, seed=0, **arguments):
 
 def do_train(folder, repo_id, adapter=False, strategy="every_save", base=None, again=False, **arguments):
     """A run that pushes each of its two checkpoints and its end; the scores there and at the end."""
-    import test_trainer as t
+    import trainers as t
     from transformers import TrainerCallback
 
     found = {}
@@ -229,15 +229,15 @@ def do_grm(*, command):
 
 def do_adapter_of(repo_id):
     """Scores of the adapter that lies beside a pushed model, on the language model it was made from."""
-    import test_trainer as t
+    import trainers as t
     from peft import PeftModel
 
     return scores(PeftModel.from_pretrained(t.grm(0), repo_id, subfolder="adapter"))
 
 
 def scores(model):
-    import test_trainer as t
     import torch
+    import trainers as t
 
     model.eval()
     with torch.no_grad():
@@ -655,7 +655,7 @@ def test_no_token_was_printed(publisher, reader):
 
 def test_what_would_not_load_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
-    from test_trainer import TOKENIZER, base, grm
+    from trainers import TOKENIZER, base, grm
 
     from grm_hf.hub.publish import stage
 
@@ -694,7 +694,7 @@ def test_what_would_not_load_is_refused(tmp_path):
 def test_a_staged_adapter_is_independent_of_its_folder_and_of_chance(tmp_path):
     """It is staged while a run goes on, which draws random numbers and deletes old checkpoints."""
     import torch
-    from test_trainer import lora, trainer
+    from trainers import lora, trainer
 
     from grm_hf import GRMForSequenceClassification
     from grm_hf.hub.publish import stage
@@ -726,7 +726,7 @@ def test_a_folder_that_holds_a_token_is_refused(hub, publisher, tmp_path):
 
 def do_golden(repo_id, folder):
     """Push a model that has golden rows; its scores."""
-    import test_trainer as t
+    import trainers as t
 
     from grm_hf.hub import push_folder
     from grm_hf.scoring import save_golden

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import assert_same, pad, score, texts, tiny_grm
-from tiny import tiny_lm
+from tiny import assert_same, pad, score, texts, tiny_grm, tiny_lm
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from grm_hf import GRMConfig, GRMForSequenceClassification

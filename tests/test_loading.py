@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_model import assert_same, multimodal, pad, score, texts, tiny_grm
-from tiny import byte_tokenizer, tiny_lm
+from tiny import assert_same, byte_tokenizer, multimodal, pad, score, texts, tiny_grm, tiny_lm
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -528,9 +527,9 @@ def test_every_hub_argument_reaches_configuration_and_weights(tmp_path, monkeypa
 
 
 def test_gguf_file_makes_an_ordinary_folder(tmp_path):
-    gguf = pytest.importorskip("gguf")
+    gguf_files = pytest.importorskip("gguf_files", reason="needs gguf")
     lm = tiny_lm("llama_tied", hidden_size=32, num_key_value_heads=4)
-    write_gguf(gguf, lm, tmp_path / "weights.gguf")
+    gguf_files.write_gguf(tmp_path / "weights.gguf", lm, tokenizer=False)
     model = GRMForSequenceClassification.from_base(tmp_path, gguf_file="weights.gguf", head_hidden_size=16).eval()
     with torch.no_grad():
         wanted = lm(IDS, attention_mask=MASK).logits
@@ -541,33 +540,6 @@ def test_gguf_file_makes_an_ordinary_folder(tmp_path):
     assert_same(score(load(tmp_path / "grm"), IDS, MASK), out.logits.squeeze(-1))
     model.lm.save_pretrained(tmp_path / "base")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "base") is not None
-
-
-def write_gguf(gguf, lm, path):
-    """A llama in float32 as llama.cpp would store it: its names, rotary halves interleaved."""
-    config = lm.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, value in lm.state_dict().items():
-        if key == "lm_head.weight":
-            continue  # tied
-        if "q_proj" in key or "k_proj" in key:
-            heads = config.num_attention_heads
-            value = value.reshape(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(key.removesuffix(".weight")) + ".weight", value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_subclass_is_saved_with_the_code_of_this_class(tmp_path, monkeypatch):

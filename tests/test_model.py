@@ -14,7 +14,23 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, ODD_FAMILIES, byte_tokenizer, tiny_lm
+from rollouts import read_by_ppo
+from tiny import (
+    BFLOAT16,
+    FAMILIES,
+    FLOAT32,
+    LENGTHS,
+    ODD_FAMILIES,
+    alone,
+    assert_same,
+    byte_tokenizer,
+    multimodal,
+    pad,
+    score,
+    texts,
+    tiny_grm,
+    tiny_lm,
+)
 from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
@@ -30,42 +46,6 @@ from grm_hf.modeling_grm import CACHE, CACHE_NAMES, GRMOutput
 
 
 HEADS = ("mlp", "linear")
-LENGTHS = (7, 1, 4, 9)
-# How far a reward may move, relative to the larger of 1 and the reward; docs/numerics.md measures how far it does.
-FLOAT32, BFLOAT16 = 1e-6, 1e-2
-
-
-def tiny_grm(family="llama", head_type="mlp", **overrides):
-    torch.manual_seed(1)
-    return GRMForSequenceClassification.from_base(
-        tiny_lm(family, **overrides), head_type=head_type, head_hidden_size=16
-    )
-
-
-def texts(lengths=LENGTHS, seed=0):
-    """Token ids of several lengths, without any special token."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 101, (length,), generator=generator) for length in lengths]
-
-
-def pad(rows, left, width=None, token=0):
-    """`left` says for each row (or for all) how many padding tokens come first: all of them, or none."""
-    width = width or max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), width), token), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        start = width - len(row) if (left if isinstance(left, bool) else left[i]) else 0
-        ids[i, start : start + len(row)] = row
-        mask[i, start : start + len(row)] = 1
-    return ids, mask
-
-
-def score(model, ids, mask=None, **kwargs):
-    with torch.no_grad():
-        return model(ids, attention_mask=mask, **kwargs).logits.squeeze(-1)
-
-
-def alone(model, rows):
-    return torch.cat([score(model, row[None], torch.ones(1, len(row))) for row in rows])
 
 
 def head_by_hand(model, hidden):
@@ -82,12 +62,6 @@ def expected(lm, model, rows):
     with torch.no_grad():
         last = [lm(row[None], output_hidden_states=True).hidden_states[-1][0, -1] for row in rows]
         return head_by_hand(model, torch.stack(last))
-
-
-def assert_same(found, wanted, tolerance=FLOAT32):
-    """To rounding: matrix products of some processors depend on where in memory a weight lies."""
-    scale = wanted.abs().clamp(min=1)
-    assert ((found.double() - wanted.double()).abs() <= tolerance * scale).all(), (found, wanted)
 
 
 # ----------------------------------------------------------------------------------------------------------- families
@@ -968,30 +942,6 @@ def test_text_classification_pipeline_returns_the_raw_reward(head_type, tmp_path
 # ---------------------------------------------------------------------------------- PPO reads by itself: same number
 
 
-def rewards_as_ppo_reads_them(model, queries_and_responses, pad_token_id, context_length):
-    """What TRL's PPO does with a reward model, written from its contract: the decoder by `base_model_prefix`, the head
-    on every position, the reward before the first padding token after the context."""
-    real = queries_and_responses != pad_token_id
-    decoder = getattr(model, model.base_model_prefix)
-    with torch.no_grad():
-        out = decoder(
-            input_ids=queries_and_responses.masked_fill(~real, 0),
-            attention_mask=real,
-            position_ids=real.cumsum(1) - real.long(),
-            return_dict=True,
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        per_token = model.score(out.hidden_states[-1])
-    assert per_token.shape == (*real.shape, 1)
-    rewards = []
-    for row, values in zip(queries_and_responses.tolist(), per_token.squeeze(-1), strict=True):
-        response = row[context_length:]
-        length = response.index(pad_token_id) if pad_token_id in response else len(response)
-        rewards.append(values[context_length + length - 1])
-    return torch.stack(rewards)
-
-
 @pytest.mark.parametrize("head_type", HEADS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_ppo_reads_the_reward_that_forward_gives(family, head_type):
@@ -1000,7 +950,7 @@ def test_ppo_reads_the_reward_that_forward_gives(family, head_type):
     left, _ = pad(queries, left=True, token=pad_token)
     right, _ = pad(responses, left=False, token=pad_token)
     ids = torch.cat([left, right], 1)
-    found = rewards_as_ppo_reads_them(model, ids, pad_token, context_length=6)
+    found = read_by_ppo(model, ids, pad_token, context_length=6)
     assert_same(found, score(model, ids, ids != pad_token))
     whole = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
     assert_same(found, expected(tiny_lm(family), model, whole))
@@ -1037,38 +987,6 @@ def test_a_base_with_an_adapter_must_be_merged_first():
         with pytest.raises(ValueError, match="carries an adapter.*merge_and_unload"):
             GRMForSequenceClassification.from_base(base)
     GRMForSequenceClassification.from_base(adapted.merge_and_unload())
-
-
-def multimodal(kind="gemma3"):
-    from transformers import (
-        CLIPVisionConfig,
-        Gemma3Config,
-        Gemma3ForConditionalGeneration,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
-
-    if kind == "qwen3_5":
-        transformers = pytest.importorskip("transformers")
-        if not hasattr(transformers, "Qwen3_5Config"):
-            pytest.skip("this transformers has no Qwen 3.5")
-        text = tiny_lm("qwen3_5_text").config.to_dict()
-        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
-        ids = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
-        config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, **ids)
-        return transformers.Qwen3_5ForConditionalGeneration(config).eval()
-
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28)
-    if kind == "gemma3":
-        text = {**text, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "model_type": "gemma3_text"}
-        vision = SiglipVisionConfig(**vision, patch_size=14)
-        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-        return Gemma3ForConditionalGeneration(config).eval()
-    vision = CLIPVisionConfig(**vision, patch_size=14)
-    config = LlavaConfig(text_config=LlamaConfig(**text), vision_config=vision, image_token_index=99)
-    return LlavaForConditionalGeneration(config).eval()
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_model import pad, score, texts, tiny_grm
-from tiny import FAMILIES, chatml_tokenizer, llama_tokenizer, tiny_lm
+from tiny import FAMILIES, chat_grm, chatml_tokenizer, llama_tokenizer, pad, score, texts, tiny_grm, tiny_lm
 from transformers import AutoConfig
 
-from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf import GRMScorer
 from grm_hf.configuration_grm import CHECKED_ON_4
 from grm_hf.hub.publish import stage
 from grm_hf.hub.tokenizer import spell_for_transformers_4
@@ -60,9 +59,7 @@ CHATS = [
 
 def pushed(folder, tokenizer, family="llama", **overrides):
     """The folder that a push would send, as the Hub would hand it out."""
-    torch.manual_seed(0)
-    lm = tiny_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512, **overrides)
-    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=16).eval()
+    model = chat_grm(tokenizer, family, head_hidden_size=16, **overrides)
     model.save_pretrained(folder / "trained")
     tokenizer.save_pretrained(folder / "trained")
     with stage(folder / "trained", "grm") as staged:

@@ -21,10 +21,10 @@ import pytest
 import torch
 from hub import Hub, User
 from pages import CHROMIUM, browser, clean_environment, put, served, violations
-from tiny import chatml_tokenizer, tiny_lm
+from tiny import chat_grm, chatml_tokenizer, tiny_lm
 from transformers import AutoModelForSequenceClassification
 
-from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf import GRMScorer
 
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
@@ -57,13 +57,11 @@ def site(tmp_path_factory):
     """The running Space: `url`, the `model`'s folder, the `hub`, the pinned `revision`."""
     root = tmp_path_factory.mktemp("site")
     tokenizer = chatml_tokenizer()
-    torch.manual_seed(0)
     model = root / "runs/demo/model"
     if os.environ.get("GRM_SCREENSHOT_MODEL"):
         shutil.copytree(os.environ["GRM_SCREENSHOT_MODEL"], model)
     else:
-        lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-        GRMForSequenceClassification.from_base(lm, head_hidden_size=8).save_pretrained(model)
+        chat_grm(tokenizer).save_pretrained(model)
         tokenizer.save_pretrained(model)
 
     hub = Hub()

@@ -1,7 +1,6 @@
 """The Space `pairwise_comparison` without a browser: its numbers are the library's, its trace is the reward of each
 prefix, bad input gets a sentence, what visitors type is escaped, links restore what they were made from."""
 
-import ast
 import asyncio
 import importlib
 import inspect
@@ -20,9 +19,18 @@ import pytest
 import torch
 import yaml
 from hub import File, Hub
-from pages import put
+from pages import imported, put
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm, word_tokenizer
+from tiny import (
+    FAMILIES,
+    bare_tokenizer,
+    byte_tokenizer,
+    chat_grm,
+    chatml_tokenizer,
+    llama_tokenizer,
+    tiny_lm,
+    word_tokenizer,
+)
 from tokenizers import decoders
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
@@ -32,7 +40,10 @@ from grm_hf.hub import export
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "spaces" / "pairwise_comparison"
-NAMES = ("app", "apart", "drawing", "encoding", "guard", "jobs", "metrics", "reward_models", "tables")
+NAMES = (
+    *("app", "apart", "calibration", "checks", "drawing", "encoding", "guard", "jobs", "metrics", "reward_models"),
+    "tables",
+)
 PROMPT, A, B = "What is 2 + 2?", "It is 4.", "Maybe 5, or not?"
 EVIL = "<img src=x onerror=alert(1)>"
 BERT = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
@@ -40,9 +51,7 @@ TOKENIZERS = {"chatml": chatml_tokenizer(), "llama": llama_tokenizer(), "bare": 
 
 
 def grm(tokenizer, family="llama", **config):
-    torch.manual_seed(0)
-    lm = tiny_lm(family, vocab_size=len(tokenizer), max_position_embeddings=512)
-    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8).eval()
+    model = chat_grm(tokenizer, family)
     for name, value in config.items():
         setattr(model.config, name, value)
     return model
@@ -100,14 +109,8 @@ def test_the_folder_is_self_contained():
     others = {"anyio", "gradio", "huggingface_hub", "jinja2", "numpy", "spaces", "starlette", "torch", "transformers"}
     type_checking = {".configuration_grm"}  # of encoding.py
     for name in files:
-        imported = set()
-        for node in ast.walk(ast.parse((SPACE / f"{name}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add("." * node.level + (node.module or "").split(".")[0])
         allowed = others | files | (type_checking if name == "encoding" else set())
-        assert imported - set(sys.stdlib_module_names) <= allowed, name
+        assert imported(SPACE / f"{name}.py") <= allowed, name
 
 
 def test_the_front_matter_is_what_the_hub_asks_for():

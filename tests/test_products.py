@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from tiny import llama_tokenizer, tiny_lm
+from tiny import chat_grm, llama_tokenizer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf import GRMScorer
 from grm_hf import products as module
 from grm_hf.products import mkl_is_slow, quick_products
 
@@ -88,8 +88,7 @@ def test_other_threads_and_the_model_are_left_alone(on_amd):
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
 def test_scores(on_amd, monkeypatch, layout):
     tokenizer = llama_tokenizer()
-    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=16).eval()
+    model = chat_grm(tokenizer, head_hidden_size=16)
     chats = [{"prompt": "one " * 20, "response": "two " * n} for n in range(1, 9)]
     scorer = GRMScorer(model, tokenizer, layout=layout)
     found = scorer.score(chats)
@@ -100,8 +99,7 @@ def test_scores(on_amd, monkeypatch, layout):
 
 def test_a_scorer_in_bfloat16(tmp_path):
     tokenizer = llama_tokenizer()
-    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=16).eval()
+    model = chat_grm(tokenizer, head_hidden_size=16)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     scorer = GRMScorer(str(tmp_path), dtype="bfloat16")

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra `train`")
 
 from datasets import Dataset  # noqa: E402
-from test_trainer import TOKENIZER, base, grm, rows  # noqa: E402
+from trainers import TOKENIZER, base, grm, rows  # noqa: E402
 
 from grm_hf import cli  # noqa: E402
 from grm_hf.scoring import save_golden  # noqa: E402

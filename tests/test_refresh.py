@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_model import score, texts, tiny_grm
-from tiny import chatml_tokenizer
+from tiny import chatml_tokenizer, score, texts, tiny_grm
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from grm_hf import __version__

@@ -11,8 +11,7 @@ import pytest
 import tested
 import torch
 import transformers
-from test_model import pad, score, texts, tiny_grm
-from tiny import ODD_FAMILIES, chatml_tokenizer, tiny_lm
+from tiny import ODD_FAMILIES, chatml_tokenizer, pad, score, texts, tiny_grm, tiny_lm
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
 from grm_hf.modeling_grm import CACHE
@@ -89,7 +88,7 @@ def test_scoring_uses_no_deprecated_name(strict):
 @pytest.mark.parametrize("regularizer", ["sft", "dpo_noref"])
 def test_training_uses_no_deprecated_name(regularizer, strict, tmp_path):
     pytest.importorskip("trl", reason="needs the extra `train`")
-    from test_trainer import grm, pairs, trainer
+    from trainers import grm, pairs, trainer
 
     run = trainer(tmp_path, grm(0), alpha=0.5, regularizer=regularizer, evaluation=pairs(4, seed=3))
     run.train()

@@ -1,7 +1,6 @@
 """The Space `reward_accuracy`: the metric through `evaluate` gives the library's numbers, its card's examples are run,
 and its page is started, called, and fed with bad input."""
 
-import ast
 import doctest
 import importlib.util
 import math
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pages import imported
 
 from grm_hf import metrics
 
@@ -32,20 +32,14 @@ CHOSEN, REJECTED = RNG.normal(0.5, 1, 40), RNG.normal(0, 1, 40)
 
 def test_the_folder_is_self_contained():
     files = {path.stem for path in SPACE.glob("*.py")}
-    assert files == {"app", "guard", "metrics", "reward_accuracy", "tests"}
+    assert files == {"app", "calibration", "checks", "guard", "metrics", "reward_accuracy", "tests"}
     allowed = {
-        "app": {"gradio", "guard", "metrics", "starlette"},
+        "app": {"calibration", "checks", "gradio", "guard", "metrics", "starlette"},
         "metrics": {"numpy"},
         "reward_accuracy": {"datasets", "evaluate", ".metrics"},
     }
     for name in files:
-        imported = set()
-        for node in ast.walk(ast.parse((SPACE / f"{name}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add("." * node.level + node.module.split(".")[0])
-        assert imported - set(sys.stdlib_module_names) <= allowed.get(name, set())
+        assert imported(SPACE / f"{name}.py") <= allowed.get(name, set())
 
 
 # ---------------------------------------------------------------------------------------------------------- the metric
@@ -195,7 +189,8 @@ def test_the_front_matter_is_what_the_hub_asks_for():
 @pytest.fixture(scope="module")
 def app():
     pytest.importorskip("gradio", reason="needs the extra `demo`")
-    guard = sys.modules.pop("guard", None)
+    ours = ("calibration", "checks", "guard")
+    before = {name: sys.modules.pop(name, None) for name in ours}
     sys.modules["metrics"] = metrics  # `import metrics` of the page: the copy, which is equal
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -204,9 +199,9 @@ def app():
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     finally:
-        del sys.modules["metrics"], sys.modules["guard"]
-        if guard is not None:
-            sys.modules["guard"] = guard
+        for name in ("metrics", *ours):
+            del sys.modules[name]
+        sys.modules |= {name: module for name, module in before.items() if module is not None}
     return module
 
 

@@ -8,10 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import bare_tokenizer, byte_tokenizer, chatml_tokenizer, llama_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from rollouts import (
+    ANSWERS,
+    CHATML,
+    PROMPTS,
+    TOKENIZERS,
+    alone,
+    completions,
+    expected,
+    grm,
+    read_by_ppo,
+    rollout,
+)
+from tiny import byte_tokenizer, chatml_tokenizer
 
-from grm_hf import GRMForSequenceClassification
 from grm_hf.pairs import Encoder
 from grm_hf.rewards import (
     RewardEnsemble,
@@ -34,47 +44,8 @@ from grm_hf.rewards import (
 from grm_hf.scoring import GRMScorer
 
 
-TOKENIZERS = {"chatml": chatml_tokenizer(), "llama": llama_tokenizer(), "bare": bare_tokenizer()}
-CHATML = TOKENIZERS["chatml"]
-PROMPTS = [
-    [{"role": "user", "content": "one two"}],
-    [{"role": "user", "content": "one two"}],
-    [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "three"},
-        {"role": "assistant", "content": "four"},
-        {"role": "user", "content": "five six seven"},
-    ],
-]
-ANSWERS = ["good", "bad and long", "six"]
 REAL = st.floats(-20, 20, allow_nan=False)
 rewards_lists = st.lists(REAL, min_size=1, max_size=8)
-
-
-def grm(tokenizer=CHATML, seed=0, **config):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special, **config))
-    model = GRMForSequenceClassification.from_base(base, head_hidden_size=8).eval()
-    with torch.no_grad():
-        model.score.out.weight *= 20  # rewards that differ visibly
-    return model
-
-
-def completions(answers=ANSWERS):
-    return [[{"role": "assistant", "content": answer}] for answer in answers]
-
-
-def alone(model, ids):
-    """The reward of one unpadded sequence, by the model's own forward."""
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits.item()
-
-
-def expected(model, tokenizer, prompts=PROMPTS, answers=ANSWERS):
-    encoder = Encoder(tokenizer)
-    return [alone(model, encoder.encode(p, a).ids) for p, a in zip(prompts, answers, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------- transformations
@@ -429,6 +400,12 @@ def test_an_answer_without_text_has_a_reward(answer):
     assert grm_reward_func(model, CHATML)([PROMPTS[0]], completions([answer])) == [pytest.approx(by_hand, abs=1e-5)]
 
 
+def test_an_answer_that_is_an_image_is_refused_and_not_taken_for_a_blank_one():
+    answer = [{"role": "assistant", "content": [{"type": "image"}]}]
+    with pytest.raises(ValueError, match="content that is not text"):
+        grm_reward_func(grm(), CHATML)([PROMPTS[0]], [answer])
+
+
 def test_a_malformed_conversation_is_named():
     prompts = [PROMPTS[0], [{"role": "robot"}]]
     with pytest.raises(ValueError, match="chat 1: .*content"):
@@ -510,43 +487,6 @@ def test_rendered_text_without_a_turn_ends_with_eos():
 # ---------------------------------------------------------------------------------------------------- PPO, by contract
 
 
-def get_reward(model, query_responses, pad_token_id, context_length):
-    """What TRL's PPO does with a reward model, written from its contract."""
-    mask = query_responses != pad_token_id
-    body = getattr(model, model.base_model_prefix)
-    out = body(
-        input_ids=query_responses.masked_fill(~mask, 0),
-        attention_mask=mask,
-        position_ids=mask.cumsum(1) - mask.long(),
-        return_dict=True,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    rewards = model.score(out.hidden_states[-1])
-    assert rewards.shape == (*query_responses.shape, 1)
-    lengths = [int((~row[context_length:]).int().argmax()) if (~row[context_length:]).any() else -1 for row in mask]
-    at = [context_length + n - 1 if n >= 0 else len(mask[0]) - 1 for n in lengths]
-    return rewards[torch.arange(len(at)), torch.tensor(at), 0]
-
-
-def rollout(tokenizer, prompts=PROMPTS, answers=ANSWERS, end=True):
-    """Left-padded prompts and right-padded answers, as PPO concatenates them."""
-    pad = tokenizer.pad_token_id
-    queries = [
-        tokenizer(
-            p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        ).input_ids
-        for p in prompts
-    ]
-    replies = [tokenizer(a, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * end for a in answers]
-    context, longest = max(map(len, queries)), max(map(len, replies))
-    rows = [
-        [pad] * (context - len(q)) + q + r + [pad] * (longest - len(r)) for q, r in zip(queries, replies, strict=True)
-    ]
-    return torch.tensor(rows), context, [{"prompt": p, "input_ids": q} for p, q in zip(prompts, queries, strict=True)]
-
-
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ppo_reads_the_number_of_the_model(name, end):
@@ -554,7 +494,7 @@ def test_ppo_reads_the_number_of_the_model(name, end):
     model = grm(tokenizer, attention_dropout=0.5).train()
     ids, context, _ = rollout(tokenizer, end=end)
     wrapped = ppo_reward_model(model, tokenizer, tokenizer)
-    found = get_reward(wrapped, ids, tokenizer.pad_token_id, context).tolist()
+    found = read_by_ppo(wrapped, ids, tokenizer.pad_token_id, context).tolist()
     assert found == pytest.approx(expected(model.eval(), tokenizer), abs=1e-5)
     assert wrapped.config.hidden_size == 16
 
@@ -565,11 +505,11 @@ def test_ppo_with_another_tokenizer_renders_anew():
     prompts, answers = [*PROMPTS, "plain text "], [*ANSWERS, "answer"]
     ids, context, rows = rollout(policy, prompts, answers)
     wrapped = ppo_reward_model(model, policy, tokenizer, prompts=rows)
-    found = get_reward(wrapped, ids, policy.pad_token_id, context).tolist()
+    found = read_by_ppo(wrapped, ids, policy.pad_token_id, context).tolist()
     assert found == pytest.approx(expected(model, tokenizer, prompts, answers), abs=1e-5)
 
     with pytest.raises(ValueError, match="none of `prompts`; it begins"):
-        get_reward(ppo_reward_model(model, policy, tokenizer, prompts=rows[:1]), ids, policy.pad_token_id, context)
+        read_by_ppo(ppo_reward_model(model, policy, tokenizer, prompts=rows[:1]), ids, policy.pad_token_id, context)
     with pytest.raises(ValueError, match="row 0 of `prompts` has"):
         ppo_reward_model(model, policy, tokenizer, prompts=[{"prompt": "a"}])
 
@@ -580,7 +520,7 @@ def test_ppo_takes_the_longest_prompt_that_fits():
     _, _, rows = rollout(CHATML, [short, longer], ["", ""])
     wrapped = ppo_reward_model(model, CHATML, CHATML, prompts=rows)
     ids, context, _ = rollout(CHATML, [longer], [" three"])
-    found = get_reward(wrapped, ids, CHATML.pad_token_id, context).tolist()
+    found = read_by_ppo(wrapped, ids, CHATML.pad_token_id, context).tolist()
     assert found == pytest.approx([alone(model, CHATML("one two three<|im_end|>").input_ids)], abs=1e-5)
     assert wrapped.model._rollout(ids[0].tolist()).prompt == longer
 
@@ -590,7 +530,7 @@ def test_ppo_transforms():
     model.config.reward_mean, model.config.reward_std = 0.25, 2.0
     ids, context, _ = rollout(CHATML)
     wrapped = ppo_reward_model(model, CHATML, CHATML, transform="standardize")
-    found = get_reward(wrapped, ids, CHATML.pad_token_id, context).tolist()
+    found = read_by_ppo(wrapped, ids, CHATML.pad_token_id, context).tolist()
     assert found == pytest.approx([(r - 0.25) / 2 for r in expected(model, CHATML)], abs=1e-5)
 
 
@@ -599,7 +539,7 @@ def test_ppo_takes_an_ensemble():
     ids, context, rows = rollout(CHATML)
     ensemble = RewardEnsemble(models, [CHATML, CHATML], statistics=None)
     mean = [(a + b) / 2 for a, b in zip(*(expected(model, CHATML) for model in models), strict=True)]
-    found = get_reward(ppo_reward_model(ensemble, CHATML), ids, CHATML.pad_token_id, context).tolist()
+    found = read_by_ppo(ppo_reward_model(ensemble, CHATML), ids, CHATML.pad_token_id, context).tolist()
     assert found == pytest.approx(mean, abs=1e-5)
 
     llama = TOKENIZERS["llama"]
@@ -608,7 +548,7 @@ def test_ppo_takes_an_ensemble():
         ppo_reward_model(mixed, CHATML)
     wrapped = ppo_reward_model(mixed, CHATML, prompts=rows)
     mean = [(a + b) / 2 for a, b in zip(expected(models[0], CHATML), expected(grm(llama), llama), strict=True)]
-    assert get_reward(wrapped, ids, CHATML.pad_token_id, context).tolist() == pytest.approx(mean, abs=1e-5)
+    assert read_by_ppo(wrapped, ids, CHATML.pad_token_id, context).tolist() == pytest.approx(mean, abs=1e-5)
 
 
 def test_ppo_refuses_what_would_misread():
@@ -628,6 +568,6 @@ def test_ppo_refuses_what_would_misread():
     model = grm(base)
     ids, context, _ = rollout(padded)
     wrapped = ppo_reward_model(model, padded, base)
-    assert get_reward(wrapped, ids, padded.pad_token_id, context).tolist() == pytest.approx(
+    assert read_by_ppo(wrapped, ids, padded.pad_token_id, context).tolist() == pytest.approx(
         expected(model, base), abs=1e-5
     )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rewards import ANSWERS, PROMPTS, completions, expected, grm
-from tiny import chatml_tokenizer, llama_tokenizer
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from rollouts import ANSWERS, PROMPTS, completions, expected, grm
+from tiny import chatml_tokenizer, llama_tokenizer, tiny_llama
+from transformers import AutoModelForSequenceClassification
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
@@ -40,10 +40,7 @@ COMMON += ["--gradient_checkpointing", "false", "--save_strategy", "no", "--logg
 
 
 def policy(tokenizer=TOKENIZER):
-    torch.manual_seed(5)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special))
+    return tiny_llama(tokenizer, seed=5, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +136,7 @@ def test_online_dpo_gets_the_same_numbers(folders, tmp_path):
 @needs_ppo
 def test_trl_get_reward_reads_the_same_numbers(folders):
     """TRL's own function, on the wrapper and on the plain model."""
-    from test_rewards import rollout
+    from rollouts import rollout
     from trl.experimental.utils import get_reward
 
     ids, context, rows = rollout(TOKENIZER)

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, chatml_tokenizer, tiny_lm
+from tiny import FAMILIES, assistant, chat_grm, chatml_tokenizer, read_rows, tiny_lm, user, write_rows
 
-from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
 from grm_hf.devices import alone as owned
 from grm_hf.devices import evaluating
@@ -36,20 +36,7 @@ from sections import PAGE, write_section  # noqa: E402
 
 TOKENIZER = chatml_tokenizer()
 WORDS = "one two three four five six seven eight nine ten".split()
-
-
-def grm(family="llama", seed=0, **config):
-    torch.manual_seed(seed)
-    lm = tiny_lm(family, **{"vocab_size": len(TOKENIZER), "max_position_embeddings": 512, **config})
-    return GRMForSequenceClassification.from_base(lm, head_hidden_size=8).eval()
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
+grm = partial(chat_grm, TOKENIZER)
 
 
 def a_set_of_chats(seed=0, prompts=4, answers=4):
@@ -647,7 +634,7 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     grm().save_pretrained(folder / "model")
     TOKENIZER.save_pretrained(folder / "model")
-    write(folder / "chats.jsonl", [{"messages": chat} for chat in a_set_of_chats(1)])
+    write_rows(folder / "chats.jsonl", [{"messages": chat} for chat in a_set_of_chats(1)])
     launch(RANKS, folder, 2, 29621)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -796,10 +783,7 @@ def test_golden_rows_leave_the_model_as_it_was(tmp_path):
 
 @pytest.fixture(scope="module")
 def training():
-    pytest.importorskip("trl", reason="needs the extra `train`")
-    import test_trainer
-
-    return test_trainer
+    return pytest.importorskip("trainers")
 
 
 @pytest.mark.trainer
@@ -859,7 +843,7 @@ def test_a_run_that_cannot_have_golden_rows_says_so_and_goes_on(tmp_path, traini
 
 DDP = """
     import conftest
-    import test_trainer as t
+    import trainers as t
 
     run = t.trainer(sys.argv[1] + "/run", save_strategy="steps", save_steps=2, ddp_backend="gloo", max_steps=2)
     run.train()
@@ -895,15 +879,6 @@ CHATS = [
 ]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def lines(text):
-    return [json.loads(line) for line in text.split("\n") if line]
-
-
 def expected(model_folder):
     scorer = GRMScorer(model_folder)
     chats = [CHATS[0]["messages"], *CHATS[1:2], CHATS[2]["text"], CHATS[3]]
@@ -911,10 +886,10 @@ def expected(model_folder):
 
 
 def test_score_writes_one_line_a_row(tmp_path, model_folder, capsys):
-    path = write(tmp_path / "chats.jsonl", CHATS)
+    path = write_rows(tmp_path / "chats.jsonl", CHATS)
     assert main(["score", path, "--model", model_folder]) == 0
     captured = capsys.readouterr()
-    found = lines(captured.out)
+    found = read_rows(captured.out)
     assert [row["row"] for row in found] == [0, 1, 2, 3] and found[0]["id"] == "a\u2028"
     assert [row["score"] for row in found] == pytest.approx(expected(model_folder), rel=1e-5)
     assert [row["truncated"] for row in found] == [False, False, False, True]
@@ -923,22 +898,22 @@ def test_score_writes_one_line_a_row(tmp_path, model_folder, capsys):
 
 
 def test_score_gives_tools_to_the_template(tmp_path, model_folder, capsys):
-    path = write(tmp_path / "chats.jsonl", [{**CHATS[0], "tools": TOOLS}, {**CHATS[1], "tools": TOOLS}])
+    path = write_rows(tmp_path / "chats.jsonl", [{**CHATS[0], "tools": TOOLS}, {**CHATS[1], "tools": TOOLS}])
     assert main(["score", path, "--model", model_folder]) == 0
     plain = [len(ids_of(CHATS[0]["messages"])), len(ids_of([user("one two"), assistant("three")]))]
     system = len(TOKENIZER("<|im_start|>system\n" + json.dumps(TOOLS) + "<|im_end|>\n").input_ids)
-    assert [row["tokens"] for row in lines(capsys.readouterr().out)] == [min(64, n + system) for n in plain]
+    assert [row["tokens"] for row in read_rows(capsys.readouterr().out)] == [min(64, n + system) for n in plain]
 
 
 def test_score_reads_standard_input(model_folder, capsys, monkeypatch):
     given = "\n".join(json.dumps(row) for row in CHATS[:2]).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
     assert main(["score", "-", "--model", model_folder]) == 0
-    assert len(lines(capsys.readouterr().out)) == 2
+    assert len(read_rows(capsys.readouterr().out)) == 2
 
 
 def test_score_resumes_where_it_stopped(tmp_path, model_folder, capsys):
-    path, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
+    path, output = write_rows(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
     assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
     whole = output.read_text(encoding="utf-8")
     first_two = "".join(line + "\n" for line in whole.split("\n")[:2])
@@ -949,15 +924,15 @@ def test_score_resumes_where_it_stopped(tmp_path, model_folder, capsys):
         again = output.read_text(encoding="utf-8")
         assert again.startswith(kept[: kept.rfind("\n") + 1])  # what was there is not computed again
         assert f"{4 - kept.count(chr(10))} rows scored" in capsys.readouterr().err
-        assert [row["row"] for row in lines(again)] == [0, 1, 2, 3]
-        assert [row["score"] for row in lines(again)] == pytest.approx(
-            [row["score"] for row in lines(whole)], rel=1e-5
+        assert [row["row"] for row in read_rows(again)] == [0, 1, 2, 3]
+        assert [row["score"] for row in read_rows(again)] == pytest.approx(
+            [row["score"] for row in read_rows(whole)], rel=1e-5
         )
 
 
 @pytest.mark.parametrize("change", ["other model", "other file", "not JSON"])
 def test_score_never_mixes_two_runs(tmp_path, model_folder, capsys, change):
-    path, output = write(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
+    path, output = write_rows(tmp_path / "chats.jsonl", CHATS), tmp_path / "scores.jsonl"
     assert main(["score", path, "--model", model_folder, "--output", str(output)]) == 0
     model = model_folder
     if change == "other model":
@@ -965,7 +940,7 @@ def test_score_never_mixes_two_runs(tmp_path, model_folder, capsys, change):
         grm(seed=3).save_pretrained(model)
         TOKENIZER.save_pretrained(model)
     elif change == "other file":
-        write(tmp_path / "chats.jsonl", [{"text": "six"}])
+        write_rows(tmp_path / "chats.jsonl", [{"text": "six"}])
     else:
         output.write_text("notes of mine\n")
     before = output.read_bytes()
@@ -996,7 +971,7 @@ def test_missing_file_and_wrong_model(tmp_path, model_folder, capsys):
     assert "There is no file" in capsys.readouterr().err
     tiny_lm(vocab_size=len(TOKENIZER)).save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
-    path = write(tmp_path / "chats.jsonl", CHATS)
+    path = write_rows(tmp_path / "chats.jsonl", CHATS)
     assert main(["score", path, "--model", str(tmp_path / "base")]) == 1
     assert "from_base" in capsys.readouterr().err
 

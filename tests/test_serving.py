@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm
+from client import close, post, refused
+from tiny import bare_tokenizer, chat_grm, chatml_tokenizer, llama_tokenizer, tiny_lm
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
 from grm_hf.cli import main
@@ -42,9 +43,8 @@ QUESTION = [{"role": "user", "content": "Name a river."}]
 ANSWERS = ["The Danube.", "Rhine", "I do not know of any river, sorry.", ""]
 
 
-def saved(folder, tokenizer, **config):
-    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
-    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=40).eval()
+def saved(folder, tokenizer, seed=0, **config):
+    model = chat_grm(tokenizer, seed=seed, head_hidden_size=40)
     with torch.no_grad():
         for part in model.score.parameters():
             part += 0.3 * torch.randn_like(part)
@@ -58,7 +58,6 @@ def saved(folder, tokenizer, **config):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
     return saved(tmp_path_factory.mktemp("model") / "grm", llama_tokenizer())
 
 
@@ -91,22 +90,6 @@ def served(scorer):
         yield url
 
 
-def post(url, body, **headers):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        return json.load(reply)
-
-
-def refused(url, body, **headers):
-    """Status and sentence of a refusal."""
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        post(url, body, **headers)
-    error = json.load(caught.value)["error"]
-    assert error["code"] == caught.value.code and "\n" not in error["message"]
-    return caught.value.code, error["message"]
-
-
 def chat(answer):
     return [*QUESTION, {"role": "assistant", "content": answer}]
 
@@ -118,10 +101,6 @@ def rendered(scorer, answer):
 @pytest.fixture(scope="module")
 def rewards(scorer):
     return scorer.score([chat(answer) for answer in ANSWERS[:3]])
-
-
-def close(expected):
-    return pytest.approx(expected, abs=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- trainers' requests
@@ -497,8 +476,7 @@ def test_verify_asks_the_server(served, folder, tmp_path, capsys):
     assert "0.0e+00" in (out := capsys.readouterr().out) or "e-0" in out
     for route in PROTOCOLS:
         assert main(["verify", folder, "--url", served + route]) == 0, capsys.readouterr().err
-    torch.manual_seed(3)
-    other = saved(tmp_path / "other", llama_tokenizer())
+    other = saved(tmp_path / "other", llama_tokenizer(), seed=3)
     capsys.readouterr()
     assert main(["verify", other, "--url", served]) == 1
     assert "do not hold" in (found := capsys.readouterr()).err and "DIFFERS" in found.out

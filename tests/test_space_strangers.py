@@ -10,11 +10,8 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-import torch
 from pages import ROOT, clean_environment, served
-from tiny import chatml_tokenizer, tiny_lm
-
-from grm_hf import GRMForSequenceClassification
+from tiny import chat_grm, chatml_tokenizer
 
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
@@ -89,9 +86,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairwise(root):
     tokenizer = chatml_tokenizer()
-    torch.manual_seed(0)
-    lm = tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=4096)
-    GRMForSequenceClassification.from_base(lm, head_hidden_size=8).save_pretrained(root / "tiny")
+    chat_grm(tokenizer, max_position_embeddings=4096).save_pretrained(root / "tiny")
     tokenizer.save_pretrained(root / "tiny")
     env = clean_environment(GRM_SPACE_MODELS=str(root / "tiny"), HF_HUB_OFFLINE="1", HF_HOME=str(root / "home"))
     with served(ROOT / "spaces/pairwise_comparison", root / "pairwise.log", env) as (url, process):

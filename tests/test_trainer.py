@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import chatml_tokenizer, tiny_lm
+from tiny import tiny_lm
+from trainers import CHATS, TOKENIZER, base, grm, logged, lora, pairs, scores_here, settings, trainer
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
 
-from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -35,80 +35,7 @@ from grm_hf.training.trainer import _last_complete_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.trainer
 
-TOKENIZER = chatml_tokenizer()
 TEXT_LOSSES = list(losses.TEXT_LOSSES)
-WORDS = "one two three four five six seven eight nine ten".split()
-
-
-def rows(count=16, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def words(low, high):
-        return " ".join(rng.choice(WORDS, rng.integers(low, high)))
-
-    return [
-        {
-            "prompt": [{"role": "user", "content": words(1, 6)}],
-            "chosen": [{"role": "assistant", "content": words(1, 6) + " good"}],
-            "rejected": [{"role": "assistant", "content": words(1, 6) + " bad"}],
-        }
-        for _ in range(count)
-    ]
-
-
-def pairs(count=16, seed=0, **columns):
-    dataset = Dataset.from_list(rows(count, seed))
-    for name, values in columns.items():
-        dataset = dataset.add_column(name, values)
-    return dataset
-
-
-def base(seed=0, **config):
-    torch.manual_seed(seed)
-    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
-    special = {"pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id, "bos_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **special, **config))
-
-
-def grm(seed=0, **config):
-    return GRMForSequenceClassification.from_base(base(seed, **config), head_hidden_size=8)
-
-
-def settings(folder, kind=GRMRewardConfig, **kwargs):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "save_strategy": "no",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    return kind(str(folder), **{**defaults, **kwargs})
-
-
-def trainer(folder, model=None, data=None, evaluation=None, peft_config=None, extra=None, **kwargs):
-    return GRMRewardTrainer(
-        model=grm() if model is None else model,
-        args=settings(folder, **kwargs),
-        train_dataset=pairs() if data is None else data,
-        eval_dataset=evaluation,
-        processing_class=TOKENIZER,
-        peft_config=peft_config,
-        **(extra or {}),
-    )
-
-
-def lora(**kwargs):
-    return LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", **kwargs)
-
-
-def logged(run, name):
-    return [row[name] for row in run.state.log_history if name in row]
 
 
 def same_weights(one, other):
@@ -468,19 +395,6 @@ def scores_in_a_clean_process(folder, chats):
     return json.loads(done.stdout.split("SCORES", 1)[1])
 
 
-CHATS = [[*row["prompt"], *row["chosen"]] for row in rows(3, seed=5)]
-
-
-def scores_here(model):
-    model.eval()
-    found = []
-    for chat in CHATS:
-        inputs = TOKENIZER.apply_chat_template(chat, return_tensors="pt", return_dict=True)
-        with torch.no_grad():
-            found.append(model(**inputs).logits.item())
-    return found
-
-
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_every_checkpoint_loads_in_a_clean_process(tmp_path, adapter):
     run = trainer(
@@ -569,7 +483,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
         import sys, time
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from transformers import TrainerCallback
-        import test_trainer as t
+        import trainers as t
 
         class Slow(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import TOKENIZER, base, grm, logged, pairs, rows, settings, trainer
 from tiny import CHATML, byte_tokenizer, chatml_tokenizer, tiny_lm
+from trainers import TOKENIZER, base, grm, logged, pairs, rows, settings, trainer
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")

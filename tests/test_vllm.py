@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 vllm = pytest.importorskip("vllm", reason="runs in the environment of `make vllm`")
 
-from test_serving import close, post, refused  # noqa: E402
+from client import close, post, refused  # noqa: E402
 from tiny import bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 

@@ -1,8 +1,20 @@
 """Tiny tokenizers and models, built in code: no network, no files, the same in every process."""
 
+import json
+
+import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from grm_hf import GRMForSequenceClassification
 
 
 # The three templates differ in what decides where a reward is read: ChatML ends a turn with a special token and a line
@@ -182,3 +194,113 @@ def tiny_lm(family="llama", **overrides):
             for parameter in lm.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     return lm.eval()
+
+
+LENGTHS = (7, 1, 4, 9)
+# How far a reward may move, relative to the larger of 1 and the reward; docs/numerics.md measures how far it does.
+FLOAT32, BFLOAT16 = 1e-6, 1e-2
+
+
+def tiny_grm(family="llama", head_type="mlp", **overrides):
+    torch.manual_seed(1)
+    return GRMForSequenceClassification.from_base(
+        tiny_lm(family, **overrides), head_type=head_type, head_hidden_size=16
+    )
+
+
+def tiny_llama(tokenizer, seed=0, **config):
+    """A Llama for one tokenizer, as small as a training test needs it. Its weights are those of `seed`."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **config}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **sizes))
+
+
+def chat_grm(tokenizer, family="llama", seed=0, head_hidden_size=8, **overrides):
+    """A reward model for chats of one tokenizer; `seed` is of its head."""
+    torch.manual_seed(seed)
+    lm = tiny_lm(family, **{"vocab_size": len(tokenizer), "max_position_embeddings": 512, **overrides})
+    return GRMForSequenceClassification.from_base(lm, head_hidden_size=head_hidden_size).eval()
+
+
+def texts(lengths=LENGTHS, seed=0):
+    """Token ids of several lengths, without any special token."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 101, (length,), generator=generator) for length in lengths]
+
+
+def pad(rows, left, width=None, token=0):
+    """`left` says for each row (or for all) how many padding tokens come first: all of them, or none."""
+    width = width or max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), token), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if (left if isinstance(left, bool) else left[i]) else 0
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def score(model, ids, mask=None, **kwargs):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, **kwargs).logits.squeeze(-1)
+
+
+def alone(model, rows):
+    return torch.cat([score(model, row[None], torch.ones(1, len(row))) for row in rows])
+
+
+def assert_same(found, wanted, tolerance=FLOAT32):
+    """To rounding: matrix products of some processors depend on where in memory a weight lies."""
+    scale = wanted.abs().clamp(min=1)
+    assert ((found.double() - wanted.double()).abs() <= tolerance * scale).all(), (found, wanted)
+
+
+def multimodal(kind="gemma3"):
+    from transformers import (
+        CLIPVisionConfig,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    if kind == "qwen3_5":
+        transformers = pytest.importorskip("transformers")
+        if not hasattr(transformers, "Qwen3_5Config"):
+            pytest.skip("this transformers has no Qwen 3.5")
+        text = tiny_lm("qwen3_5_text").config.to_dict()
+        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+        ids = dict(image_token_id=90, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+        config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, **ids)
+        return transformers.Qwen3_5ForConditionalGeneration(config).eval()
+
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=101)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28)
+    if kind == "gemma3":
+        text = {**text, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "model_type": "gemma3_text"}
+        vision = SiglipVisionConfig(**vision, patch_size=14)
+        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        return Gemma3ForConditionalGeneration(config).eval()
+    vision = CLIPVisionConfig(**vision, patch_size=14)
+    config = LlavaConfig(text_config=LlamaConfig(**text), vision_config=vision, image_token_index=99)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def write_rows(path, rows):
+    """Rows as JSONL; the path as a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read_rows(text):
+    """The rows of JSONL, which only a line break ends."""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}

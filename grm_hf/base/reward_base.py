@@ -54,8 +54,8 @@ def write_reward_base(language_model: Path, config: Path, path: Path) -> None:
     `config`. The folder appears whole or not at all."""
     lm = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
     settings = GRMConfig.from_pretrained(config)
-    if (found := lm.config.hidden_size) != (expected := settings.text_config.hidden_size):
-        raise ValueError(f"'{language_model}' has hidden size {found}, and {config}/config.json says {expected}.")
+    if (width := lm.config.hidden_size) != (expected := settings.text_config.hidden_size):
+        raise ValueError(f"'{language_model}' has hidden size {width}, and {config}/config.json says {expected}.")
     model = GRMForSequenceClassification(settings, lm=lm)
     with torch.no_grad():
         for parameter in model.score.parameters():

@@ -110,10 +110,10 @@ def gguf_file() -> Path:
     """The GGUF file of the installed package. The package itself is not imported: it needs a compiled llama.cpp."""
     spec = find_spec(PACKAGE.replace("-", "_"))
     places = (spec.submodule_search_locations if spec else None) or []
-    found = sorted(path for place in places for path in Path(place).glob("*.gguf"))
-    if len(found) != 1:
-        raise OSError(f"the package {PACKAGE} has {len(found)} GGUF files, expected 1")
-    return found[0]
+    files = sorted(path for place in places for path in Path(place).glob("*.gguf"))
+    if len(files) != 1:
+        raise OSError(f"the package {PACKAGE} has {len(files)} GGUF files, expected 1")
+    return files[0]
 
 
 def write_dequantised(gguf: Path, path: Path) -> None:

@@ -41,11 +41,11 @@ def figures(examples, scores):
         "c_res": parts_by(tasks, (sum(row[:2]) / 2 for row in wins)),
         "c_ins": parts_by(tasks, (sum(row[2:]) / 2 for row in wins)),
     }
-    found = {}
+    values = {}
     for kind, parts in kinds.items():
-        found[kind] = sum(part.mean for part in parts.values()) / len(parts)
-        found |= {f"{kind}/{task}": part.mean for task, part in parts.items()}
-    return found, parts_by(tasks, (sum(row) / 4 for row in wins), weight=1.0)
+        values[kind] = sum(part.mean for part in parts.values()) / len(parts)
+        values |= {f"{kind}/{task}": part.mean for task, part in parts.items()}
+    return values, parts_by(tasks, (sum(row) / 4 for row in wins), weight=1.0)
 
 
 SUITES = (

@@ -121,10 +121,10 @@ def split_conversations(conversations: list[list[dict]]) -> tuple[list[dict], li
 
 def digest_of(examples: list[Example]) -> str:
     """A digest of the rows: equal for equal examples in an equal order."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for example in examples:
-        found.update(json.dumps(asdict(example), ensure_ascii=False, sort_keys=True).encode())
-    return found.hexdigest()
+        digest.update(json.dumps(asdict(example), ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def spread(examples: list[Example], limit: int) -> list[Example]:
@@ -173,8 +173,8 @@ MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))
 MAPPINGS = Kind("a list of mappings", lambda value: _list_of(value, dict))
 
 
-def _list_of(value, kind) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+def _list_of(value, item_type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, item_type) for item in value)
 
 
 def one_of(*choices: str) -> Kind:
@@ -257,12 +257,12 @@ def _values(file: Path) -> Iterable[Any]:
     if file.suffix == ".jsonl":
         return _lines(text, file.name)
     try:
-        found = json.loads(text) if text.strip() else []
+        content = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from None
-    if isinstance(found, list):
-        return found
-    raise ValueError(f"{file.name} holds {_shown(found)}; a list of rows is required.")
+    if isinstance(content, list):
+        return content
+    raise ValueError(f"{file.name} holds {_shown(content)}; a list of rows is required.")
 
 
 def _csv(file: Path) -> Iterator[dict]:

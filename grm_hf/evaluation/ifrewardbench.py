@@ -19,21 +19,21 @@ def load(rows):
             if not all(COUNT.holds(end) and 0 <= end < len(answers) for end in ends) or ends[0] == ends[1]:
                 raise row.error(f"an edge of `preference_graph` names responses {ends} of {len(answers)}")
             edges.append(ends)
-        kind = row("instruction_type", one_of(*TYPES))
+        task = row("instruction_type", one_of(*TYPES))
         best = sorted({i for i, _ in edges} - {j for _, j in edges})
         yield Example(
-            turns(row("messages", MESSAGES)), answers, best, kind, str(row("id", NAME)), {"pairs": edges}
+            turns(row("messages", MESSAGES)), answers, best, task, str(row("id", NAME)), {"pairs": edges}
         )
 
 
 def figures(examples, scores):
-    found = [
+    rankings = [
         preference_graph([row[i] - row[j] for i, j in example.pairs])
         for example, row in zip(examples, scores, strict=True)
     ]
     types = [example.subset for example in examples]
-    parts = parts_by(types, (item["tau_b"] for item in found), weight=1.0)
-    accuracies = parts_by(types, (item["accuracy"] for item in found))
+    parts = parts_by(types, (item["tau_b"] for item in rankings), weight=1.0)
+    accuracies = parts_by(types, (item["accuracy"] for item in rankings))
     accuracy = sum(part.mean for part in accuracies.values()) / len(accuracies)
     more = {f"accuracy/{name}": part.mean for name, part in accuracies.items()}
     return {"accuracy": accuracy} | subset_figures(parts) | more, parts

@@ -17,19 +17,19 @@ def load(rows):
         subset, name = str(row.values.get("subset") or ""), str(row.values.get("id", f"{row.file}/{row.number}"))
         if "completion" in row or "label" in row:
             key = json.dumps(row.values.get("prompt"), ensure_ascii=False, default=str)
-            found = unpaired.setdefault(key, {"row": row, "meta": meta, "subset": subset, "id": name, "texts": []})
-            found["texts"].append((_response(row, "completion"), bool(row("label", LABEL))))
+            group = unpaired.setdefault(key, {"row": row, "meta": meta, "subset": subset, "id": name, "texts": []})
+            group["texts"].append((_response(row, "completion"), bool(row("label", LABEL))))
             continue
         sides = [_responses(row, side) for side in ("chosen", "rejected")]
         yield _example(row, sides, subset, name, meta)
-    for found in unpaired.values():
-        sides = [[text for text, label in found["texts"] if label is wanted] for wanted in (True, False)]
+    for group in unpaired.values():
+        sides = [[text for text, label in group["texts"] if label is wanted] for wanted in (True, False)]
         if not all(sides):
-            raise found["row"].error(
+            raise group["row"].error(
                 f"its prompt has {len(sides[0])} right and {len(sides[1])} wrong completions; at least one of each is "
                 "required"
             )
-        yield _example(found["row"], sides, found["subset"], found["id"], found["meta"])
+        yield _example(group["row"], sides, group["subset"], group["id"], group["meta"])
 
 
 def _responses(row, side):

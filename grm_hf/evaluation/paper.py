@@ -79,13 +79,13 @@ def load_mt(rows):
 
 
 def figures_mt(examples, scores):
-    found, parts = pooled(examples, scores)
+    values, parts = pooled(examples, scores)
     wins = wins_of(examples, scores)
     decided = [win for example, win in zip(examples, wins, strict=True) if not example.meta.get("tie")]
-    found = {"original": sum(wins) / len(wins)} | found
+    values = {"original": sum(wins) / len(wins)} | values
     if decided:
-        found["repaired"] = sum(decided) / len(decided)
-    return found | {"human_ties": float(len(wins) - len(decided))}, parts
+        values["repaired"] = sum(decided) / len(decided)
+    return values | {"human_ties": float(len(wins) - len(decided))}, parts
 
 
 SUITES = (

@@ -68,19 +68,19 @@ def figures(examples, scores):
             truth = example.meta["truth"]
             # As in the official code the prediction is "first above second", so a tie means that the second is better.
             values = [float((row[i] > row[j]) == (truth[i] > truth[j])) for i, j in example.meta["conflicts"]]
-            found = curves.setdefault(example.subset, {})
+            curve = curves.setdefault(example.subset, {})
             if set(truth) == {0, 1}:
-                found.setdefault("auc", []).append(roc_auc(row, truth))
+                curve.setdefault("auc", []).append(roc_auc(row, truth))
             n = 1
             while n <= len(row):
-                found.setdefault(f"best_of_{n}", []).append(best_of_n(row, truth, n))
+                curve.setdefault(f"best_of_{n}", []).append(best_of_n(row, truth, n))
                 n *= 2
         part.values.extend(values)
         part.owners.extend([owner] * len(values))
     extra = {
         f"{name}/{subset}": sum(values) / len(values)
-        for subset, found in curves.items()
-        for name, values in found.items()
+        for subset, curve in curves.items()
+        for name, values in curve.items()
     }
     return subset_figures(parts) | extra, parts
 

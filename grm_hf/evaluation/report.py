@@ -116,8 +116,8 @@ def write_report(folder: str | Path, runs: Sequence[Results], comparisons: Seque
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(as_csv(runs), encoding="utf-8")
     summaries = [{"suite": r.suite, "model": r.model, "summary": r.summary, "skipped": r.skipped} for r in runs]
-    found = {"results": summaries, "comparisons": list(comparisons)}
-    (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = {"results": summaries, "comparisons": list(comparisons)}
+    (folder / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page(runs, comparisons), encoding="utf-8")
     done: set[str] = set()
     for results in runs:
@@ -332,13 +332,13 @@ def scatter(results: Results) -> str:
 
 def worst(results: Results) -> str:
     """The rows with the most negative margins, with their texts."""
-    found = []
+    wrong = []
     for number, (example, row) in enumerate(zip(results.examples, results.scores, strict=True)):
         margin, i, j = min((row[i] - row[j], i, j) for i, j in example.pairs) if example.pairs else (1.0, 0, 0)
         if margin <= 0:
-            found.append((margin, number, i, j))
+            wrong.append((margin, number, i, j))
     blocks = []
-    for margin, number, i, j in sorted(found)[:WORST]:
+    for margin, number, i, j in sorted(wrong)[:WORST]:
         example = results.examples[number]
         scores = results.scores[number]
         prompt = f"<pre>{_shown(example.prompt)}</pre>" if example.prompt else ""
@@ -347,7 +347,7 @@ def worst(results: Results) -> str:
             f'<pre class="right">right, {scores[i]:.3f}\n{_shown(example.responses[i])}</pre>'
             f'<pre class="wrong">wrong, {scores[j]:.3f}\n{_shown(example.responses[j])}</pre></details>'
         )
-    return f"<h3>Worst rows ({len(found)} in all)</h3>" + "".join(blocks) if blocks else ""
+    return f"<h3>Worst rows ({len(wrong)} in all)</h3>" + "".join(blocks) if blocks else ""
 
 
 def _shown(text) -> str:

@@ -35,8 +35,8 @@ def weigh(parts: dict[str, Part], prefix: str = "", share: float = 1.0) -> dict[
 
 
 def section_figures(means: dict[str, float], prefix: str = "section/") -> dict[str, float]:
-    found = section_means(means, present_sections(means))
-    return {prefix + name: score for name, score in found.items()}
+    sections = section_means(means, present_sections(means))
+    return {prefix + name: score for name, score in sections.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- RewardBench 1
@@ -63,13 +63,13 @@ def load_2(rows):
     for row in rows:
         subset = row("subset", one_of(*SUBSETS_2))
         chosen, rejected, name = row("chosen", TEXTS), row("rejected", TEXTS), str(row("id", NAME))
-        for field, found in (("num_correct", chosen), ("num_incorrect", rejected)):
-            if field in row and row.values[field] != len(found):
-                raise row.error(f"`{field}` is {row.values[field]} and there are {len(found)} such responses")
+        for field, answers in (("num_correct", chosen), ("num_incorrect", rejected)):
+            if field in row and row.values[field] != len(answers):
+                raise row.error(f"`{field}` is {row.values[field]} and there are {len(answers)} such responses")
         meta = {}
         if subset == "Ties":
-            kind, _, number = name.partition(":")
-            if kind not in ("ref", "tied") or not number:
+            role, _, number = name.partition(":")
+            if role not in ("ref", "tied") or not number:
                 raise row.error(f"`id` is {name!r}; the subset Ties names its rows 'ref:<number>' and 'tied:<number>'")
             meta = {"group": f"ties:{number}"}
         elif len(chosen) != 1:

@@ -13,7 +13,7 @@ def load(rows):
     for row in rows:
         steps = row("eval_solution", SOLUTION)
         text = steps if isinstance(steps, str) else "\n".join(steps)
-        kind = row("solution_type", one_of("chosen", "rejected"))
+        side = row("solution_type", one_of("chosen", "rejected"))
         name = (str(row("problem_id", NAME)), str(row("id", NAME)))
         if name in seen:
             raise row.error(f"`id` {name[1]!r} of problem {name[0]!r} is there twice, first in row {seen[name]}")
@@ -22,7 +22,7 @@ def load(rows):
         problem = problems.setdefault(name[0], first)
         if problem["problem"] != row.values.get("problem"):
             raise row.error(f"problem {name[0]!r} has another text than in row {problem['row'].number}")
-        problem[kind].append(text)
+        problem[side].append(text)
     for name, problem in problems.items():
         if len(problem["chosen"]) != 1 or not problem["rejected"]:
             raise problem["row"].error(
@@ -36,12 +36,12 @@ def figures(examples, scores):
     chosen = [row[example.correct[0]] for example, row in zip(examples, scores, strict=True)]
     rejected = [[row[j] for j in example.wrong] for example, row in zip(examples, scores, strict=True)]
     wins, reciprocal_ranks, margins = one_to_many(chosen, rejected).T
-    found = {
+    values = {
         "accuracy": float(wins.mean()),
         "mrr": float(reciprocal_ranks.mean()),
         "accuracy_ties_right": float((margins >= 0).mean()),
     }
-    return found, parts_by(("problems" for _ in examples), wins.tolist())
+    return values, parts_by(("problems" for _ in examples), wins.tolist())
 
 
 SUITES = (

@@ -44,23 +44,23 @@ def figures(examples, scores):
         for j in range(STYLES)
     }
     domains = [domain for domain in DOMAINS if domain in cells[0, 0]]
-    found = {}
+    values = {}
     for domain in domains:
         levels = {
             level: sum(cells[cell][domain].mean for cell in members) / len(members)
             for level, members in LEVELS.items()
         }
-        found |= {f"domain/{domain}": sum(levels.values()) / len(levels)}
-        found |= {f"domain/{domain}/{level}": value for level, value in levels.items()}
+        values |= {f"domain/{domain}": sum(levels.values()) / len(levels)}
+        values |= {f"domain/{domain}/{level}": value for level, value in levels.items()}
     for level in LEVELS:
-        found[level] = sum(found[f"domain/{domain}/{level}"] for domain in domains) / len(domains)
+        values[level] = sum(values[f"domain/{domain}/{level}"] for domain in domains) / len(domains)
     for (i, j), parts in cells.items():
-        found[f"cell/{i}/{j}"] = sum(parts[domain].mean for domain in domains) / len(domains)
+        values[f"cell/{i}/{j}"] = sum(parts[domain].mean for domain in domains) / len(domains)
     # (hard + normal + easy) / 3 is the mean of the nine cells, for each item.
     shares = [
         sum(row[i] > row[STYLES + j] for i in range(STYLES) for j in range(STYLES)) / STYLES**2 for row in scores
     ]
-    return found, parts_by((example.subset for example in examples), shares, weight=1.0)
+    return values, parts_by((example.subset for example in examples), shares, weight=1.0)
 
 
 SUITES = (

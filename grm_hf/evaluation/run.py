@@ -6,17 +6,16 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..scoring import Score
+from ..scoring import Score, files
 from . import scorers
 from .examples import Example, Row, Skipped, digest_of, download_rows, is_hub_id, read_rows, spread
-from .suite import Suite, aggregate_with, headline, interval
+from .suite import Suite, aggregate_with, check_row, headline, interval
 from .suites import SUITES
 
 
@@ -168,15 +167,15 @@ def load_examples(
     examples: list[Example] = []
     skipped: dict[str, int] = {}
     seen: dict[str, int] = {}
-    for found in of.load(checked(_rows(of, data, revision))):
-        if isinstance(found, Skipped):
-            skipped[found.reason] = skipped.get(found.reason, 0) + 1
+    for loaded in of.load(checked(_rows(of, data, revision))):
+        if isinstance(loaded, Skipped):
+            skipped[loaded.reason] = skipped.get(loaded.reason, 0) + 1
             continue
         row = last["row"]
-        if found.id in seen:
-            raise row.error(f"`id` {found.id!r} is there twice, first in row {seen[found.id]}; ids must differ")
-        seen[found.id] = row.number
-        examples.append(found)
+        if loaded.id in seen:
+            raise row.error(f"`id` {loaded.id!r} is there twice, first in row {seen[loaded.id]}; ids must differ")
+        seen[loaded.id] = row.number
+        examples.append(loaded)
     if not examples:
         raise ValueError(f"the data holds no rows for the suite {suite!r}" + _said(skipped))
     if subset:
@@ -280,75 +279,53 @@ def evaluate(
     examples, skipped = load_examples(suite, data, subset, limit, revision)
     scorer = scorers.as_scorer(model, tokenizer, accelerator, trust_remote_code)
     results = Results(suite, scorers.name_of(scorer), {}, examples, [], "", digest_of(examples), skipped)
-    writes = accelerator is None or accelerator.is_main_process
-    file = None
-    order, ends = _plan(examples, window)
-    rows: list[dict] = []
-    if output is not None:
+    windows, shown = _windows(examples, window), progress and (accelerator is None or accelerator.is_main_process)
+    rows: dict[int, dict] = {}
+    if output is None:
+        _score(scorer, examples, windows, rows, rows.__setitem__, shown)
+    else:
         results.model_digest = scorers.digest_of(scorer)
-        path = Path(output) / f"{suite}.jsonl"
-        header, rows, size = _taken_up(path, results, examples, order, ends)
+        file = _file_of(Path(output) / f"{suite}.jsonl", results, accelerator)
         if accelerator is not None:
             accelerator.wait_for_everyone()  # all have read the file before it changes
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab")
-            file.truncate(size)
-            if not size:
-                file.write(_line(header))
-            file.flush()
-    try:
-        _score(scorer, examples, order, ends, rows, file, progress and writes)
-    finally:
-        if file is not None:
-            file.close()
-    results.rows = sorted(rows, key=lambda row: row["row"])
+        with file:
+            _score(scorer, examples, windows, file.kept, file.add, shown)
+        rows = file.kept
+    results.rows = [rows[number] for number in range(len(examples))]
     results.summary = aggregate(suite, examples, results.scores)
     return results
 
 
-def _plan(examples: list[Example], window: int) -> tuple[list[int], list[int]]:
-    """The order in which examples are scored, with those of one prompt together, and the end of each window."""
+def _windows(examples: list[Example], size: int) -> list[list[int]]:
+    """The numbers of the examples, those of one prompt side by side, in parts of at most `size` responses where an
+    example has no more."""
     first: dict[str, int] = {}
     for number, example in enumerate(examples):
         first.setdefault(example.group, number)
-    order = sorted(range(len(examples)), key=lambda number: (first[examples[number].group], number))
-    ends, size = [], 0
-    for place, number in enumerate(order):
+    windows: list[list[int]] = [[]]
+    taken = 0
+    for number in sorted(range(len(examples)), key=lambda number: (first[examples[number].group], number)):
         count = len(examples[number].responses)
-        if size and size + count > window:
-            ends.append(place)
-            size = 0
-        size += count
-    return order, [*ends, len(order)]
+        if taken and taken + count > size:
+            windows.append([])
+            taken = 0
+        windows[-1].append(number)
+        taken += count
+    return windows
 
 
-def _score(scorer, examples, order, ends, rows, file, shown) -> None:
-    """Score the rows that `rows` lacks, window by window, and append them to `rows` and to `file`."""
+def _score(scorer, examples, windows, rows, add, shown) -> None:
+    """Score what `rows` does not hold yet. A window that is not whole there is computed as it was at first, because
+    texts of a window share what they have in common, and round by it."""
     known: dict[str, Score] = {}
-    for row in rows:
-        for index, values in enumerate(zip(row["scores"], row["tokens"], row["truncated"], strict=True)):
-            known[_key(examples[row["row"]].chat(index))] = Score(*values)
-    done = len(rows)
-    totals = list(accumulate((len(examples[number].responses) for number in order), initial=0))
-    with tqdm(total=totals[-1], initial=totals[done], desc="Scoring", unit="text", disable=not shown) as bar:
-        for start, end in zip([0, *ends], ends, strict=False):
-            if start < done:
-                continue
-            members = order[start:end]
-            chats = {}
-            for number in members:
-                for index in range(len(examples[number].responses)):
-                    chat = examples[number].chat(index)
-                    if (key := _key(chat)) not in known:
-                        chats[key] = chat
-            try:
-                found = scorers.stream(scorer, list(chats.values()))
-            except ValueError as error:
-                raise ValueError(f"rows {min(members)} to {max(members)} cannot be scored: {error}") from error
-            known |= zip(chats, found, strict=True)
-            lines = []
-            for number in members:
+    count = lambda numbers: sum(len(examples[number].responses) for number in numbers)  # noqa: E731
+    whole = count(range(len(examples)))
+    with tqdm(total=whole, initial=count(rows), desc="Scoring", unit="text", disable=not shown) as bar:
+        for window in windows:
+            missing = [number for number in window if number not in rows]
+            if missing:
+                known |= _computed(scorer, examples, window, known)
+            for number in missing:
                 example = examples[number]
                 scores = [known[_key(example.chat(index))] for index in range(len(example.responses))]
                 row = {
@@ -359,66 +336,63 @@ def _score(scorer, examples, order, ends, rows, file, shown) -> None:
                     "tokens": [score.tokens for score in scores],
                     "truncated": [score.truncated for score in scores],
                 }
-                rows.append(row)
-                lines.append(_line(row))
-            if file is not None:
-                file.write(b"".join(lines))
-                file.flush()
-            bar.update(totals[end] - totals[start])
+                check_row(number, example, row["scores"])
+                add(number, row)
+            for number in window:
+                row = rows[number]
+                for index, values in enumerate(zip(row["scores"], row["tokens"], row["truncated"], strict=True)):
+                    known[_key(examples[number].chat(index))] = Score(*values)
+            bar.update(count(missing))
+
+
+def _computed(scorer, examples, window, known) -> dict[str, Score]:
+    """Scores of the texts of a window that no window before held."""
+    chats = {}
+    for number in window:
+        for index in range(len(examples[number].responses)):
+            chat = examples[number].chat(index)
+            if (key := _key(chat)) not in known:
+                chats[key] = chat
+    try:
+        return dict(zip(chats, scorers.stream(scorer, list(chats.values())), strict=True))
+    except ValueError as error:
+        raise ValueError(f"rows {min(window)} to {max(window)} cannot be scored: {error}") from error
 
 
 def _key(chat) -> str:
     return json.dumps(chat, ensure_ascii=False, sort_keys=True)
 
 
-def _line(values: dict) -> bytes:
-    return (json.dumps(values, ensure_ascii=False) + "\n").encode()
-
-
-def _taken_up(path, results, examples, order, ends):
-    """The first line of the file, its rows up to the end of a window, and their number of bytes."""
+def _file_of(path: Path, results: Results, accelerator) -> files.Results:
+    """The file of these results, with what it holds already; refused if it is of others."""
     header = {
         "suite": results.suite,
         "model": results.model,
         "model_digest": results.model_digest,
         "rows_digest": results.rows_digest,
     }
-    content = path.read_bytes() if path.is_file() else b""
-    first, *lines = content.split(b"\n")[:-1] or [b""]
-    if not first:
-        if content and not _line(header).startswith(content):
-            raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
-        return header, [], 0
-    kept = _header(first, path)
+    kept, _ = _read(path)
     for name, what in (("suite", "another suite"), ("model_digest", "another model"), ("rows_digest", "other rows")):
-        if kept.get(name) != header[name]:
+        if kept is not None and kept.get(name) != header[name]:
             raise ValueError(
                 f"{path} holds results of {what}: {name} is {str(kept.get(name))[:12]} there and {header[name][:12]} "
                 "in this run. Choose another `output`."
             )
-    rows = []
-    for place, line in enumerate(lines[: len(order)]):
-        try:
-            row = json.loads(line)
-            fits = row["row"] == order[place] and len(row["scores"]) == len(examples[order[place]].responses)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            fits = False
-        if not fits:
-            raise ValueError(f"{path}, line {place + 2} is not the row that belongs there. Choose another `output`.")
-        rows.append(row)
-    whole = max((end for end in [0, *ends] if end <= len(rows)), default=0)
-    size = len(first) + 1 + sum(len(line) + 1 for line in lines[:whole])
-    return header, rows[:whole], size
+
+    def fits(row):
+        scores = row.get("scores")
+        return isinstance(scores, list) and len(scores) == len(results.examples[row["row"]].responses)
+
+    writes = accelerator is None or accelerator.is_main_process
+    return files.Results(path, [""] * len(results.examples), writes, kept or header, fits)
 
 
-def _header(line: bytes, path: Path) -> dict:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict) or "rows_digest" not in found:
+def _read(path: Path) -> tuple[dict | None, list[bytes]]:
+    """The header of a file of results and its rows; no header where there is nothing yet."""
+    header, lines = files.read_header(path)
+    if header is not None and "rows_digest" not in header:
         raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
-    return found
+    return header, lines
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -435,19 +409,18 @@ def read_results(path: str | os.PathLike, results: Results) -> Results:
     path = path / f"{results.suite}.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"there are no results of {results.suite} in {path}.")
-    first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
-    header = _header(first, path)
-    if header["rows_digest"] != results.rows_digest:
+    header, lines = _read(path)
+    if header is None or header["rows_digest"] != results.rows_digest:
         raise ValueError(f"{path} holds results of other rows, which cannot be compared one by one.")
     rows = sorted((json.loads(line) for line in lines), key=lambda row: row["row"])
     if [row["row"] for row in rows] != list(range(len(results.examples))):
         raise ValueError(f"{path} is not finished: {len(rows)} of {len(results.examples)} rows.")
-    found = Results(
+    theirs = Results(
         results.suite, header["model"], {}, results.examples, rows, header["model_digest"], header["rows_digest"],
         results.skipped,
     )
-    found.summary = aggregate(results.suite, results.examples, found.scores)
-    return found
+    theirs.summary = aggregate(results.suite, results.examples, theirs.scores)
+    return theirs
 
 
 def compare(a: Results, b: Results) -> dict[str, Any]:

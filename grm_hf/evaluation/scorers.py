@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.integrations.peft import find_adapter_config_file
 
 from ..devices import evaluating, own_device
+from ..folders import readable
 from ..rewards.adapters import PolicyScorer, policy_scorer
 from ..rewards.rollouts import Rollout
 from ..scoring import GRMScorer, Score
@@ -114,7 +115,8 @@ def as_scorer(
         revision: Revision of a Hub id.
     """
     if isinstance(model, (str, os.PathLike)):
-        return _load(os.fspath(model), tokenizer, accelerator, trust_remote_code, revision)
+        with readable(model) as place:
+            return _load(place, tokenizer, accelerator, trust_remote_code, revision)
     if isinstance(model, torch.nn.Module):
         base: Any = model
         if hasattr(model, "peft_config"):
@@ -139,11 +141,11 @@ def as_scorer(
 
 def _load(path, tokenizer, accelerator, trust_remote_code, revision):
     options = {"revision": revision} if revision else {}
-    found, base_options = path, options
+    base, base_options = path, options
     adapter = find_adapter_config_file(path, **options)
     if adapter is not None:
-        found, base_options = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"], {}
-    config = AutoConfig.from_pretrained(found, trust_remote_code=trust_remote_code, **base_options)
+        base, base_options = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"], {}
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **base_options)
     if config.model_type == "grm":
         scorer = policy_scorer(path, tokenizer, load_kwargs=options)
         scorer.accelerator = accelerator
@@ -209,18 +211,18 @@ def digest_of(scorer) -> str:
             f"{type(scorer).__name__} has no `model` by whose weights it could be told from another, so its results "
             "cannot be kept in a folder and taken up again. Leave `output` out."
         )
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in [model] if hasattr(model, "config") else model.children():
         config: Any = getattr(part, "config", None)
-        found.update(json.dumps(_lasting(config.to_dict() if config else {}), sort_keys=True, default=str).encode())
-    found.update(repr(getattr(scorer, "settings", None)).encode())
+        digest.update(json.dumps(_lasting(config.to_dict() if config else {}), sort_keys=True, default=str).encode())
+    digest.update(repr(getattr(scorer, "settings", None)).encode())
     tokenizer: Any = getattr(scorer, "tokenizer", None)
     if tokenizer is not None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-        found.update(vocabulary.encode() + str(tokenizer.chat_template).encode())
+        digest.update(vocabulary.encode() + str(tokenizer.chat_template).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for piece in tensor.detach().reshape(-1).split(1 << 24):
-            found.update(piece.cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -75,15 +75,20 @@ def check_scores(examples: Sequence[Example], scores: Iterable) -> list[list[flo
     if len(scores) != len(examples):
         raise ValueError(f"there are {len(examples)} examples and {len(scores)} lists of scores; one each is needed.")
     for number, (example, row) in enumerate(zip(examples, scores, strict=True)):
-        name = f"example {number} ({example.id!r})"
-        if len(row) != len(example.responses):
-            raise ValueError(f"{name}: {len(example.responses)} responses and {len(row)} scores; one each is needed.")
-        if broken := [j for j, score in enumerate(row) if not math.isfinite(score)]:
-            raise ValueError(
-                f"{name}: the score of response {broken[0]} is {row[broken[0]]}, no finite number. The "
-                "model's weights are broken, or overflow in its dtype."
-            )
+        check_row(number, example, row)
     return scores
+
+
+def check_row(number: int, example: Example, scores: Sequence[float]) -> None:
+    """Refuse scores of an example that are not finite, or not one for each response."""
+    name = f"example {number} ({example.id!r})"
+    if len(scores) != len(example.responses):
+        raise ValueError(f"{name}: {len(example.responses)} responses and {len(scores)} scores; one each is needed.")
+    if broken := [j for j, score in enumerate(scores) if not math.isfinite(score)]:
+        raise ValueError(
+            f"{name}: the score of response {broken[0]} is {scores[broken[0]]}, no finite number. The model's weights "
+            "are broken, or overflow in its dtype."
+        )
 
 
 def headline(parts: dict[str, Part]) -> float:
@@ -112,8 +117,8 @@ def aggregate_with(suite: Suite, examples: Sequence[Example], scores: Iterable) 
     scores = check_scores(examples, scores)
     figures, parts = suite.figures(examples, scores)
     result = {"score": headline(parts)}
-    if found := interval(examples, parts):
-        result["score_low"], result["score_high"] = found
+    if ends := interval(examples, parts):
+        result["score_low"], result["score_high"] = ends
     result |= figures
     result["n"] = float(len(examples))
     complete = set(suite.parts) <= set(parts) and (not suite.rows or len(examples) in suite.rows)
@@ -133,9 +138,9 @@ def _pairs(examples, scores):
     if not better:
         raise ValueError("no example has a right and a wrong response, so there is nothing to compare.")
     first, second = zip(*lengths, strict=True)
-    found = pairwise_metrics(better, worse, ties=0, chosen_lengths=first, rejected_lengths=second)
-    found["ties"] = float(round(found.pop("tie_rate") * len(better)))
-    return {f"pairs/{name}": x for name, x in found.items() if not name.startswith("accuracy_ci")}
+    measured = pairwise_metrics(better, worse, ties=0, chosen_lengths=first, rejected_lengths=second)
+    measured["ties"] = float(round(measured.pop("tie_rate") * len(better)))
+    return {f"pairs/{name}": x for name, x in measured.items() if not name.startswith("accuracy_ci")}
 
 
 # ------------------------------------------------------------------------------------------- what several families use
@@ -153,12 +158,12 @@ def wins_of(examples: Sequence[Example], scores: Sequence[Sequence[float]]) -> l
 def parts_by(names: Iterable[str], values: Iterable[float], weight: float | None = None) -> dict[str, Part]:
     """A part for each name, with a value for each example. Without a weight, a part weighs by its number of examples:
     the headline is the mean over all examples."""
-    found: dict[str, Part] = {}
+    parts: dict[str, Part] = {}
     for owner, (name, value) in enumerate(zip(names, values, strict=True)):
-        part = found.setdefault(name, Part(weight or 0.0, [], []))
+        part = parts.setdefault(name, Part(weight or 0.0, [], []))
         part.values.append(value)
         part.owners.append(owner)
-    return {name: part._replace(weight=weight or len(part.values)) for name, part in found.items()}
+    return {name: part._replace(weight=weight or len(part.values)) for name, part in parts.items()}
 
 
 def subset_figures(parts: dict[str, Part]) -> dict[str, float]:

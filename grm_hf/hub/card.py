@@ -127,7 +127,7 @@ def _template():
 
 def write_card(metadata: dict, facts: dict) -> str:
     """The text of a README.md, from the facts of [`facts_of_run`]."""
-    body = BLOCK.sub(lambda found: _block(found[1], found[3].strip("\n")), _template().render(facts))
+    body = BLOCK.sub(lambda block: _block(block[1], block[3].strip("\n")), _template().render(facts))
     return _join(metadata, {key: _digest(_dump(value)) for key, value in metadata.items()}, facts["name"], body)
 
 
@@ -275,7 +275,7 @@ def merge_cards(theirs: str, ours: str) -> str:
             merged[key] = list(dict.fromkeys([*value, *both]))
         else:
             merged[key] = value
-    blocks = {found[1]: found[0] for found in BLOCK.finditer(our_body)}
+    blocks = {block[1]: block[0] for block in BLOCK.finditer(our_body)}
     body = our_body
     if their_record or BLOCK.search(their_body):
         body = BLOCK.sub(lambda f: blocks.get(f[1], "") if f[2] == _digest(f[3]) else f[0], their_body)
@@ -324,13 +324,13 @@ def with_code(card: str) -> str:
     data, record, name, body = _read(card)
     if name is None:
         return card
-    found = next((block for block in BLOCK.finditer(body) if block[1] == "code"), None)
-    if found is None:  # cards before version 0.2.0 have no such block
+    code = next((block for block in BLOCK.finditer(body) if block[1] == "code"), None)
+    if code is None:  # cards before version 0.2.0 have no such block
         last = list(BLOCK.finditer(body))[-1:]
         at = last[0].end() if last else len(body)
         body = f"{body[:at].rstrip()}\n\n{_block('code', CODE_LINE)}{body[at:]}"
-    elif found[2] == _digest(found[3]):
-        body = body[: found.start()] + _block("code", CODE_LINE) + body[found.end() :]
+    elif code[2] == _digest(code[3]):
+        body = body[: code.start()] + _block("code", CODE_LINE) + body[code.end() :]
     return _join(data, record, name, body)
 
 
@@ -360,9 +360,9 @@ def _read(card):
     front = FRONT.match(card)
     data = (yaml.safe_load(front[1]) or {}) if front else {}
     body = card[front.end() :] if front else card
-    found = RECORD.search(body)
-    record = dict(item.split("=", 1) for item in found[2].split()) if found else {}
-    return data, record, found and found[1], RECORD.sub("", body, count=1).lstrip("\n")
+    line = RECORD.search(body)
+    record = dict(item.split("=", 1) for item in line[2].split()) if line else {}
+    return data, record, line and line[1], RECORD.sub("", body, count=1).lstrip("\n")
 
 
 def _join(data, record, name, body):

@@ -25,14 +25,13 @@ from transformers.utils import logging
 from ..configuration_grm import BOS_POLICIES, GRMConfig
 from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
-from ..native import POLICIES
+from ..native import POLICIES, REWARD_MODELS
 from ..scoring.golden import save_golden
 from .tokenizer import load_tokenizer
 
 
 logger = logging.get_logger(__name__)
 
-HEAD = re.compile(r"(v_head\.summary|score)(?:\.(\d+))?\.(weight|bias)")
 PICKLES = {  # downloaded only if their twins are missing
     "model*.safetensors": "pytorch_model*.bin",
     "value_head.safetensors": "value_head.bin",
@@ -44,43 +43,76 @@ TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 FOREIGN = re.compile(r"auto_map|architectures|vhead_.*|summary_dropout_prob|num_labels|id2label|label2id|problem_type")
 
 
+Layer = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias
+
+
+class Source(NamedTuple):
+    """
+    What a format reads a reward head from.
+
+    Args:
+        name (`str`): Hub id or folder, for messages.
+        weights (`dict[str, torch.Tensor]`): Of the head alone, by their names without what PEFT and TRL put around.
+        settings (`dict`): Its config.json.
+    """
+
+    name: str
+    weights: dict[str, torch.Tensor]
+    settings: dict
+
+
 class Format(NamedTuple):
     """
     A known layout of reward models. To add one, write its function and its row.
 
     Args:
         name (`str`): The name that `grm convert` prints.
-        holds (`Callable`): Whether a source is of this format, from the names of its head's weights, the kind of its
-            head (`"linear"` or `"mlp"`) and its configuration.
+        head (`str`): Name of its head's weights, in front of the number of a layer.
+        read (`Callable`): The layers of the head, with a ReLU between two; none if a source is not of this format.
         bos_policy (`str`): How its training read a chat.
         head_dropout (`float`): Dropout before its head while training, if its configuration does not say.
     """
 
     name: str
-    holds: Callable[[set[str], str, dict], bool]
+    head: str
+    read: Callable[[Source], list[Layer]]
     bos_policy: str
     head_dropout: float
 
 
-def _value_head(keys: set[str], kind: str, settings: dict) -> bool:
-    return any(key.startswith("v_head.") for key in keys)
+def _grm_authors(source: Source) -> list[Layer]:
+    """Their MLP is a value head with ReLU. Their linear models have a classifier's head, and say whose they are."""
+    layers = _layers(source, "v_head.summary")
+    if any(name.startswith("vhead_") for name in source.settings):
+        return layers or _layers(source, "score")
+    return layers if len(layers) > 1 else []
 
 
-def _grm_authors(keys: set[str], kind: str, settings: dict) -> bool:
-    # Their code renders a chat, then adds special tokens again: two BOS where the template writes one.
-    named = any(key.startswith("vhead_") for key in settings)
-    return named or (kind == "mlp" and _value_head(keys, kind, settings))
+def _value_head(source: Source) -> list[Layer]:
+    return _layers(source, "v_head.summary")
 
 
-def _classifier(keys: set[str], kind: str, settings: dict) -> bool:
-    return any(key.startswith("score") for key in keys)
+def _reward_model(source: Source) -> list[Layer]:
+    """Of vLLM and SGLang: the class says that there is a ReLU."""
+    known = set(source.settings.get("architectures") or ()) & set(REWARD_MODELS)
+    return _layers(source, "score") if known else []
 
 
-FORMATS = (  # the first that holds
-    Format("GRM authors", _grm_authors, "double", 0.1),
-    Format("value head (TRL, LLaMA-Factory)", _value_head, "single", 0.1),
-    Format("classifier", _classifier, "single", 0.0),
+def _classifier(source: Source) -> list[Layer]:
+    layers = _layers(source, "score")
+    return layers if len(layers) == 1 else []
+
+
+FORMATS = (  # the first that reads something; the authors' code renders a chat, then adds special tokens again
+    Format("GRM authors", "v_head.summary", _grm_authors, "double", 0.1),
+    Format("value head (TRL, LLaMA-Factory)", "v_head.summary", _value_head, "single", 0.1),
+    Format("Qwen2ForRewardModel, Qwen3ForRewardModel", "score", _reward_model, "single", 0.0),
+    Format("classifier", "score", _classifier, "single", 0.0),
 )
+HEADS = sorted({form.head for form in FORMATS})
+HEAD = re.compile(rf"({'|'.join(map(re.escape, HEADS))})(?:\.(\d+))?\.(weight|bias)")
+# A setting that says what stands between the layers of a head.
+ACTIVATION = re.compile(r".*(head|summary|score|classifier)\w*_act(ivation)?(_fn|_function)?")
 
 
 @dataclass(frozen=True)
@@ -148,7 +180,7 @@ def convert(
         folder = _local(place, revision)
         adapter = (folder / "adapter_config.json").is_file()
         settings = _settings(folder, source, adapter)
-        head, kind, keys = _head(folder, str(source), adapter)
+        form, layers, names = _head(folder, str(source), settings, adapter)
         tokenizer = load_tokenizer(str(folder))
         if tokenizer is None and base is not None:
             tokenizer = load_tokenizer(str(base))
@@ -156,16 +188,14 @@ def convert(
             lm, base = _adapted(folder, str(source), base, tokenizer)
             lm_head = f"of the base '{base}'"
         else:
-            lm, lm_head = _body(folder, str(source), settings, keys, None if base is None else str(base))
+            lm, lm_head = _body(folder, str(source), settings, names, None if base is None else str(base))
 
-        form = next(form for form in FORMATS if form.holds({_plain(key) for key in keys}, kind, settings))
-        layout = f"{form.name}, {'MLP' if kind == 'mlp' else 'linear'} head{', LoRA adapter' if adapter else ''}"
-
+        layout = f"{form.name}, {'MLP' if len(layers) > 1 else 'linear'} head{', LoRA adapter' if adapter else ''}"
         policies = {name: settings[name] for name in POLICIES if name in settings}
         policies["bos_policy"] = bos_policy or policies.get("bos_policy", form.bos_policy)
         limit = max_length or policies.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
         policies["max_sequence_length"] = limit if limit is not None and limit < 10**9 else None  # else: not set
-        spec, state = _our_head(head, kind, settings.get("head_hidden_size"))
+        spec, state = _our_head(layers, settings.get("head_hidden_size"))
         config = GRMConfig(
             text_config=lm.config,
             head_dropout=settings.get("summary_dropout_prob", form.head_dropout),  # while training only
@@ -178,8 +208,8 @@ def convert(
             config.pad_token_id = tokenizer.pad_token_id
         model = GRMForSequenceClassification(config, lm=lm)
         width = model._read_width()
-        if (found := head[0][0].shape[1]) != width:
-            raise ValueError(f"The reward head of '{source}' reads {found} numbers, the language model gives {width}.")
+        if (read := layers[0][0].shape[1]) != width:
+            raise ValueError(f"The reward head of '{source}' reads {read} numbers, the language model gives {width}.")
         model.score.load_state_dict(state)
         if (text := model.config.text_config).tie_word_embeddings and not _tied(lm):
             text.tie_word_embeddings = False  # the config says tied, but the file has two different matrices
@@ -207,8 +237,8 @@ def _local(source: str, revision: str | None) -> Path:
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
-    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    return [path for path in found if path.suffix in (".safetensors", ".bin")]
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path for path in paths if path.suffix in (".safetensors", ".bin")]
 
 
 def _settings(folder: Path, source, adapter: bool) -> dict:
@@ -249,46 +279,70 @@ def _twice(source, name):
     return f"'{source}' holds {name} twice, with different numbers. Remove the file that is old."
 
 
-def _head(folder: Path, source: str, adapter: bool):
-    """The reward head as `[(weight, bias or None), ...]`, `"linear"` or `"mlp"`, and the names of its weights."""
+def _head(folder: Path, source: str, settings: dict, adapter: bool) -> tuple[Format, list[Layer], set[str]]:
+    """The format of a source, the layers of its reward head, and the names of their weights."""
     files = _files(folder, *WEIGHTS)
     if not files:
         raise ValueError(f"'{source}' has no weights (none of {', '.join(WEIGHTS)}).")
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for path in files:
         for name, tensor in _read(path, lambda name: bool(HEAD.fullmatch(_plain(name)))).items():
             name = _plain(name)
-            if name in found and not torch.equal(found[name], tensor):
+            if name in weights and not torch.equal(weights[name], tensor):
                 raise ValueError(_twice(source, name))
-            found[name] = tensor
-    if not found:
+            weights[name] = tensor
+    if not weights:
         other = " A causal language model is no reward model: train one from it."
         if adapter:
             other = " An adapter that this package has trained is merged by `grm merge`."
-        raise ValueError(f"'{source}' has no reward head: neither `v_head.summary` nor `score` in its weights.{other}")
-    parts = [re.fullmatch(HEAD, name) for name in found]
-    kinds = sorted({(part[1], part[2] is not None) for part in parts if part})
-    if len(kinds) > 1:
-        raise ValueError(f"'{source}' holds more than one reward head: {sorted(found)}. Remove what is not the head.")
-    [(prefix, sequential)] = kinds
-    numbers = sorted({int(part[2] or 0) for part in parts if part})
+        known = "` nor `".join(HEADS[::-1])
+        raise ValueError(f"'{source}' has no reward head: neither `{known}` in its weights.{other}")
+    parts = [HEAD.fullmatch(name) for name in weights]
+    if len({(part[1], part[2] is not None) for part in parts if part}) > 1:
+        there = sorted(weights)
+        raise ValueError(f"'{source}' holds more than one reward head: {there}. Remove what is not the head.")
+    for form in FORMATS:
+        if layers := form.read(Source(source, weights, settings)):
+            break
+    else:
+        raise ValueError(
+            f"The reward head of '{source}' has several layers ({', '.join(sorted(weights))}), and nothing says what "
+            f"stands between two. A GRM has ReLU there: if this head has, name one of {', '.join(REWARD_MODELS)} as "
+            "`architectures` in config.json."
+        )
+    for name, value in settings.items():
+        if len(layers) > 1 and ACTIVATION.fullmatch(name) and str(value or "relu").lower() != "relu":
+            raise ValueError(
+                f"The reward head of '{source}' has {value!r} between two layers (`{name}` in config.json); the head "
+                "of a GRM has ReLU there, so it cannot be converted."
+            )
+    return form, layers, set(weights)
+
+
+def _layers(source: Source, prefix: str) -> list[Layer]:
+    """The layers of the head whose weights are named so, in their order; none without such weights."""
+    parts = [part for name in source.weights if (part := HEAD.fullmatch(name)) and part[1] == prefix]
+    numbers = sorted({int(part[2] or 0) for part in parts})
     layers = []
     for number in numbers:
-        start = f"{prefix}.{number}" if sequential else prefix
-        if f"{start}.weight" not in found:
-            raise ValueError(f"'{source}' has {start}.bias, but no {start}.weight.")
-        layers.append((found[f"{start}.weight"].float(), found.get(f"{start}.bias")))
-    # A ReLU, which has no weights, stands between two layers: their numbers are even.
+        start = f"{prefix}.{number}" if parts[0][2] is not None else prefix
+        if f"{start}.weight" not in source.weights:
+            raise ValueError(f"'{source.name}' has {start}.bias, but no {start}.weight.")
+        layers.append((source.weights[f"{start}.weight"].float(), source.weights.get(f"{start}.bias")))
+    # An activation, which has no weights, stands between two layers: their numbers are even.
     shapes = [tuple(weight.shape) for weight, _ in layers]
     widths = {shape[0] for shape in shapes[:-1]} | {shape[-1] for shape in shapes[1:]}
     if any(len(shape) != 2 for shape in shapes) or numbers != list(range(0, 2 * len(layers), 2)) or len(widths) > 1:
+        there = {name: tuple(tensor.shape) for name, tensor in sorted(source.weights.items())}
         raise ValueError(
-            f"The reward head of '{source}' has an unknown form: {dict(zip(sorted(found), shapes, strict=False))}. "
-            "It must be one linear layer, or layers of one width with a ReLU between two."
+            f"The reward head of '{source.name}' has an unknown form: {there}. It must be one linear layer, or "
+            "layers of one width with a ReLU between two."
         )
-    if shapes[-1][0] != 1:
-        raise ValueError(f"The reward head of '{source}' gives {shapes[-1][0]} numbers; a reward model gives one.")
-    return layers, "mlp" if len(layers) > 1 else "linear", set(found)
+    if layers and shapes[-1][0] != 1:
+        raise ValueError(
+            f"The reward head of '{source.name}' gives {shapes[-1][0]} numbers; a reward model gives one."
+        )
+    return layers
 
 
 # ------------------------------------------------------------------------------------------------------ language model
@@ -327,7 +381,7 @@ def _require(source: str, info: dict, missing: set, spare: set):
     """Refuse weights that do not fit, by name. `missing` may be missing; `spare` belongs elsewhere."""
     left = sorted(name for name in info["unexpected_keys"] if _plain(name) not in spare)
     lacking = sorted(set(info["missing_keys"]) - missing)
-    shapes = [f"{key} {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    shapes = [f"{key} {tuple(there)}, not {tuple(wanted)}" for key, there, wanted in info["mismatched_keys"]]
     for names, what in (
         (lacking, "lacks weights of its language model"),
         (shapes, "has weights of another shape than its config.json says"),
@@ -373,31 +427,31 @@ def _body(folder: Path, source: str, settings: dict, head: set, base: str | None
 def _zero_biases(folder: Path, names) -> set:
     """Names of projection biases that are zero; `grm export` adds them to a Llama for the engines."""
     ends = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-    found: dict[str, torch.Tensor] = {}
+    biases: dict[str, torch.Tensor] = {}
     if wanted := {name for name in names if name.endswith(ends)}:
         for path in _files(folder, "model*.safetensors"):
-            found.update(_read(path, lambda name: name in wanted))
-    return {name for name, tensor in found.items() if not tensor.any()}
+            biases.update(_read(path, lambda name: name in wanted))
+    return {name for name, tensor in biases.items() if not tensor.any()}
 
 
 def _borrow_lm_head(lm, base: str, names: set):
     """Put the LM head of `base` into `lm`. Nothing else is read from `base`."""
     folder = _local(base, None)
     embedding = next(name for name, part in lm.named_parameters() if part is lm.get_input_embeddings().weight)
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     wanted = {*names, embedding}
     for path in _files(folder, *WEIGHTS):
         for name, tensor in _read(path, lambda name: _plain(name).removeprefix("lm.") in wanted).items():
-            found[_plain(name).removeprefix("lm.")] = tensor
-    if names - set(found) and not _says_tied(folder):
+            weights[_plain(name).removeprefix("lm.")] = tensor
+    if names - set(weights) and not _says_tied(folder):
         raise ValueError(
-            f"'{base}' has no LM head ({sorted(names - set(found))}), and its config.json does not tie it "
+            f"'{base}' has no LM head ({sorted(names - set(weights))}), and its config.json does not tie it "
             "to the embeddings. `base` must be the language model that this one was trained from, not a classifier: "
             "`grm convert --base ID`."
         )
     for name in sorted(names):
         ours = lm.get_parameter(name)
-        theirs = found.get(name, found.get(embedding) if name.endswith("weight") else None)
+        theirs = weights.get(name, weights.get(embedding) if name.endswith("weight") else None)
         if theirs is None or theirs.shape != ours.shape:
             raise ValueError(
                 f"The LM head of '{base}' does not fit: {name} is "
@@ -442,7 +496,7 @@ def _adapted(folder: Path, source: str, base, tokenizer):
             state[_plain(name)] = tensor
     rows = lm.get_input_embeddings().weight.shape[0]
     _make_room(lm, tokenizer, state, source)
-    # The value head was wrapped with the model, but is not part of it here. The task has no class in PEFT.
+    # The value head was wrapped with the model, but is not part of it here. No class of PEFT fits the task.
     config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
     config.task_type, config.inference_mode = None, True
     wrapped = get_peft_model(lm, config)
@@ -486,22 +540,22 @@ def _make_room(lm, tokenizer, state, source):
 # ---------------------------------------------------------------------------------------------------------------- head
 
 
-def _our_head(layers, kind: str, width: int | None):
+def _our_head(layers: list[Layer], width: int | None):
     """Configuration fields and state of our head, which is the same function."""
     layers = [(weight, None if bias is None else bias.float()) for weight, bias in layers]
-    if kind == "linear":
+    if len(layers) == 1:
         (weight, bias) = layers[0]
         if bias is None or not bias.any():
             return dict(head_type="linear"), {"weight": weight}
         # Our linear head has no bias. relu(z) - relu(-z) is z to the last bit, because one of the two is zero.
         layers = [(torch.cat([weight, -weight]), torch.zeros(2)), (torch.tensor([[1.0, -1.0]]), bias)]
-    layers = [(weight, torch.zeros(len(weight)) if bias is None else bias) for weight, bias in layers]
-    (first, first_bias), (last, last_bias) = layers[0], layers[-1]
-    if len(layers) == 2 and width and not any(part[width:].any() for part in (first, first_bias, last[0])):
-        layers = [(first[:width], first_bias[:width]), (last[:, :width], last_bias)]  # `grm export` had padded it
+    ours = [(weight, torch.zeros(len(weight)) if bias is None else bias) for weight, bias in layers]
+    (first, first_bias), (last, last_bias) = ours[0], ours[-1]
+    if len(ours) == 2 and width and not any(part[width:].any() for part in (first, first_bias, last[0])):
+        ours = [(first[:width], first_bias[:width]), (last[:, :width], last_bias)]  # `grm export` had padded it
     state = {}
-    for number, (weight, bias) in enumerate(layers):
-        name = "out" if number == len(layers) - 1 else f"dense.{number}"
+    for number, (weight, bias) in enumerate(ours):
+        name = "out" if number == len(ours) - 1 else f"dense.{number}"
         state.update({f"{name}.weight": weight, f"{name}.bias": bias})
-    spec = dict(head_type="mlp", head_hidden_size=layers[0][0].shape[0], head_num_layers=len(layers) - 1)
+    spec = dict(head_type="mlp", head_hidden_size=ours[0][0].shape[0], head_num_layers=len(ours) - 1)
     return spec, state

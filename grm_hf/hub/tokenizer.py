@@ -28,13 +28,13 @@ def spell_for_transformers_4(folder: str | Path) -> None:
     path = Path(folder) / FILE
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    settings = dict(found)
+    given = json.loads(path.read_text(encoding="utf-8"))
+    settings = dict(given)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    if settings != found:
+    if settings != given:
         new = path.with_name(f"{FILE}.new")
         new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(path)

@@ -34,10 +34,10 @@ def collect(output: Path, settings: Settings) -> dict:
     """
     sets = {}
     for key in settings.sets:
-        found = read_unit(output, f"candidates-{key}")
+        unit = read_unit(output, f"candidates-{key}")
         names = ("distinct", "unfinished")
-        sets[key] = {"prompts": len(found["prompts"]), "samples": settings.samples, **{n: found[n] for n in names}}
-        sets[key] |= {"gold_mean": float(np.mean(found["gold"])), "gold_std": within(found["gold"])}
+        sets[key] = {"prompts": len(unit["prompts"]), "samples": settings.samples, **{n: unit[n] for n in names}}
+        sets[key] |= {"gold_mean": float(np.mean(unit["gold"])), "gold_std": within(unit["gold"])}
     results: dict = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "ns": settings.ns,
@@ -68,13 +68,13 @@ def _proxy_rows(output, settings, sets):
     rows = []
     for labels, size, method, seed in itertools.product(LABELS, settings.sizes, NAMES, range(settings.seeds)):
         unit = json.loads(unit_file(output, proxy_name(labels, size, method, seed)).read_text(encoding="utf-8"))
-        for key, found in unit["sets"].items():
-            gold = (np.array(found["gold"]) - found["gold"][0]) / sets[key]["gold_std"]
-            proxy = (np.array(found["proxy"]) - found["proxy"][0]) / found["proxy_std"]
+        for key, scored in unit["sets"].items():
+            gold = (np.array(scored["gold"]) - scored["gold"][0]) / sets[key]["gold_std"]
+            proxy = (np.array(scored["proxy"]) - scored["proxy"][0]) / scored["proxy_std"]
             rows.append(
                 {
                     **{"labels": labels, "size": size, "method": method, "seed": seed, "set": key},
-                    **{"accuracy": found["accuracy"], "gold": float(gold[-1]), "drop": float(gold.max() - gold[-1])},
+                    **{"accuracy": scored["accuracy"], "gold": float(gold[-1]), "drop": float(gold.max() - gold[-1])},
                     **{"gold_curve": gold.tolist(), "proxy_curve": proxy.tolist()},
                 }
             )
@@ -94,11 +94,11 @@ def _policy_rows(output, settings, sets):
         for name, (proxy, seed) in zip(names, _policies(settings), strict=True):
             unit = json.loads(unit_file(output, name).read_text(encoding="utf-8"))
             trl.setdefault(algorithm, set()).add(unit["versions"]["trl"])
-            for key, found in unit["sets"].items():
-                first, std = found["points"][0], sets[key]["gold_std"]
-                points = [[s, kl, p - first[2], (g - first[3]) / std, n] for s, kl, p, g, n in found["points"]]
+            for key, measured in unit["sets"].items():
+                first, std = measured["points"][0], sets[key]["gold_std"]
+                points = [[s, kl, p - first[2], (g - first[3]) / std, n] for s, kl, p, g, n in measured["points"]]
                 rows.append({"algorithm": algorithm, "proxy": proxy, "seed": seed, "set": key, "points": points})
-                last[proxy, seed, key] = found["gold"]
+                last[proxy, seed, key] = measured["gold"]
         for key, seed in itertools.product(settings.sets, range(settings.seeds)):
             initial = [row[: settings.policy_samples] for row in read_unit(output, f"candidates-{key}")["gold"]]
             last[INITIAL, seed, key] = initial
@@ -111,7 +111,7 @@ def _policy_rows(output, settings, sets):
                 )
                 shares = {n: float((signs == v).mean()) for n, v in (("win", 1), ("tie", 0), ("loss", -1))}
                 wins.append({"algorithm": algorithm, "set": key, "a": a, "b": b, "seed": seed, **shares})
-    return {"policies": rows, "wins": wins, "policy_trl": {name: sorted(found) for name, found in trl.items()}}
+    return {"policies": rows, "wins": wins, "policy_trl": {name: sorted(versions) for name, versions in trl.items()}}
 
 
 def _policies(settings):
@@ -124,8 +124,8 @@ def _costs(output):
     cpu = 0.0
     for file in sorted((output / "units").glob("*.json")):
         unit = json.loads(file.read_text(encoding="utf-8"))
-        kind = file.stem.split("-")[0]
-        seconds[kind] = seconds.get(kind, 0.0) + unit["seconds"]
+        stage = file.stem.split("-")[0]
+        seconds[stage] = seconds.get(stage, 0.0) + unit["seconds"]
         cpu += unit["cpu_seconds"]
     calls = output / "calls.jsonl"
     lines = calls.read_text(encoding="utf-8").splitlines() if calls.is_file() else []
@@ -144,16 +144,16 @@ def difference(ours: list[float], theirs: list[float], sign: int) -> dict:
         are equal in all seeds, there is no interval to judge by, and no difference is shown.
     """
     paired = [a - b for a, b in zip(ours, theirs, strict=True)]
-    found = seed_interval(paired, LEVEL)
-    if found["std"] < 1e-12:
-        return {"difference": found["mean"], "low": found["mean"], "high": found["mean"], "p": 1.0, "verdict": SAME}
+    ci = seed_interval(paired, LEVEL)
+    if ci["std"] < 1e-12:
+        return {"difference": ci["mean"], "low": ci["mean"], "high": ci["mean"], "p": 1.0, "verdict": SAME}
     df = len(paired) - 1
-    t = abs(found["mean"]) / (found["std"] / math.sqrt(len(paired)))
+    t = abs(ci["mean"]) / (ci["std"] / math.sqrt(len(paired)))
     verdict = SAME
-    if found["low"] > 0 or found["high"] < 0:
-        verdict = "better" if found["mean"] * sign > 0 else "worse"
+    if ci["low"] > 0 or ci["high"] < 0:
+        verdict = "better" if ci["mean"] * sign > 0 else "worse"
     p = 1 - t_central_probability(math.atan(t / math.sqrt(df)), df)
-    return {"difference": found["mean"], "low": found["low"], "high": found["high"], "p": p, "verdict": verdict}
+    return {"difference": ci["mean"], "low": ci["low"], "high": ci["high"], "p": p, "verdict": verdict}
 
 
 def holm(rows: list[dict]) -> None:
@@ -167,10 +167,10 @@ def holm(rows: list[dict]) -> None:
 def compare(results: dict) -> list[dict]:
     """Every method against Bradley-Terry, seed by seed: in each cell of labels, size and set, and averaged over the
     sizes (`size` is `"all"`)."""
-    settings, found = results["settings"], {}
+    settings, by_run = results["settings"], {}
     seeds, sizes = range(settings["seeds"]), settings["sizes"]
     for row in results["rows"]:
-        found[row["set"], row["labels"], row["size"], row["method"], row["seed"]] = row
+        by_run[row["set"], row["labels"], row["size"], row["method"], row["seed"]] = row
     comparisons = []
     for quantity, (_, sign) in QUANTITIES.items():
         for named in ({size: [size] for size in sizes}, {"all": sizes}):
@@ -179,7 +179,7 @@ def compare(results: dict) -> list[dict]:
                 if method == BASELINE:
                     continue
                 ours, theirs = (
-                    [float(np.mean([found[key, labels, z, m, s][quantity] for z in over])) for s in seeds]
+                    [float(np.mean([by_run[key, labels, z, m, s][quantity] for z in over])) for s in seeds]
                     for m in (method, BASELINE)
                 )
                 cell = {"quantity": quantity, "set": key, "labels": labels, "size": size, "method": method}
@@ -223,8 +223,8 @@ def summary(results: dict, quantity: str, **where) -> dict:
     return seed_interval([float(np.mean(values)) for values in by_seed.values()], LEVEL)
 
 
-def span(found: dict, digits: int = 2, name: str = "mean") -> str:
-    return f"{found[name]:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
+def span(interval: dict, digits: int = 2, name: str = "mean") -> str:
+    return f"{interval[name]:+.{digits}f} ({interval['low']:+.{digits}f} to {interval['high']:+.{digits}f})"
 
 
 def findings(results: dict) -> list[str]:
@@ -283,7 +283,7 @@ def _where_grm_does_not_help(cells, n):
     groups: dict[tuple, list[str]] = {}
     for row in gold:
         groups.setdefault((row["set"], row["labels"], row["size"]), []).append(row["verdict"])
-    none = [where for where, found in groups.items() if "better" not in found]
+    none = [where for where, verdicts in groups.items() if "better" not in verdicts]
     if none:
         text = "; ".join(f"{SET_NAMES[key]}, {LABELS[labels]}, {size}" for key, labels, size in none)
         lines.append(f"No GRM method is better than Bradley-Terry at {n} with: {text}.")

@@ -40,14 +40,14 @@ def load_gold(source: str | None) -> Gold:
         reward = _reward_model(source)
 
     def checked(rows):
-        found = reward(rows)
-        for (prompt, response), value in zip(rows, found, strict=True):
+        rewards = reward(rows)
+        for (prompt, response), value in zip(rows, rewards, strict=True):
             if not (isinstance(value, (int, float, np.number)) and math.isfinite(value)):
                 raise ValueError(
                     f"The gold reward {source} gave {value!r} for the prompt {prompt!r} and the response "
                     f"{response!r}; a finite number is required for any two strings."
                 )
-        return [float(value) for value in found]
+        return [float(value) for value in rewards]
 
     return checked
 

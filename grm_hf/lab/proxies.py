@@ -102,8 +102,8 @@ def train_proxy(output: Path, settings: Settings, labels: str, size: int, method
     scores = score_candidates(PolicyScorer(model, tokenizer, max_tokens_per_batch=1024), output, settings)
     every = np.concatenate([scores[key].ravel() for key in settings.sets])
     if not np.isfinite(every).all() or every.std() == 0:
-        found = "every answer the same reward" if np.isfinite(every).all() else "rewards that are no numbers"
-        raise ValueError(f"The proxy {name} gave {found}: training went wrong. Lower `learning_rate`.")
+        gave = "every answer the same reward" if np.isfinite(every).all() else "rewards that are no numbers"
+        raise ValueError(f"The proxy {name} gave {gave}: training went wrong. Lower `learning_rate`.")
     model.config.reward_mean, model.config.reward_std = float(every.mean()), float(every.std())
     if method == BASELINE:
         (output / "scores").mkdir(exist_ok=True)

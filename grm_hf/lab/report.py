@@ -94,7 +94,7 @@ def tables(results: dict) -> dict[str, list[dict]]:
 
 def best_of_n_table(results: dict, sizes: bool) -> list[list[str]]:
     """Accuracy, gold and drop of every method, against the baseline; one row for each size, or averaged over them."""
-    found = {(c["quantity"], c["set"], c["labels"], c["size"], c["method"]): c for c in results["comparisons"]}
+    comparisons = {(c["quantity"], c["set"], c["labels"], c["size"], c["method"]): c for c in results["comparisons"]}
     n = results["ns"][-1]
     head = ["prompts", "labels", "pairs", "proxy", "accuracy, %", f"gold at {n}", "minus BT", "verdict", "below peak"]
     rows = [[*head, "minus BT", "verdict"]]
@@ -110,7 +110,7 @@ def best_of_n_table(results: dict, sizes: bool) -> list[list[str]]:
             if method == BASELINE:
                 row += ["", "baseline"]
             else:
-                compared = found[quantity, key, labels, size, method]
+                compared = comparisons[quantity, key, labels, size, method]
                 row += [span(compared, name="difference"), _verdict(compared)]
         rows.append(row)
     return rows
@@ -122,7 +122,7 @@ def _verdict(compared):
 
 def policy_table(results: dict) -> list[list[str]]:
     """The last policies: divergence, rewards, difference from the baseline."""
-    found = {(c["algorithm"], c["set"], c["proxy"]): c for c in results["policy_comparisons"]}
+    comparisons = {(c["algorithm"], c["set"], c["proxy"]): c for c in results["policy_comparisons"]}
     rows = [["", "prompts", "proxy", "KL", "proxy reward", "gold", "below peak", "tokens", "gold minus BT", "verdict"]]
     for algorithm, key in itertools.product(results["policy_trl"], results["sets"]):
         for proxy in results["settings"]["policy_proxies"]:
@@ -130,7 +130,7 @@ def policy_table(results: dict) -> list[list[str]]:
             last = points[:, -1]
             kl, reward, gold = (seed_interval(last[:, i].tolist()) for i in (1, 2, 3))
             drop = points[:, :, 3].max(1) - last[:, 3]
-            compared = found.get((algorithm, key, proxy))
+            compared = comparisons.get((algorithm, key, proxy))
             rows.append(
                 [ALGORITHMS[algorithm], SET_NAMES[key], NAMES[proxy], f"{kl['mean']:.2f}", span(reward), span(gold)]
                 + [f"{drop.mean():.2f}", f"{last[:, 4].mean():.1f}"]
@@ -145,9 +145,9 @@ def wins_table(results: dict) -> list[list[str]]:
     for row in results["wins"]:
         groups.setdefault((row["algorithm"], row["set"], row["a"], row["b"]), []).append(row)
     rows = [["", "prompts", "policy trained on", "against", "win, %", "tie, %", "loss, %", "win minus loss, points"]]
-    for (algorithm, key, a, b), found in groups.items():
-        shares = [f"{100 * np.mean([row[name] for row in found]):.1f}" for name in ("win", "tie", "loss")]
-        net = seed_interval([100 * (row["win"] - row["loss"]) for row in found])
+    for (algorithm, key, a, b), matches in groups.items():
+        shares = [f"{100 * np.mean([row[name] for row in matches]):.1f}" for name in ("win", "tie", "loss")]
+        net = seed_interval([100 * (row["win"] - row["loss"]) for row in matches])
         names = [NAMES.get(name, INITIAL) for name in (a, b)]
         rows.append([ALGORITHMS[algorithm], SET_NAMES[key], *names, *shares, span(net, 1)])
     return rows
@@ -174,17 +174,17 @@ def about(results: dict) -> list[str]:
     world = ", ".join(own)
     if not s["model"]:
         world = f"The world of docs/demo_world.md{' with ' if own else ''}{world}"
-    units = ", ".join(f"{seconds:.0f} s {kind}" for kind, seconds in results["seconds"].items())
+    units = ", ".join(f"{seconds:.0f} s {stage}" for stage, seconds in results["seconds"].items())
     calls = results["calls"]
     wall = sum(call["seconds"] for call in calls)
     versions = "; ".join(
-        f"{ALGORITHMS[name]} with TRL {', '.join(found)}" for name, found in results["policy_trl"].items()
+        f"{ALGORITHMS[name]} with TRL {', '.join(trl)}" for name, trl in results["policy_trl"].items()
     )
     sets = "; ".join(
-        f"{SET_NAMES[key]}: {found['prompts']} prompts, {found['samples']} answers each "
-        f"({100 * found['distinct']:.0f} % distinct, {100 * found['unfinished']:.1f} % unfinished), "
-        f"gold {found['gold_mean']:.2f} on average, standard deviation within prompts {found['gold_std']:.2f}"
-        for key, found in results["sets"].items()
+        f"{SET_NAMES[key]}: {chosen['prompts']} prompts, {chosen['samples']} answers each "
+        f"({100 * chosen['distinct']:.0f} % distinct, {100 * chosen['unfinished']:.1f} % unfinished), "
+        f"gold {chosen['gold_mean']:.2f} on average, standard deviation within prompts {chosen['gold_std']:.2f}"
+        for key, chosen in results["sets"].items()
     )
     return [
         f"{world}. The policy is also the base of the proxies: {results['parameters']:,} parameters, sampled at "
@@ -291,8 +291,8 @@ def _code(text):
 
 def _table(rows):
     def cell(text):
-        kind = next((name for name in ("better", "worse") if text.startswith(name)), "")
-        return f"<td class='{kind}'>{html.escape(text)}</td>" if kind else f"<td>{html.escape(text)}</td>"
+        verdict = next((name for name in ("better", "worse") if text.startswith(name)), "")
+        return f"<td class='{verdict}'>{html.escape(text)}</td>" if verdict else f"<td>{html.escape(text)}</td>"
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows[1:])
@@ -334,8 +334,8 @@ def _svg(figure, axes, name):
 
 def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over seeds and its interval, at each point: `(points,)` each, from `(seeds, points)`."""
-    found = [seed_interval(column.tolist()) for column in values.T]
-    mean, low, high = (np.array([point[name] for point in found]) for name in ("mean", "low", "high"))
+    intervals = [seed_interval(column.tolist()) for column in values.T]
+    mean, low, high = (np.array([point[name] for point in intervals]) for name in ("mean", "low", "high"))
     return mean, low, high
 
 

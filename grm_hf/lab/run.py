@@ -215,10 +215,10 @@ def _check_folder(output: Path, settings: Settings) -> None:
     file = output / "settings.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in wanted | stored if wanted.get(name) != stored.get(name)]
         if differing:
-            said = "; ".join(f"{name}: {found.get(name)} there, {wanted.get(name)} here" for name in differing)
+            said = "; ".join(f"{name}: {stored.get(name)} there, {wanted.get(name)} here" for name in differing)
             raise ValueError(
                 f"{output} holds a run of other settings ({said}). Choose another --output, or delete it."
             )

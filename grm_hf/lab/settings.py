@@ -135,15 +135,15 @@ def prompts_of(settings: Settings) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def _read(path: str) -> list[str]:
-    found = []
+    prompts = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             row = json.loads(line) if line.strip() else {"prompt": ""}
             prompt = row.get("prompt") if isinstance(row, dict) else None
             if not isinstance(prompt, str):
                 raise ValueError(f'{path}, line {number}: {{"prompt": "..."}} with a user\'s message is required.')
-            found.append(prompt)
-    return list(dict.fromkeys(prompt for prompt in found if prompt.strip()))
+            prompts.append(prompt)
+    return list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
 
 
 # ------------------------------------------------------------------------------------------------------------- results

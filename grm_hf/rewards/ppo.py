@@ -154,9 +154,9 @@ def _check_padding(tokenizer, whose):
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is not None and pad != eos:
         return
-    found = "has no padding token" if pad is None else f"uses its EOS token {tokenizer.eos_token!r} as padding"
+    fault = "has no padding token" if pad is None else f"uses its EOS token {tokenizer.eos_token!r} as padding"
     raise ValueError(
-        f"The {whose} tokenizer {found}. PPO tells padding from text by the token id, so a finished answer would be "
+        f"The {whose} tokenizer {fault}. PPO tells padding from text by the token id, so a finished answer would be "
         "read one token before its end. Set `tokenizer.pad_token` to a token that no text holds: a reserved one of "
         "the vocabulary, or a new one (`tokenizer.add_special_tokens({'pad_token': '<|pad|>'})`, then "
         "`model.resize_token_embeddings(len(tokenizer))` for the policy and the value model)."

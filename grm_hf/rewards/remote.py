@@ -223,7 +223,7 @@ def _number(value: Any) -> float:
 def _message(body: bytes) -> str:
     """The sentence of an error reply, in the form of vLLM and of FastAPI."""
     try:
-        found = json.loads(body)
-        return found["error"]["message"] if "error" in found else str(found["detail"])
+        reply = json.loads(body)
+        return reply["error"]["message"] if "error" in reply else str(reply["detail"])
     except (ValueError, KeyError, TypeError):
         return body.decode("utf-8", "replace")[:300]

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field, replace
 
 from ..chats import to_score
-from ..encoding import Encoded, Encoder, OverlengthError
+from ..encoding import Encoded, Encoder, OverlengthError, text_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RolloutEncoder:
         if isinstance(prompt, str):
             text = f"{prompt}{chat.completion}{self.tokenizer.eos_token}"
             return encoder.fit(*encoder.tokenize(text, len(prompt), special_tokens=True))
-        blank = chat.completion if isinstance(chat.completion, str) else _content(chat.completion[-1])
+        blank = chat.completion if isinstance(chat.completion, str) else text_of(chat.completion[-1])
         messages = [*prompt, {"role": "assistant", "content": blank}]
         tools = json.loads(chat.tools) if isinstance(chat.tools, str) else chat.tools
         ids, start, _ = encoder.encode_messages(messages, tools, chat.template_kwargs)
@@ -107,7 +107,10 @@ class RolloutEncoder:
             message = completion[0] if isinstance(completion, list) and len(completion) == 1 else None
             if not isinstance(message, dict) or message.get("tool_calls"):
                 return False
-            completion = _content(message)
+            try:
+                completion = text_of(message)
+            except (KeyError, TypeError):
+                return False  # an image or the like
         ids = self.tokenizer(completion, add_special_tokens=False).input_ids
         return not str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
@@ -121,8 +124,3 @@ class RolloutEncoder:
         if there == 0 and ids[-1:] == [eos]:
             ids = ids[:-1]  # the policy ends with EOS, the reward model's turns with something else
         return [*ids, *end[there:]]
-
-
-def _content(message: dict) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)

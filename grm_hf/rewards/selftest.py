@@ -98,9 +98,9 @@ def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> lis
         return []
     wrong = []
     for row in read_rows(str(file))["rows"]:
-        found, stored = read(row["chat"]), row["score"]
-        if differs(found, stored, model):
-            wrong.append(f"{found:.6f} instead of {stored:.6f}")
+        score, stored = read(row["chat"]), row["score"]
+        if differs(score, stored, model):
+            wrong.append(f"{score:.6f} instead of {stored:.6f}")
     if wrong:
         raise GoldenError(
             f"The reward model '{path}' does not give here the rewards it was saved with: {', '.join(wrong)}. "

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -199,20 +199,28 @@ class Results:
     A JSONL file with a result for each row, `{"row": 0, ..., "digest": ...}`, in the order of the rows. Results are
     appended one by one; after an interruption at any byte, the same call continues.
 
+    With a `header`, the first line says what all results depend on, and a line needs no digest: `{"row": 0, ...}`.
+
     Args:
         path (`str` or `Path`):
             File to write.
         digests (`Sequence[str]`):
-            [`digest`] of each row together with all that its result depends on (see [`model_digest`]).
+            [`digest`] of each row together with all that its result depends on (see [`model_digest`]). With a
+            `header`, only their number counts.
         write (`bool`, *optional*, defaults to `True`):
             Whether this process writes; only one of several processes does.
+        header (`dict`, *optional*):
+            The first line. The caller compares it with the one that is there (see [`read_header`]).
+        fits (`Callable[[dict], bool]`, *optional*):
+            With a `header`: whether a line is a result of its row.
 
     Attributes:
         kept (`dict[int, dict]`): Results by row that the file holds already and that are still valid.
         missing (`list[int]`): The rows that must be computed.
 
     Raises:
-        `ValueError`: the file is not empty, and nothing in it belongs to these rows and this model. It is not changed.
+        `ValueError`: the file holds something, and nothing of it belongs to these rows and this model; or, with a
+            `header`, a line that does not. It is left as it is.
 
     ```python
     results = Results("scores.jsonl", [digest(row, model) for row in rows])
@@ -223,27 +231,55 @@ class Results:
     ```
     """
 
-    def __init__(self, path: str | Path, digests: Sequence[str], write: bool = True):
-        self.path, self.digests, self.write = Path(path), list(digests), write
+    def __init__(
+        self,
+        path: str | Path,
+        digests: Sequence[str],
+        write: bool = True,
+        header: dict | None = None,
+        fits: Callable[[dict], bool] = lambda result: True,
+    ):
+        self.path, self.digests, self.write, self.header = Path(path), list(digests), write, header
         if self.path.is_dir():
             raise ValueError(f"{path} is a folder; give a file.")
-        found = self.path.read_bytes() if self.path.exists() else b""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        if header and len(lines) == 1 and not line_of(header).encode().startswith(content):
+            raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
+        self.kept = self._by_row(lines[1:], fits) if header else self._by_digest(lines)
+        self.missing = [row for row in range(len(self.digests)) if row not in self.kept]
+        self._file: BinaryIO | None = None
+
+    def _by_row(self, lines: list[bytes], fits: Callable[[dict], bool]) -> dict[int, dict]:
+        """The results below a header. Only the last line may be half a one."""
+        kept: dict[int, dict] = {}
+        for place, line in enumerate(lines, 2):
+            result = _object(line)
+            if result is not None and result.get("row") in range(len(self.digests)) and fits(result):
+                kept[result["row"]] = result
+            elif place < len(lines) + 1:
+                raise ValueError(
+                    f"{self.path}, line {place} is not the row that belongs there. Choose another `output`."
+                )
+        return kept
+
+    def _by_digest(self, lines: list[bytes]) -> dict[int, dict]:
+        """The results of these rows, wherever they stand among results of others."""
         valid: dict[str, dict] = {}
         foreign = False
-        lines = found.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         for line in lines:
-            if (result := _result(line)) is not None:
+            result = _object(line)
+            if result is not None and isinstance(result.get("digest"), str) and "row" in result:
                 valid[result["digest"]] = result
             elif line.strip() and not (line is lines[-1] and _BEGIN.startswith(line[: len(_BEGIN)])):
                 foreign = True  # and no line that an interruption cut
-        self.kept = {row: {**valid[key], "row": row} for row, key in enumerate(self.digests) if key in valid}
-        if (foreign or valid) and not self.kept:
+        kept = {row: {**valid[key], "row": row} for row, key in enumerate(self.digests) if key in valid}
+        if (foreign or valid) and not kept:
             raise ValueError(
-                f"{path} exists and holds other results than those of these rows and this model. Choose another "
+                f"{self.path} exists and holds other results than those of these rows and this model. Choose another "
                 "file, or remove it."
             )
-        self.missing = [row for row in range(len(self.digests)) if row not in self.kept]
-        self._file: BinaryIO | None = None
+        return kept
 
     def __enter__(self) -> "Results":
         if self.write:
@@ -253,21 +289,22 @@ class Results:
 
     def add(self, row: int, result: dict) -> None:
         """Adds the result of a row. It is in the file when this returns."""
-        self.kept[row] = {"row": row, **result, "digest": self.digests[row]}
+        self.kept[row] = {"row": row, **result, **({} if self.header else {"digest": self.digests[row]})}
         if self._file is not None:
             self._file.write(line_of(self.kept[row]).encode("utf-8"))
             self._file.flush()
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, error, *_) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-            if kind is None:
+            if error is None:
                 self._rewrite()
 
     def _rewrite(self) -> None:
         """Writes the kept results in order: the file has either its old content or all of them."""
-        whole = "".join(line_of(self.kept[row]) for row in sorted(self.kept)).encode("utf-8")
+        first = [self.header] if self.header else []
+        whole = "".join(line_of(line) for line in [*first, *(self.kept[row] for row in sorted(self.kept))]).encode()
         if self.path.exists() and self.path.read_bytes() == whole:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,14 +329,29 @@ def line_of(result: dict) -> str:
     return json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _result(line: bytes) -> dict | None:
-    """The result in a line; `None` for anything else, such as a line that was cut."""
+def read_header(path: str | Path) -> tuple[dict | None, list[bytes]]:
+    """
+    The first line of a file of [`Results`] with a header, and the whole lines below it. `None` where there is no file,
+    or one without a whole line.
+
+    Raises:
+        `ValueError`: the first line is no header.
+    """
+    first, *lines = (Path(path).read_bytes() if Path(path).is_file() else b"").split(b"\n")
+    if not lines:
+        return None, []
+    if (header := _object(first)) is None:
+        raise ValueError(f"{path} exists and is no file of results. Choose another `output`.")
+    return header, lines[:-1]
+
+
+def _object(line: bytes) -> dict | None:
+    """The JSON object in a line; `None` for anything else, such as the beginning of one."""
     try:
-        result = json.loads(line)
+        content = json.loads(line)
     except ValueError:
         return None
-    ours = isinstance(result, dict) and isinstance(result.get("digest"), str) and "row" in result
-    return result if ours else None
+    return content if isinstance(content, dict) else None
 
 
 def _umask() -> int:

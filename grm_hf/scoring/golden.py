@@ -62,14 +62,14 @@ def tolerance(model) -> float:
     return TOLERANCES.get(_dtype(model), 5e-2)
 
 
-def difference(found: float, stored: float) -> float:
+def difference(score: float, stored: float) -> float:
     """Difference of two rewards, relative to max(1, |reward|)."""
-    return abs(found - stored) / max(1.0, abs(stored))
+    return abs(score - stored) / max(1.0, abs(stored))
 
 
-def differs(found: float, stored: float, model) -> bool:
+def differs(score: float, stored: float, model) -> bool:
     """Whether a reward of `model` differs from the stored one by more than rounding, or is not a number."""
-    return not difference(found, stored) <= tolerance(model)
+    return not difference(score, stored) <= tolerance(model)
 
 
 def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None) -> Path:

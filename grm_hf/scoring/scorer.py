@@ -12,7 +12,7 @@ import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import count, groupby, islice, pairwise, repeat
+from itertools import count, groupby, islice, repeat
 
 import torch
 from tqdm.auto import tqdm
@@ -23,7 +23,7 @@ from ..chats import rows_of, to_score
 from ..devices import evaluating, is_whole, own_device
 from ..encoding import Encoded, Encoder, require_embedded
 from ..folders import readable
-from ..layouts import MIN_SHARED, common_prefix, embedded_positions, lay_out, model_kwargs, resolve_layout
+from ..layouts import LAYOUTS, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import GRMForSequenceClassification
 from ..products import quick_products
 
@@ -91,7 +91,7 @@ class GRMScorer:
             model and be given the same chats.
         dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the body of a model that is loaded here. `"bfloat16"` is faster if the processor has the
-            instructions; the tolerance is in docs/numerics.md. The reward head stays in float32.
+            instructions, and exact within the tolerance of docs/numerics.md. The reward head stays in float32.
 
     Example:
 
@@ -284,10 +284,14 @@ class GRMScorer:
         ranks = 1 if self.accelerator is None else self.accelerator.num_processes
         rank = 0 if self.accelerator is None else self.accelerator.process_index
         rewards = [0.0] * len(distinct)
-        if self.layout != "padded":
+        if LAYOUTS[self.layout].segments:
             serve_segments(self.model)
         device = self.model.device
-        for number, members in enumerate(self._batches(distinct, ranks)):
+        if self.deterministic:
+            batches = [[i] for i in range(len(distinct))]
+        else:
+            batches = LAYOUTS[self.layout].batches(distinct, self.max_tokens_per_batch, ranks)
+        for number, members in enumerate(batches):
             if number % ranks == rank:
                 batch, _ = lay_out([distinct[i] for i in members], self.layout)
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -312,31 +316,3 @@ class GRMScorer:
                 "broken, or overflow in its dtype."
             )
         return results
-
-    def _batches(self, texts: list[array], ranks: int) -> list[list[int]]:
-        """Which of the sorted `texts` are computed together."""
-        batches: list[list[int]] = []
-        if self.deterministic:
-            return [[i] for i in range(len(texts))]
-        if self.layout == "padded":
-            order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
-            while order:  # the first is the longest that is left: every row of the batch is padded to it
-                count = max(1, self.max_tokens_per_batch // len(texts[order[0]]))
-                batches.append(order[:count])
-                order = order[count:]
-            return batches
-        new = [len(text) for text in texts]  # tokens that a text adds to a row behind its predecessor
-        if self.layout == "shared_prefix":
-            for i, pair in enumerate(pairwise(texts), 1):
-                shared = common_prefix(*pair)
-                new[i] -= shared if shared >= MIN_SHARED else 0
-        budget = min(self.max_tokens_per_batch, -(-sum(new) // ranks))  # a row for each process
-        room = -1
-        for i, text in enumerate(texts):
-            if room < new[i]:
-                batches.append([])
-                room = budget - len(text)
-            else:
-                room -= new[i]
-            batches[-1].append(i)
-        return batches

@@ -184,10 +184,10 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def _envelope(kind: str, encoded: list[Encoded], engine: Engine, data: list) -> dict:
+def _envelope(prefix: str, encoded: list[Encoded], engine: Engine, data: list) -> dict:
     tokens = sum(len(row.ids) for row in encoded)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
-    head = {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": engine.name}
+    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": engine.name}
     return {**head, "data": data, "usage": usage}
 
 

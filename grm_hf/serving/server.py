@@ -216,8 +216,8 @@ def _gauges(engine: Batcher, registry: CollectorRegistry) -> None:
 
 
 def _error(status: int, message: str, headers=None) -> JSONResponse:
-    kind = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+    error_type = KINDS.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    return JSONResponse({"error": {"message": message, "type": error_type, "code": status}}, status, headers)
 
 
 async def _refused(request: Request, error: Any) -> Response:
@@ -276,11 +276,11 @@ class _Gate:
     def _may(self, header: bytes) -> bool:
         if self.api_key is None:
             return True
-        kind, _, value = header.partition(b" ")
-        if kind.lower() == b"basic":
+        scheme, _, value = header.partition(b" ")
+        if scheme.lower() == b"basic":
             with contextlib.suppress(ValueError):
                 value = b64decode(value, validate=True).partition(b":")[2]
-        elif kind.lower() != b"bearer":
+        elif scheme.lower() != b"bearer":
             return False
         return secrets.compare_digest(value.strip(), self.api_key.encode())
 
@@ -291,10 +291,10 @@ class _Gate:
 def is_loopback(host: str) -> bool:
     """Whether every address of `host` is this machine's own."""
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
+        addresses = {info[4][0] for info in socket.getaddrinfo(host or "0.0.0.0", None)}
     except OSError as error:
         raise ValueError(f"'{host}' is no address of this machine. ({error})") from error
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in addresses)
 
 
 def serve(

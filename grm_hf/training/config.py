@@ -112,7 +112,7 @@ class GRMRewardConfig(RewardConfig):
         metadata={"help": "What happens to a pair longer than max_length.", "choices": list(OVERLENGTH)},
     )
     layout: str = field(
-        default="auto", metadata={"help": "How pairs lie in a batch.", "choices": list(LAYOUTS)}
+        default="auto", metadata={"help": "How pairs lie in a batch.", "choices": ["auto", *LAYOUTS]}
     )
     max_tokens_per_batch: int | None = field(
         default=None, metadata={"help": "Most tokens that go through the model at once. Default: no limit."}
@@ -136,7 +136,7 @@ class GRMRewardConfig(RewardConfig):
             "pair_loss": (None, *PAIR_LOSSES),
             "reference": (None, *REFERENCES),
             "overlength": OVERLENGTH,
-            "layout": LAYOUTS,
+            "layout": ("auto", *LAYOUTS),
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {choices}.")

@@ -38,14 +38,14 @@ class SuiteCallback(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         scorer = GRMScorer(model, trainer.processing_class, accelerator=trainer.accelerator)
-        found = {}
+        figures = {}
         for suite in self.suites:
             name, _, path = suite.partition("=")
             summary = evaluate(scorer, name, path or None, limit=self.limit).summary
-            found |= {
+            figures |= {
                 f"eval_{name}/{figure}": summary[figure]
                 for figure in ("score", "score_low", "score_high")
                 if figure in summary
             }
-        metrics |= found
-        trainer.log(found)
+        metrics |= figures
+        trainer.log(figures)

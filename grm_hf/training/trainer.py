@@ -30,7 +30,15 @@ from ..devices import alone, evaluating
 from ..encoding import Encoder
 from ..hub import card, publish
 from ..hub.tokenizer import spell_for_transformers_4
-from ..layouts import PairCollator, embedded_positions, model_kwargs, resolve_layout
+from ..layouts import (
+    LAYOUTS,
+    PairCollator,
+    embedded_positions,
+    model_kwargs,
+    num_sequences,
+    resolve_layout,
+    sequence_lengths,
+)
 from ..logprobs import sequence_logps
 from ..pairs import Counts, prepare_pairs
 from ..scoring import golden
@@ -110,27 +118,14 @@ class GRMRewardTrainer(RewardTrainer):
         **kwargs,
     ):
         source = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
-        if args is None:
-            name = source if source is not None else model.config._name_or_path
-            args = GRMRewardConfig(f"{Path(name).name or 'model'}-GRM")
-        if not isinstance(args, GRMRewardConfig):
-            raise ValueError(f"`args` is a {type(args).__name__}; GRMRewardTrainer needs a GRMRewardConfig.")
-        given_args, hub = args, {}
-        args = copy.copy(args)
+        args, given_args, hub = _settings(args, model, source)
         if source is not None:
             set_seed(args.seed)  # the new head is drawn here
-            hub = loading.hub_arguments(args.model_init_kwargs)
             model = loading.load_model(source, args, quantization_config)
-            quantization_config = None
-            args.model_init_kwargs = None  # used up
+            quantization_config = args.model_init_kwargs = None  # used up
         model = adapters.trainable(model)
-        base = _unwrapped(model)
+        base = _reward_model(model)
         config: GRMConfig = base.config
-        if config.model_type != GRMConfig.model_type:
-            raise ValueError(
-                f"`model` is a {type(base).__name__}; GRM trains the reward head and the LM head of one model. Make "
-                "it with GRMForSequenceClassification.from_base(...), or pass the id of a causal language model."
-            )
         if processing_class is None:
             processing_class = loading.load_tokenizer(source or config._name_or_path or config.base_model, args, hub)
         config.max_sequence_length = args.max_length
@@ -139,25 +134,9 @@ class GRMRewardTrainer(RewardTrainer):
             peft_config = adapters.clone_template(base, processing_class, args, peft_config)
             elsewhere = bool(hub) or given_args.chat_template_path is not None  # than the model's name says
             adapters.give_a_folder(base, args, processing_class, always=elsewhere)
-        if args.text_loss == "none" and args.world_size > 1:
-            base.freeze_lm_head()
-        if args.freeze_backbone:
-            base.lm.requires_grad_(False)
-        if args.text_loss != "none" and not base.lm_head_is_exact():
-            raise ValueError(
-                f"The LM head of {type(base.lm).__name__} does more than GRM knows of, so the text loss would not be "
-                "that model's. Use regularizer='none', or report the model type."
-            )
-        if args.reference == "adapter_off" and args.needs_reference and not (peft_config or is_peft_model(model)):
-            raise ValueError("reference='adapter_off' needs an adapter: pass `peft_config`, or use 'precompute'.")
+        _freeze(base, args)
+        _require_what_the_text_loss_needs(base, args, has_adapter=bool(peft_config) or is_peft_model(model))
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
-        if args.accelerator_config.dispatch_batches:
-            logger.warning(
-                "`dispatch_batches=True` is ignored: accelerate would cut every tensor of a batch to the number of "
-                "its rows, and a batch of pairs holds tensors of several lengths. Each process reads its own batches."
-            )
-        args.accelerator_config = copy.copy(args.accelerator_config)
-        args.accelerator_config.dispatch_batches = False
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
         self._bos_policy, self._folder_was_loaded = config.bos_policy, False
         self._limits = {
@@ -179,26 +158,40 @@ class GRMRewardTrainer(RewardTrainer):
         self.args.chat_template_path = given_args.chat_template_path  # may have been used up above
         if args.disable_dropout:
             _disable_functional_dropout(self.model)
-        if self._groups_by_length and self._columns(self.train_dataset):
-            sides = (self.train_dataset[f"{side}_ids"] for side in ("chosen", "rejected"))
-            lengths = [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
-            self.train_dataset = self.train_dataset.add_column(args.length_column_name, lengths)
+        self._add_lengths()
+        self._router_weight = base.router_aux_loss_coef if _has_routers(config) else 0.0
+        self.layout = resolve_layout(self._wanted_layout(), self.model)
+        self._make_batches(own_collator=data_collator is not None)
+        self.pair_loss = self._choose_pair_loss()
+        self._averages = {"train": Averages(), "eval": Averages()}
+        self._mode = "train"  # or "eval". Not the mode of the model: a scorer in another thread may have set that
+        self._tokens_since, self._log_time = 0, time.perf_counter()
+        if args.eval_suites:
+            self.add_callback(SuiteCallback(self, args.eval_suites, args.eval_suite_limit))
+        self._make_reference(reference_model)
 
-        # Without a text loss the numbers are TRL's to the last bit. A layout that rounds differently must be
-        # requested.
-        wanted, routers = args.layout, getattr(config.text_config, "output_router_logits", False)
-        self._router_weight = base.router_aux_loss_coef if routers else 0.0
-        if wanted == "auto" and args.text_loss == "none":
-            wanted = "padded"
-        elif wanted == "auto" and routers:
-            wanted = "packed"  # the auxiliary loss is an average over tokens, and a shared prefix would count once
-        elif wanted == "shared_prefix" and routers:
+    # ----------------------------------------------------------------------------------------- what a run is made with
+
+    def _wanted_layout(self):
+        """The layout to try. Without a text loss the numbers are TRL's, to the last bit: a layout that rounds
+        otherwise must be asked for."""
+        wanted, routers = self.args.layout, _has_routers(_unwrapped(self.model).config)
+        if wanted == "auto":
+            if self.args.text_loss == "none":
+                return "padded"
+            # The auxiliary loss of experts is an average over tokens: a shared prefix would count once.
+            return "packed" if routers else "auto"
+        if routers and LAYOUTS[wanted].shares:
             logger.warning(
-                "layout='shared_prefix' counts a shared prefix once in the auxiliary loss of the experts, so it "
+                f"layout={wanted!r} counts a shared prefix once in the auxiliary loss of the experts, so it "
                 "is another number than with padded rows. layout='packed' gives the same."
             )
-        self.layout = resolve_layout(wanted, self.model)
-        if data_collator is None:
+        return wanted
+
+    def _make_batches(self, own_collator):
+        """Our collator, or that of the user, whose settings are then not ours."""
+        args = self.args
+        if not own_collator:
             self.data_collator = PairCollator(
                 pad_token_id=self.processing_class.pad_token_id,
                 layout=self.layout,
@@ -214,25 +207,23 @@ class GRMRewardTrainer(RewardTrainer):
                 "their weights (FSDP, DeepSpeed) would wait for each other forever. Use DDP, or a smaller "
                 "per_device_train_batch_size with gradient_accumulation_steps."
             )
-        if args.pair_loss is not None:
-            self.pair_loss = args.pair_loss
-        else:
-            self.pair_loss = "margin" if "margin" in (self._columns(self.train_dataset) or ()) else "bt"
-        if self.pair_loss == "bt" and "margin" in (self._columns(self.train_dataset) or ()):
+
+    def _choose_pair_loss(self):
+        """The name of the loss on the rewards: that of the settings, or what the data has."""
+        has_margin = "margin" in (self._columns(self.train_dataset) or ())
+        chosen = self.args.pair_loss or ("margin" if has_margin else "bt")
+        if chosen == "bt" and has_margin:
             logger.warning("The data has a `margin` column and pair_loss='bt' does not use it.")
-        self._averages = {"train": Averages(), "eval": Averages()}
-        self._mode = "train"  # or "eval". Not the mode of the model: a scorer in another thread may have set that
-        self._tokens_since, self._log_time = 0, time.perf_counter()
+        return chosen
 
-        if args.eval_suites:
-            self.add_callback(SuiteCallback(self, args.eval_suites, args.eval_suite_limit))
-
+    def _make_reference(self, reference_model):
+        """What gives reference log-probabilities: columns of the data, a frozen copy, or the model without adapter."""
         self._reference, self._reference_model = None, None
-        if args.needs_reference:
-            self._reference = self._choose_reference(args.reference)
+        if self.args.needs_reference:
+            self._reference = self._choose_reference(self.args.reference)
         if reference_model is not None:
             reference_model.requires_grad_(False)
-            if self.layout != "padded":
+            if LAYOUTS[self.layout].segments:
                 serve_segments(reference_model)
             self._reference_model = self.accelerator.prepare_model(reference_model.eval(), evaluation_mode=True)
         if self._reference == "precompute":
@@ -291,6 +282,13 @@ class GRMRewardTrainer(RewardTrainer):
         by_strategy = getattr(self.args, "train_sampling_strategy", None) in ("group_by_length", "batch_rebalance")
         return by_strategy or getattr(self.args, "group_by_length", False)
 
+    def _add_lengths(self):
+        """The column by which pairs of a length are grouped."""
+        if self._groups_by_length and self._columns(self.train_dataset):
+            sides = (self.train_dataset[f"{side}_ids"] for side in ("chosen", "rejected"))
+            lengths = [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
+            self.train_dataset = self.train_dataset.add_column(self.args.length_column_name, lengths)
+
     def _say_what_was_read(self):
         """The counts of a streaming training set, over all processes; an error if it gave nothing."""
         if not isinstance(self.train_dataset, IterableDataset):
@@ -324,13 +322,13 @@ class GRMRewardTrainer(RewardTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         parts = _parts(inputs)
-        pairs = sum(map(_num_sequences, parts))
+        pairs = sum(map(num_sequences, parts))
         loss = 0.0
         self._mode = "train"
         with alone(self.model):  # a scorer in another thread waits, and sets evaluation mode afterwards
             for i, part in enumerate(parts, 1):
                 with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
-                    share = {"share": _num_sequences(part) / pairs} if len(parts) > 1 else {}
+                    share = {"share": num_sequences(part) / pairs} if len(parts) > 1 else {}
                     loss += super().training_step(model, part | share, *args, **kwargs)
         return loss
 
@@ -338,7 +336,7 @@ class GRMRewardTrainer(RewardTrainer):
         """The function that the model runs on its hidden states inside its forward: log-probabilities summed for each
         response."""
         index, targets, owner = (inputs[key] for key in TEXT_KEYS)
-        sequences = _num_sequences(inputs)
+        sequences = num_sequences(inputs)
         return lambda hidden, model: sequence_logps(hidden, model, index, targets, owner, sequences, loss)
 
     def _reference_logps(self, model, inputs):
@@ -394,7 +392,7 @@ class GRMRewardTrainer(RewardTrainer):
             loss, total = loss + aux, total + aux
             columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
 
-        chosen_tokens, rejected_tokens = _lengths(inputs).chunk(2)
+        chosen_tokens, rejected_tokens = sequence_lengths(inputs).chunk(2)
         columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
         columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
         return loss, columns | {"loss": total}
@@ -418,7 +416,7 @@ class GRMRewardTrainer(RewardTrainer):
                 f"The batch lacks {missing}, which the text loss needs. A `data_collator` of your own must give what "
                 "grm_hf.layouts.PairCollator gives."
             )
-        tokens = torch.bincount(inputs["text_owner"], minlength=_num_sequences(inputs)).chunk(2)[0]
+        tokens = torch.bincount(inputs["text_owner"], minlength=num_sequences(inputs)).chunk(2)[0]
         reference = self._reference_logps(model, inputs) if self.args.needs_reference else None
 
         def responses_of(sums):
@@ -641,6 +639,58 @@ class GRMRewardTrainer(RewardTrainer):
         self.push_in_progress = None
 
 
+def _settings(args, model, source):
+    """Our settings, which this trainer may change, those that were given, and what of them tells where on the Hub."""
+    if args is None:
+        name = source if source is not None else model.config._name_or_path
+        args = GRMRewardConfig(f"{Path(name).name or 'model'}-GRM")
+    if not isinstance(args, GRMRewardConfig):
+        raise ValueError(f"`args` is a {type(args).__name__}; GRMRewardTrainer needs a GRMRewardConfig.")
+    given, args = args, copy.copy(args)
+    if args.accelerator_config.dispatch_batches:
+        logger.warning(
+            "`dispatch_batches=True` is ignored: accelerate would cut every tensor of a batch to the number of "
+            "its rows, and a batch of pairs holds tensors of several lengths. Each process reads its own batches."
+        )
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    args.accelerator_config.dispatch_batches = False
+    return args, given, {} if source is None else loading.hub_arguments(args.model_init_kwargs)
+
+
+def _reward_model(model):
+    """The reward model inside PEFT's wrapper, if there is one; refused if it is none."""
+    base = _unwrapped(model)
+    if base.config.model_type != GRMConfig.model_type:
+        raise ValueError(
+            f"`model` is a {type(base).__name__}; GRM trains the reward head and the LM head of one model. Make "
+            "it with GRMForSequenceClassification.from_base(...), or pass the id of a causal language model."
+        )
+    return base
+
+
+def _freeze(base, args):
+    """Parts that the settings do not train, or that get no gradient and would be waited for."""
+    if args.text_loss == "none" and args.world_size > 1:
+        base.freeze_lm_head()
+    if args.freeze_backbone:
+        base.lm.requires_grad_(False)
+
+
+def _require_what_the_text_loss_needs(base, args, has_adapter):
+    if args.text_loss != "none" and not base.lm_head_is_exact():
+        raise ValueError(
+            f"The LM head of {type(base.lm).__name__} does more than GRM knows of, so the text loss would not be "
+            "that model's. Use regularizer='none', or report the model type."
+        )
+    if args.reference == "adapter_off" and args.needs_reference and not has_adapter:
+        raise ValueError("reference='adapter_off' needs an adapter: pass `peft_config`, or use 'precompute'.")
+
+
+def _has_routers(config):
+    """Whether the configuration asks for the auxiliary loss of experts."""
+    return bool(getattr(config.text_config, "output_router_logits", False))
+
+
 def _text_columns(responses):
     """Logged numbers of the text loss: the likelihood of the chosen responses, and which response the LM head prefers
     (by its own log-probability, or by its change against the reference)."""
@@ -656,18 +706,6 @@ def _text_columns(responses):
 def _parts(inputs):
     """The batches into which `max_tokens_per_batch` split a batch, or the batch itself."""
     return inputs.get("parts", [inputs])
-
-
-def _num_sequences(inputs):
-    """Number of sequences in a batch, `2B`: chosen above rejected."""
-    return inputs["read_index" if "read_index" in inputs else "input_ids"].shape[0]
-
-
-def _lengths(inputs):
-    """Number of tokens of each sequence, `(2B,)`: the same in every layout (a shared prefix counts for each)."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum(-1)
-    return inputs["position_ids"].flatten()[inputs["read_index"]] + 1
 
 
 def _unwrapped(model):

@@ -38,6 +38,7 @@ import gradio as gr  # noqa: E402
 import metrics  # noqa: E402
 import reward_models  # noqa: E402
 import tables  # noqa: E402
+from checks import check_text  # noqa: E402
 from guard import Guard  # noqa: E402
 from jobs import Kind  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
@@ -144,7 +145,7 @@ def load_and_compute(task, name, *arguments):
 
 async def with_model(job, task, name, *arguments):
     """The result of a function of `reward_models` for a model, when it is the job's turn."""
-    name = tables.check_text("" if name is None else name, "The model").strip()
+    name = check_text("" if name is None else name, "The model").strip()
     if not name:
         raise ValueError("No model is chosen. Pick one of the list, or type a Hub id.")
     if MODELS.trusts(name):
@@ -194,10 +195,10 @@ def compared_of(inputs: list[str], result: dict, pressed: bool = True) -> dict:
 def read_compared(compared) -> dict:
     """The same, checked, from a browser, which may send anything."""
     try:
-        inputs = [tables.check_text(text, "An input") for text in compared["inputs"]]
+        inputs = [check_text(text, "An input") for text in compared["inputs"]]
         rewards = {name: float(compared["rewards"][name]) for name in "AB"}
         own = float(compared["model_temperature"])
-        warnings = [tables.check_text(text, "A warning") for text in compared["warnings"]]
+        warnings = [check_text(text, "A warning") for text in compared["warnings"]]
         if len(inputs) != 5 or not 1e-6 <= own <= 1e6 or not all(map(math.isfinite, rewards.values())):
             raise ValueError
     except (TypeError, KeyError, ValueError, OverflowError):
@@ -410,18 +411,18 @@ async def models() -> list[dict]:
 async def answered(task, name, prompt, messages, request, *arguments):
     try:
         if messages is None:
-            chat = tables.read_prompt("prompt", tables.check_text(prompt, "`prompt`"))
+            chat = tables.read_prompt("prompt", check_text(prompt, "`prompt`"))
         elif prompt not in ("", None):
             raise ValueError("`prompt` and `messages` are both given; one of them is required.")
         else:
             chat = tables.check_prompt(messages, "`messages`")
         if task is reward_models.compare:
             for text, answer in zip(arguments, ("`answer_a`", "`answer_b`"), strict=False):
-                tables.check_text(text, answer)
+                check_text(text, answer)
         else:
             tables.check_answers(arguments[0])
         tables.check_temperature(arguments[-1], "`temperature`")
-        name = tables.check_text("" if name is None else name, "`model`") or next(iter(MODELS.listed), "")
+        name = check_text("" if name is None else name, "`model`") or next(iter(MODELS.listed), "")
         async with COMPARISONS.job(session_of(request)) as job:
             return await with_model(job, task, name, chat, *arguments)
     except Exception as error:

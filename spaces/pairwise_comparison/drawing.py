@@ -6,6 +6,7 @@ import math
 import unicodedata
 
 import metrics
+from calibration import reliability_plot
 from tables import shorten
 
 
@@ -98,6 +99,7 @@ CSS = """
 .rm ul { margin: .2rem 0 .2rem 1.1rem; padding: 0; list-style: disc; }
 .rm svg.reliability { width: 100%; height: auto; max-width: 27rem; display: block; }
 .rm svg.reliability text { fill: currentColor; font-size: 14px; }
+.rm svg.reliability .dot { fill: var(--a); opacity: .8; }
 button[role=tab].selected, button[role=tab][aria-selected=true] { color: #6d28d9 !important; }
 .dark button[role=tab].selected, .dark button[role=tab][aria-selected=true] { color: #c4b5fd !important; }
 #examples { align-items: center; gap: .5rem; }
@@ -675,54 +677,4 @@ def batch(rows: list[dict], scores: list[dict], result: dict, reliability: list[
         "scope='col' class='number'>pair</th><th scope='col'>prompt</th><th scope='col'>chosen</th><th scope='col' "
         "class='number'>its reward</th><th scope='col'>rejected</th><th scope='col' class='number'>its reward</th><th "
         f"scope='col' class='number'>margin</th></tr></thead><tbody>{body}</tbody></table></div>",
-    )
-
-
-def reliability_plot(rows: list[dict], n: int) -> str:
-    """Confidence against accuracy, with a dot for each bin; its area is the share of the pairs. On the dashed line the
-    model is right as often as it says."""
-    left, right, top, bottom = 46, 408, 14, 292
-
-    def x(confidence: float) -> float:
-        return left + (right - left) * (confidence - 0.5) * 2
-
-    def y(share: float) -> float:
-        return bottom - (bottom - top) * share
-
-    parts = [
-        f'<line x1="{left}" x2="{right}" y1="{y(share):.1f}" y2="{y(share):.1f}" stroke="currentColor" opacity=".2"/>'
-        f'<text x="{left - 7}" y="{y(share) + 5:.1f}" text-anchor="end">{share:g}</text>'
-        for share in (0, 0.25, 0.5, 0.75, 1)
-    ]
-    parts += [
-        f'<text x="{x(c):.1f}" y="{bottom + 20}" text-anchor="middle">{c:g}</text>'
-        for c in (0.5, 0.6, 0.7, 0.8, 0.9, 1)
-    ]
-    parts.append(
-        f'<line x1="{x(0.5)}" y1="{y(0.5)}" x2="{x(1)}" y2="{y(1)}" stroke="currentColor" stroke-dasharray="5 4"/>'
-        f'<text x="{(left + right) / 2}" y="{bottom + 42}" text-anchor="middle">confidence of the model</text>'
-        f'<text x="12" y="{(top + bottom) / 2}" text-anchor="middle" transform="rotate(-90 12 {(top + bottom) / 2})">'
-        "accuracy</text>"
-    )
-    for row in rows:
-        parts.append(
-            f'<circle cx="{x(row["confidence"]):.1f}" cy="{y(row["accuracy"]):.1f}" '
-            f'r="{4 + 14 * math.sqrt(row["n"] / n):.1f}" style="fill:var(--a)" opacity=".8">'
-            f"<title>{count(round(row['n']), 'pair')}: confidence {row['confidence']:.3f}, accuracy "
-            f"{row['accuracy']:.3f}</title></circle>"
-        )
-    told = "; ".join(
-        f"{count(round(row['n']), 'pair')} at confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}"
-        for row in rows
-    )
-    lines = "".join(
-        f'<tr><td class="number">{row["n"]:.0f}</td><td class="number">{row["confidence"]:.3f}</td>'
-        f'<td class="number">{row["accuracy"]:.3f}</td></tr>'
-        for row in rows
-    )
-    return (
-        f'<svg class="reliability" viewBox="0 0 424 340" role="img" aria-label="Calibration: {told}.">'
-        f"{''.join(parts)}</svg><details><summary>The dots as a table</summary><table><thead><tr>"
-        "<th scope='col' class='number'>pairs</th><th scope='col' class='number'>confidence</th>"
-        f"<th scope='col' class='number'>accuracy</th></tr></thead><tbody>{lines}</tbody></table></details>"
     )

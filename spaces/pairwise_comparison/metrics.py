@@ -440,66 +440,6 @@ def strata_interval(
     return _percentiles(drawn, level)
 
 
-def _sign_test(a: int, b: int) -> float:
-    """Exact two-sided p-value of `a` against `b` when each of the `a + b` is a fair coin."""
-    n, k = a + b, min(a, b)
-    i = np.arange(1, k + 1)
-    log_terms = np.concatenate([[0.0], np.cumsum(np.log((n - i + 1) / i))]) - n * math.log(2)
-    return min(1.0, 2 * float(np.exp(log_terms).sum()))
-
-
-def compare_models(
-    margins_a: Any,
-    margins_b: Any,
-    groups: Iterable[Hashable] | None = None,
-    ties: Ties = 0.5,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """
-    Two reward models on the same pairs.
-
-    Args:
-        margins_a, margins_b (`Sequence[float]`):
-            Margins of both models, in the same order.
-        groups (`Iterable[Hashable]`, *optional*):
-            The prompt of each pair.
-        ties, level, resamples, seed:
-            As in [`pair_wins`] and [`bootstrap_interval`]. With `ties="drop"`, a pair that is a tie for one of the
-            models is dropped for both.
-
-    Returns:
-        `dict[str, float]`: `accuracy_a`, `accuracy_b`, their `difference`, its paired bootstrap interval
-        (`difference_low`, `difference_high`, over groups), the number of groups in which each model does better
-        (`better_a`, `better_b`), and `p_value`, the exact sign test of these two counts. Without groups and ties it is
-        the exact test of McNemar (1947).
-
-    >>> result = compare_models([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, -1.0, -1.0])
-    >>> result["difference"], result["better_a"], round(result["p_value"], 4)
-    (0.75, 3.0, 0.25)
-    """
-    wins_a, wins_b = pair_wins(margins_a, ties), pair_wins(margins_b, ties)
-    _require_equal_lengths(margins_a=wins_a, margins_b=wins_b)
-    kept = _kept(wins_a - wins_b)
-    clusters, _ = _codes("groups", groups, len(wins_a))
-    _, clusters = np.unique(clusters[kept], return_inverse=True)
-    wins_a, wins_b = wins_a[kept], wins_b[kept]
-    low, high = bootstrap_interval(wins_a - wins_b, clusters, level, resamples, seed)
-    votes = np.bincount(clusters, weights=wins_a - wins_b)
-    better_a, better_b = int((votes > 0).sum()), int((votes < 0).sum())
-    return {
-        "accuracy_a": float(wins_a.mean()),
-        "accuracy_b": float(wins_b.mean()),
-        "difference": float((wins_a - wins_b).mean()),
-        "difference_low": low,
-        "difference_high": high,
-        "better_a": float(better_a),
-        "better_b": float(better_b),
-        "p_value": _sign_test(better_a, better_b),
-    }
-
-
 def t_central_probability(angle: float, df: int) -> float:
     """
     `P(|T| <= sqrt(df) * tan(angle))` for Student's t: for whole `df` a finite series in the angle.
@@ -644,7 +584,7 @@ def rewardbench2_ties(ids: Sequence[str], scores: Sequence[Any], num_correct: Se
 
     - 0.30 times the share of tied rows, and 0.30 times the share of ref rows, that are accurate;
     - 0.20 times the share of prompts whose tied gap is larger than their spread, and 0.20 times the share of prompts
-      whose smaller gap (ref or tied) is larger than it;
+      whose smaller gap (ref or tied) is larger;
     - 0.01 times the mean of `tanh(smaller gap / spread - 1)` over the prompts with a spread above 0.
 
     The score of RewardBench 2 is the plain mean of this and of the accuracies of the other five subsets, by
@@ -691,8 +631,8 @@ def rewardbench2_tie_shares(ids: Sequence[str], scores: Sequence[Any], num_corre
         if kind == "tied" and correct > 1:
             spreads[prompt] = right.max() - right.min()
         rows.append((kind, prompt))
-    for kind, found in gaps.items():
-        if not found:
+    for kind, by_prompt in gaps.items():
+        if not by_prompt:
             raise ValueError(f"No '{kind}' row; the score needs prompts with rows of both kinds.")
     # (tied gap, smaller gap, spread) of the prompts that have both rows
     both = {

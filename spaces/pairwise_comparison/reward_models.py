@@ -20,8 +20,9 @@ from typing import Any
 
 import jobs
 import torch
+from checks import check_text
 from encoding import Encoded, Encoder
-from tables import SIDES, check_answers, check_temperature, check_text
+from tables import SIDES, check_answers, check_temperature
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import cached_file
 

@@ -9,6 +9,8 @@ import io
 import json
 import re
 
+from checks import called, check_text
+
 
 MAX_ROWS = 200
 MAX_BYTES = 2_000_000
@@ -20,20 +22,6 @@ ROLE = re.compile(r"^(system|user|assistant):[ \t]*", re.MULTILINE | re.IGNORECA
 LINE = re.compile(r"\r\n|\r|\n")
 SIDES = ("chosen", "rejected")
 SCORES = ("chosen_reward", "rejected_reward", "margin", "probability", "cut_tokens")
-NAMES = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-
-
-def called(value) -> str:
-    """A value's type in a visitor's words."""
-    return "null" if value is None else NAMES.get(type(value), type(value).__name__)
-
-
-def check_text(value, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {called(value)}; text is required.")
-    if half := re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{name} has half a character (U+{ord(half[0]):04X}), which no text has. Write it anew.")
-    return value
 
 
 def check_temperature(value, name: str = "The temperature") -> float:

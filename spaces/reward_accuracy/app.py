@@ -3,9 +3,9 @@ calibration and subsets.
 
     python app.py
 
-`metrics.py` does the mathematics, and `guard.py` refuses requests that are too large. This file reads a table, with
-errors that name the line, and draws a report as HTML. A visitor's input is escaped before it is shown, and is not
-kept.
+`metrics.py` does the mathematics, `guard.py` refuses what is too much, `checks.py` reads a value, `calibration.py`
+draws one figure; here a table is read, with errors that name the line, and a report is drawn as HTML. Whatever a
+visitor typed is escaped before it is shown, and nothing of it is kept.
 """
 
 import csv
@@ -25,6 +25,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # of the last event
 
 import gradio as gr  # noqa: E402
 import metrics  # noqa: E402
+from calibration import pairs, reliability_plot  # noqa: E402
+from checks import called, check_text  # noqa: E402
 from guard import Guard  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
@@ -54,9 +56,10 @@ CSS = """
 .report svg { width: 100%; height: auto; max-width: 28rem; display: block; margin-bottom: .8rem; }
 .report svg text { fill: currentColor; font-size: 15px; }
 .report .mark { stroke: var(--mark); fill: var(--mark); }
+.report .reliability .dot { fill: var(--mark); opacity: .8; }
 .report summary { cursor: pointer; font-weight: 700; }
 .report .problem { border-left: 4px solid #d9480f; padding: .5rem .8rem; overflow-wrap: anywhere; }
-@media (forced-colors: active) { .report .mark { stroke: CanvasText; fill: CanvasText; } }
+@media (forced-colors: active) { .report .mark, .report .dot { stroke: CanvasText; fill: CanvasText; } }
 """
 
 MEANING = {
@@ -152,19 +155,6 @@ def table_text(text: str, upload: bytes | None) -> str:
         raise ValueError("The file is not text in UTF-8. Save the table as CSV in UTF-8.") from None
 
 
-def called(value) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def check_text(value, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {called(value)}; text is required.")
-    if half := re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{name} has half a character (U+{ord(half[0]):04X}), which no text has. Write it anew.")
-    return value
-
-
 def check_temperature(value, name: str = "The temperature") -> float:
     if value is None:
         raise ValueError(f"{name} is empty; a number from {COLDEST} to {HOTTEST} is required.")
@@ -228,62 +218,6 @@ def interval_plot(rows: list[tuple[str, float, tuple[float, float]]]) -> str:
     )
 
 
-def reliability_plot(margins, temperature: float) -> str:
-    """Confidence against accuracy, with a dot for each bin; its area is the share of the pairs. The line is
-    calibration."""
-    left, right, top, bottom = 44, 408, 12, 300
-    n = len(margins)
-
-    def x_of(confidence: float) -> float:
-        return left + (right - left) * (confidence - 0.5) * 2
-
-    def y_of(share: float) -> float:
-        return bottom - (bottom - top) * share
-
-    parts = [
-        f'<line x1="{left}" x2="{right}" y1="{y_of(share)}" y2="{y_of(share)}" stroke="currentColor" opacity=".2"/>'
-        f'<text x="{left - 6}" y="{y_of(share) + 4}" text-anchor="end">{share:g}</text>'
-        for share in (0, 0.25, 0.5, 0.75, 1)
-    ]
-    parts += [
-        f'<text x="{x_of(c)}" y="{bottom + 18}" text-anchor="middle">{c:g}</text>'
-        for c in (0.5, 0.6, 0.7, 0.8, 0.9, 1)
-    ]
-    parts.append(
-        f'<line x1="{x_of(0.5)}" y1="{y_of(0.5)}" x2="{x_of(1)}" y2="{y_of(1)}" stroke="currentColor" '
-        f'stroke-dasharray="5 4"/><text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">confidence of '
-        f'the model</text><text x="12" y="{(top + bottom) / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 12 {(top + bottom) / 2})">accuracy</text>'
-    )
-    rows = metrics.reliability(margins, temperature)
-    for row in rows:
-        x, y = x_of(row["confidence"]), y_of(row["accuracy"])
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y_of(row["confidence"]):.1f}" class="mark"/>'
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 + 14 * math.sqrt(row["n"] / n):.1f}" class="mark">'
-            f"<title>{pairs(row['n'])}: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}</title>"
-            "</circle>"
-        )
-    told = "; ".join(
-        f"{pairs(row['n'])} at confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}" for row in rows
-    )
-    lines = "".join(
-        f'<tr><td class="number">{row["n"]:.0f}</td><td class="number">{row["confidence"]:.3f}</td>'
-        f'<td class="number">{row["accuracy"]:.3f}</td></tr>'
-        for row in rows
-    )
-    heads = "".join(f'<th scope="col" class="number">{name}</th>' for name in ("pairs", "confidence", "accuracy"))
-    return (
-        f'<svg viewBox="0 0 424 346" role="img" aria-label="Calibration: {told}.">{"".join(parts)}</svg>'
-        f"<details><summary>The dots as a table</summary><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody>"
-        "</table></details>"
-    )
-
-
-def pairs(n: float) -> str:
-    return f"{n:,.0f} pair{'' if n == 1 else 's'}"
-
-
 def table_row(name: str, value: float, meaning: str) -> str:
     breakable = escape(name).replace("_", "_<wbr>")
     return (
@@ -345,6 +279,7 @@ def measured(columns: dict[str, list], unused: list[str], ties: str, temperature
         interval = result["accuracy_bootstrap_low"], result["accuracy_bootstrap_high"]
         intervals.append((f"over {result['n_groups']:.0f} prompts", result["accuracy"], interval))
     margins = metrics.pair_margins(columns["chosen"], columns["rejected"])
+    calibration = reliability_plot(metrics.reliability(margins, temperature), len(margins))
     named = [(name, result[name], meaning) for name, meaning in MEANING.items() if name in result]
     named += [(name, value, "") for name, value in result.items() if name.startswith("section/")]
     parts = [
@@ -355,7 +290,7 @@ def measured(columns: dict[str, list], unused: list[str], ties: str, temperature
         "prompts have several pairs, the one over prompts is right.</p>",
         '<table><thead><tr><th scope="col">metric</th><th scope="col" class="number">value</th><th scope="col">meaning'
         f"</th></tr></thead><tbody>{''.join(table_row(*row) for row in named)}</tbody></table>",
-        f"<h2>Is the model as right as it is sure?</h2>{reliability_plot(margins, temperature)}",
+        f"<h2>Is the model as right as it is sure?</h2>{calibration}",
     ]
     if subsets is not None:
         parts.append(f"<h2>Subsets</h2>{interval_plot(subset_intervals(margins, subsets, TIES[ties]))}")
