@@ -115,7 +115,7 @@ def test_comparisons_are_paired_by_seed_and_counted():
     assert "is better than Bradley-Terry's (uncorrected) for GRM sft, out-of-distribution, clean labels, +1.25" in text
     assert "is worse than Bradley-Terry's (uncorrected) for GRM dpo, out-of-distribution, clean labels, -1.25" in text
     # With 3 seeds an interval is 4.303 * 0.25 / sqrt(3) to either side for sft and dpo, and 0 for all others.
-    assert "in the median, 0.00 in single cells and 0.00 averaged over the sizes" in text
+    assert "gold is 0.00 in single cells and 0.00 averaged over the sizes" in text
     # GRM: 5 methods in 8 cells.
     assert "of 40 cells of a GRM method" in text
     assert "32 show no difference in gold at 4 from Bradley-Terry, and 4 are worse" in text
