@@ -77,6 +77,12 @@ def last_token_positions(attention_mask):
     return (columns * (attention_mask != 0)).argmax(-1)
 
 
+def computes_in(states):
+    """The dtype that a forward computes `states` in: autocast's where that is on, whatever dtype they have."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 class _States:
     """What a decoder returns, as far as an LM head reads it: the last hidden state, and nothing else."""
 
@@ -200,7 +206,14 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _can_set_experts_implementation(cls):
-        return True  # transformers looks into this file for experts; whether `lm` can, `lm` says when it is made
+        return True  # transformers looks into this file for experts; whether `lm` can, `lm` says
+
+    def set_experts_implementation(self, experts_implementation):
+        """As the base sets it, or refuses it."""
+        if isinstance(experts_implementation, dict):
+            experts_implementation = experts_implementation.get("text_config", experts_implementation.get(""))
+        self.lm.set_experts_implementation(experts_implementation)
+        self.config._experts_implementation_internal = self.lm.config._experts_implementation
 
     # ------------------------------------------------------------------------------------------------- making, loading
 
@@ -407,7 +420,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             ours = self.lm_logits(self.model(**inputs).last_hidden_state).to(theirs)
         finally:
             self.lm.train(training)
-        tolerance = 1e-4 if theirs.dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if computes_in(theirs) in (torch.float32, torch.float64) else 2e-2
         return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
     def freeze_lm_head(self):
@@ -616,7 +629,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             finally:
                 self.lm.train(training)
             theirs, ours = alone.last_hidden_state, padded.last_hidden_state[:, 4:]
-            tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
+            tolerance = 1e-4 if computes_in(theirs) in (torch.float32, torch.float64) else 5e-2
             self._left_padding_is_skipped = bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
         return self._left_padding_is_skipped
 

@@ -392,6 +392,9 @@ def copy(folder, to):
     return shutil.copytree(folder, to)
 
 
+TRAIN = ["train", "--use_cpu", "--bf16", "false", "--report_to", "none"]
+
+
 def commands(model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(jsonl(CHATS[:1]))
@@ -405,6 +408,12 @@ def commands(model, tmp_path):
         ["export", model, str(tmp_path / "exported")],
         ["convert", model, str(tmp_path / "converted")],
         ["push", model, "somebody/model"],
+        ["refresh", model],
+        ["serve", model, "--port", "1"],
+        ["eval", model, "--data", str(rows), "--output", str(tmp_path / "evaluated")],
+        ["lab", "--quick", "--gold", model, "--output", str(tmp_path / "lab")],
+        ["lab", "--quick", "--model", model, "--output", str(tmp_path / "lab")],
+        [*TRAIN, "--model_name_or_path", model, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "run")],
     ]
 
 
@@ -447,7 +456,8 @@ def test_every_command_says_the_same_sentence(folder, tmp_path, capsys, kind):
         assert main(command) == 1, command
         err = capsys.readouterr().err
         assert words in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, (command, err)
-    assert not any((tmp_path / name).exists() for name in ("merged", "exported", "converted"))
+    written = ("merged", "exported", "converted", "evaluated", "lab", "run")
+    assert not any((tmp_path / name).exists() for name in written)
 
 
 @settings(max_examples=40, deadline=None)

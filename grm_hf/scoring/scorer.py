@@ -9,6 +9,7 @@ tokens (`grm_hf.layouts`). A score does not depend on this beyond rounding; with
 import math
 import os
 import threading
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer
 from ..attention import serve_segments
 from ..chats import rows_of, to_score
 from ..devices import evaluating, is_whole, own_device
-from ..encoding import Encoded, Encoder, require_embedded
+from ..encoding import Encoded, Encoder, left_out, require_embedded
 from ..folders import readable
 from ..layouts import MIN_SHARED, common_prefix, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import GRMForSequenceClassification
@@ -140,6 +141,7 @@ class GRMScorer:
         self.model, self.tokenizer = model, tokenizer
         self.forward = model  # what is called; `save_golden` goes past accelerate's autocast
         self.encoder = Encoder.from_config(tokenizer, model.config)
+        self._said: set[str] = set()  # what a warning was given for
         self._embeddings = model.get_input_embeddings().weight.shape[0], embedded_positions(model)
         self.max_tokens_per_batch, self.progress = max_tokens_per_batch, progress
         self.deterministic = deterministic
@@ -176,7 +178,7 @@ class GRMScorer:
         wrong = []
         for name, chat in zip(_names(names), rows_of(chats), strict=False):
             try:
-                self._encoded(self.encode, chat)
+                self._encoded(name, self.encode, chat)
             except ValueError as error:
                 wrong.append(f"{name}: {error}")
         if wrong:
@@ -235,10 +237,14 @@ class GRMScorer:
         """The token ids of a chat, as [`~GRMScorer.score`] reads it."""
         return self.encoder.encode_chat(to_score(chat, bool(self.tokenizer.chat_template)))
 
-    def _encoded(self, encode, chat) -> Encoded:
-        """`encode(chat)`, one at a time, and refused if the model has no embedding for it."""
+    def _encoded(self, name, encode, chat) -> Encoded:
+        """`encode(chat)`, one at a time, and refused if the model has no embedding for it. What the chat template
+        leaves out is said once."""
         with _tokenizing:
             encoded = encode(chat)
+            for what in sorted({*encoded.unread} - self._said):
+                self._said.add(what)
+                warnings.warn(f"There are chats {left_out(what)}: {name}, and perhaps others.", stacklevel=2)
         embeddings, positions = self._embeddings
         require_embedded(encoded.ids, embeddings, positions, self.tokenizer)
         return encoded
@@ -264,7 +270,7 @@ class GRMScorer:
                 texts, truncated = [], []
                 for name, encode, chat in group:
                     try:
-                        encoded = self._encoded(encode, chat)
+                        encoded = self._encoded(name, encode, chat)
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
                     texts.append(array("i", encoded.ids))  # an eighth of what a list takes
