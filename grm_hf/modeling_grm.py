@@ -39,6 +39,7 @@ from .heads_grm import build_head
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE = next(name for name in CACHE_NAMES if name in SequenceClassifierOutputWithPast.__dataclass_fields__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PLACE = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder")  # what a tokenizer is found by, too
 QUANTIZED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method")
 SHIPPED = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
 
@@ -136,7 +137,10 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         lm: the base's complete causal language model.
         model: its decoder (the name that `base_model_prefix` gives, for TRL's PPO and PEFT).
         score: the reward head, `(..., hidden_size)` to `(..., 1)`, in float32 whatever the dtype of `lm`.
+        hub_arguments: what it was loaded with beside its name (`revision`, `subfolder`, ...), for its tokenizer.
     """
+
+    hub_arguments: dict = {}
 
     config_class = GRMConfig
     # transformers 4 (rewardbench) looks for weights under this name; there TRL's PPO computes logits it does not use.
@@ -283,6 +287,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             base_model=base_model,
         )
         model = cls(config, lm=lm)
+        model.hub_arguments = _place(load_kwargs)
         model.score.to(_a_device(lm))
         for name in QUANTIZED:
             if hasattr(lm, name):
@@ -337,6 +342,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         _check_loaded(path, info, allow_missing_head)
+        model.hub_arguments = _place(kwargs)
         if adapter is not None:
             _load_adapter(model, os.fspath(adapter), adapter_name, adapter_kwargs)
         return (model, info) if output_loading_info else model
@@ -767,6 +773,10 @@ def _refuse_base(config, name):
             f"{kind} is no decoder that AutoModelForCausalLM knows. A reward model is made from a causal language "
             "model, whose last token has seen the whole text: pass one, such as Llama, Qwen, Gemma, Mistral or GPT-2."
         )
+
+
+def _place(arguments):
+    return {name: arguments[name] for name in PLACE if arguments.get(name) is not None}
 
 
 def _base_of_adapter(path, hub):

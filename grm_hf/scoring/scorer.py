@@ -25,7 +25,7 @@ from ..devices import evaluating, is_whole, own_device
 from ..encoding import Encoded, Encoder, left_out, require_embedded
 from ..folders import readable
 from ..layouts import MIN_SHARED, common_prefix, embedded_positions, lay_out, model_kwargs, resolve_layout
-from ..modeling_grm import GRMForSequenceClassification
+from ..modeling_grm import HUB_ARGUMENTS, GRMForSequenceClassification
 from ..products import quick_products
 
 
@@ -92,6 +92,8 @@ class GRMScorer:
         dtype (`str` or `torch.dtype`, *optional*):
             Of the body of a model that is loaded here, such as `"bfloat16"`, which is faster where the processor has
             the instructions and within the tolerance of docs/numerics.md. The head stays in float32.
+        **hub_arguments:
+            `revision`, `subfolder`, `token`, `cache_dir`, ... of `from_pretrained`, for the model and its tokenizer.
 
     Example:
 
@@ -113,7 +115,10 @@ class GRMScorer:
         layout="auto",
         accelerator=None,
         dtype=None,
+        **hub_arguments,
     ):
+        if unknown := sorted(hub_arguments.keys() - set(HUB_ARGUMENTS)):
+            raise TypeError(f"GRMScorer takes no argument {unknown[0]!r}.")
         if max_tokens_per_batch < 1:
             raise ValueError(f"`max_tokens_per_batch` is {max_tokens_per_batch}; it must be at least 1.")
         if deterministic and layout not in ("auto", "padded"):
@@ -121,18 +126,21 @@ class GRMScorer:
                 f"layout={layout!r} puts several texts into a row, and deterministic=True computes each alone. Leave "
                 "`layout` at 'auto'."
             )
-        given = {} if dtype is None else {"dtype": dtype}
+        given = {**({} if dtype is None else {"dtype": dtype}), **hub_arguments}
         loads = isinstance(model, (str, os.PathLike))
         if given and not loads:
-            raise ValueError(f"The model is a live one, so dtype={dtype!r} cannot be applied. Load it with it.")
+            raise ValueError(f"The model is a live one, so {sorted(given)} cannot be applied. Load it with them.")
         if loads:
+            if "subfolder" in given and os.path.isdir(model):
+                model = os.path.join(model, given.pop("subfolder"))
+                hub_arguments.pop("subfolder")
             with readable(model) as place:
-                tokenizer = tokenizer or AutoTokenizer.from_pretrained(place)
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **hub_arguments)
                 model = GRMForSequenceClassification.from_pretrained(place, **given).to(own_device())
         elif tokenizer is None:
             if not model.name_or_path:
                 raise ValueError("The model was made in memory, so its tokenizer is not known. Pass `tokenizer`.")
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.hub_arguments)
         if accelerator is not None and accelerator.num_processes > 1 and not is_whole(model):
             raise ValueError(
                 "The model is split over the processes, and each of them would have to compute a part of the texts "

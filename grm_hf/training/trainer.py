@@ -130,6 +130,7 @@ class GRMRewardTrainer(RewardTrainer):
                 f"`model` is a {type(base).__name__}; GRM trains the reward head and the LM head of one model. Make "
                 "it with GRMForSequenceClassification.from_base(...), or pass the id of a causal language model."
             )
+        hub = hub or base.hub_arguments
         if processing_class is None:
             made_from = config._name_or_path or config.base_model or config.text_config._name_or_path
             processing_class = loading.load_tokenizer(source or made_from, args, hub)
