@@ -852,8 +852,12 @@ def _load_adapter(model, adapter, name, hub):
             f"'{adapter}' does not fit its adapter_config.json and the reward model below, and was not loaded: it "
             f"lacks {error}. Restore the files as `save_pretrained` wrote them."
         ) from error
-    own = [key for key, _ in wrapped.named_parameters() if name in key.split(".")]
-    missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
+    absent = set(report.missing_keys)
+    # A parameter that layers share (VB-LoRA's vectors) is in the file under one of its names.
+    present = {id(p) for key, p in wrapped.named_parameters(remove_duplicate=False) if key not in absent}
+    own = {key: p for key, p in wrapped.named_parameters() if name in key.split(".")}
+    lacking = [key for key, p in own.items() if key in absent and id(p) not in present]
+    missing = [key.removeprefix("base_model.model.") for key in lacking]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
     model._hf_peft_config_loaded = True
     model.__dict__["_adapted"] = wrapped  # no part of `model`: it is the other way round

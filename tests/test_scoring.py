@@ -500,6 +500,7 @@ def test_one_chat_is_not_several():
         ({"prompt": "q", "response": "a"}, "got a dict"),
         (None, "got a NoneType"),
         (3, "got a int"),
+        ({"hi", "ho"}, "a set has none"),
     ):
         for call in (scorer.score, lambda chats: next(scorer.stream(chats)), scorer.check):
             with pytest.raises(ValueError, match=words):
