@@ -68,6 +68,8 @@ def rows_of(chats: Any, one: str = "chat") -> Iterable:
             {name: value for name, value in zip(names, row, strict=True) if not _is_null(value)}
             for row in table.itertuples(index=False, name=None)
         ]
+    if isinstance(chats, (set, frozenset)):
+        raise ValueError(f"this takes {one}s in an order, and a set has none. Give a list.")
     if isinstance(chats, (str, bytes, dict)) or not isinstance(chats, Iterable):
         what = f"one {one}" if isinstance(chats, (str, bytes)) else f"a {type(chats).__name__}"
         splits = " Choose a split of it." if type(chats).__name__.endswith("DatasetDict") else ""

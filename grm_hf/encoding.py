@@ -466,6 +466,11 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def left_out(what: str) -> str:
+    """How everybody says what [`Encoded`]`.unread` names."""
+    return f"whose {what} the chat template leaves out"
+
+
 def keys_found(row: dict) -> str:
     return ", ".join(f"`{key}`" if value is not None else f"`{key}` (null)" for key, value in row.items()) or "nothing"
 

@@ -31,6 +31,8 @@ def readable(place: str | os.PathLike) -> Iterator[str]:
     place = os.fspath(place)
     if os.path.isdir(place):
         check_files(place)
+        if (base := _base_of(place)) is not None:
+            check_files(base)
     elif os.path.exists(place):
         raise ValueError(f"'{place}' is a file. Give the folder that it is in.")
     elif not HUB_ID.fullmatch(place):
@@ -49,7 +51,7 @@ def readable(place: str | os.PathLike) -> Iterator[str]:
 def check_files(folder: str | Path) -> None:
     """Refuse a folder with git-lfs pointers, files cut short, or two sets of weights."""
     for path in sorted(Path(folder).iterdir()):
-        if not path.is_file() or not (path.suffix in WEIGHTS or path.name.startswith("tokenizer")):
+        if not path.is_file():
             continue
         with open(path, "rb") as file:
             start = file.read(len(LFS))
@@ -58,7 +60,8 @@ def check_files(folder: str | Path) -> None:
                 f"'{path}' is a git-lfs pointer, not the file that it stands for. Fetch it (`git lfs pull` in "
                 "the folder, or `hf download`)."
             )
-        if (wrong := _cut(path)) is not None:
+        loaded = path.suffix in WEIGHTS or path.name.startswith("tokenizer")
+        if loaded and (wrong := _cut(path)) is not None:
             raise ValueError(f"'{path}' is incomplete: {wrong}. Copy or download it again.")
     for single in ("model.safetensors", "pytorch_model.bin"):
         shards = _shards(folder, single)
@@ -72,6 +75,16 @@ def check_files(folder: str | Path) -> None:
                 )
         elif missing:
             raise ValueError(f"'{folder}' lacks {missing[0]}, which {single}.index.json names. Copy it again.")
+
+
+def _base_of(folder: str | Path) -> str | None:
+    """The folder of the model that an adapter was trained on, if it is on this machine."""
+    path = Path(folder, "adapter_config.json")
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None  # no adapter; or the loader says what is wrong with the file
+    return base if isinstance(base, str) and os.path.isdir(base) else None
 
 
 def loaded_weights(folder: str | Path) -> list[str]:

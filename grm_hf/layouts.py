@@ -17,7 +17,7 @@ from torch import nn
 
 from .attention import plan_of, serve_segments
 from .devices import evaluating
-from .modeling_grm import GRMForSequenceClassification
+from .modeling_grm import GRMForSequenceClassification, computes_in
 
 
 MIN_SHARED = 8  # tokens: a shorter prefix saves less than a branch's mask and copied keys cost
@@ -452,15 +452,20 @@ def _try(layout: str, model: GRMForSequenceClassification) -> tuple[float, float
         shared = draw(prompt)
         pair = {"chosen_ids": shared + draw(chosen), "rejected_ids": shared + draw(rejected)}
         pairs.append(pair | {"chosen_start": prompt, "rejected_start": prompt})
-    hidden = []
+    hidden, dtypes = [], set()
     serve_segments(model)
     with evaluating(model):
         for name in ("padded", layout):
             batch = {k: v.to(model.device) for k, v in PairCollator(0, name, text="both")(pairs).items()}
             inputs = model_kwargs(batch)
-            model(**inputs, lm_fn=lambda states, _, at=batch["text_index"]: hidden.append(states.flatten(0, 1)[at]))
+
+            def keep(states, _, at=batch["text_index"]):
+                hidden.append(states.flatten(0, 1)[at])
+                dtypes.add(computes_in(states))  # here, within an autocast that a trainer put around the forward
+
+            model(**inputs, lm_fn=keep)
     expected, computed = hidden
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 5e-2)
+    tolerance = max({torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2) for dtype in dtypes)
     expected, computed = expected.double(), computed.double()
     error = float((computed - expected).norm() / expected.norm())
     return error, tolerance, plan_of(inputs["attention_mask"]).windowed

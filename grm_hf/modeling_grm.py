@@ -39,6 +39,7 @@ from .heads_grm import build_head
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 CACHE = next(name for name in CACHE_NAMES if name in SequenceClassifierOutputWithPast.__dataclass_fields__)
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PLACE = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder")  # what a tokenizer is found by, too
 QUANTIZED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method")
 SHIPPED = ("configuration_grm.py", "heads_grm.py", "modeling_grm.py")
 
@@ -76,6 +77,12 @@ def last_token_positions(attention_mask):
     """Column of the last real token of each row, for left, right and no padding: `(B, T)` to `(B,)`."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (columns * (attention_mask != 0)).argmax(-1)
+
+
+def computes_in(states):
+    """The dtype that a forward computes `states` in: autocast's where that is on, whatever dtype they have."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
 class _States:
@@ -132,7 +139,10 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         lm: the base's complete causal language model.
         model: its decoder (the name that `base_model_prefix` gives, for TRL's PPO and PEFT).
         score: the reward head, `(..., hidden_size)` to `(..., 1)`, in float32 whatever the dtype of `lm`.
+        hub_arguments: what it was loaded with beside its name (`revision`, `subfolder`, ...), for its tokenizer.
     """
+
+    hub_arguments: dict = {}
 
     config_class = GRMConfig
     # transformers 4 (rewardbench) looks for weights under this name; there TRL's PPO computes logits it does not use.
@@ -204,6 +214,13 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def _can_set_experts_implementation(cls):
         return True  # transformers looks for experts in this file; `lm` says whether it has them
 
+    def set_experts_implementation(self, experts_implementation):
+        """As the base sets it, or refuses it."""
+        if isinstance(experts_implementation, dict):
+            experts_implementation = experts_implementation.get("text_config", experts_implementation.get(""))
+        self.lm.set_experts_implementation(experts_implementation)
+        self.config._experts_implementation_internal = self.lm.config._experts_implementation
+
     # ------------------------------------------------------------------------------------------------- making, loading
 
     @classmethod
@@ -272,6 +289,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             base_model=base_model,
         )
         model = cls(config, lm=lm)
+        model.hub_arguments = _place(load_kwargs)
         model.score.to(_a_device(lm))
         for name in QUANTIZED:
             if hasattr(lm, name):
@@ -326,6 +344,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         _check_loaded(path, info, allow_missing_head)
+        model.hub_arguments = _place(kwargs)
         if adapter is not None:
             _load_adapter(model, os.fspath(adapter), adapter_name, adapter_kwargs)
         return (model, info) if output_loading_info else model
@@ -409,7 +428,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             ours = self.lm_logits(self.model(**inputs).last_hidden_state).to(theirs)
         finally:
             self.lm.train(training)
-        tolerance = 1e-4 if theirs.dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if computes_in(theirs) in (torch.float32, torch.float64) else 2e-2
         return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
 
     def freeze_lm_head(self):
@@ -618,7 +637,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             finally:
                 self.lm.train(training)
             theirs, ours = alone.last_hidden_state, padded.last_hidden_state[:, 4:]
-            tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
+            tolerance = 1e-4 if computes_in(theirs) in (torch.float32, torch.float64) else 5e-2
             self._left_padding_is_skipped = bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
         return self._left_padding_is_skipped
 
@@ -758,6 +777,10 @@ def _refuse_base(config, name):
         )
 
 
+def _place(arguments):
+    return {name: arguments[name] for name in PLACE if arguments.get(name) is not None}
+
+
 def _base_of_adapter(path, hub):
     """The model that an adapter says it was trained on; `None` for a folder or repository that holds a model."""
     folder = os.path.join(path, hub.get("subfolder", ""))
@@ -831,8 +854,12 @@ def _load_adapter(model, adapter, name, hub):
             f"'{adapter}' does not fit its adapter_config.json and the reward model below, and was not loaded: it "
             f"lacks {error}. Restore the files as `save_pretrained` wrote them."
         ) from error
-    own = [key for key, _ in wrapped.named_parameters() if name in key.split(".")]
-    missing = [key.removeprefix("base_model.model.") for key in own if key in report.missing_keys]
+    absent = set(report.missing_keys)
+    # A parameter that layers share (VB-LoRA's vectors) is in the file under one of its names.
+    present = {id(p) for key, p in wrapped.named_parameters(remove_duplicate=False) if key not in absent}
+    own = {key: p for key, p in wrapped.named_parameters() if name in key.split(".")}
+    lacking = [key for key, p in own.items() if key in absent and id(p) not in present]
+    missing = [key.removeprefix("base_model.model.") for key in lacking]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
     model._hf_peft_config_loaded = True
     model.__dict__["_adapted"] = wrapped  # not a part of `model`: the PeftModel contains `model`

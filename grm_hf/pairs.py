@@ -24,6 +24,7 @@ from .encoding import (
     describe,
     is_int,
     keys_found,
+    left_out,
     require_embedded,
     template_kwargs_of,
 )
@@ -106,7 +107,7 @@ class Counts:
         text = f"{self.name}: {self.rows} rows, {self.dropped} dropped, {self.truncated} truncated{inside}"
         for what in _UNREAD:
             if count := getattr(self, what):
-                text += f", {count} whose {what} the chat template leaves out"
+                text += f", {count} {left_out(what)}"
         return text
 
     @property

@@ -72,6 +72,7 @@ METHODS = {
     "VeRA": lambda: peft.VeraConfig(r=4, target_modules=["q_proj"]),
     "LoHa": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS),
     "OFT": lambda: peft.OFTConfig(target_modules=TARGETS, r=0, oft_block_size=4),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(vector_length=8, num_vectors=8, topk=1, target_modules=["q_proj", "v_proj"]),
     "LNTuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]),
 }
 

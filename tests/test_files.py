@@ -393,6 +393,9 @@ def copy(folder, to):
     return shutil.copytree(folder, to)
 
 
+TRAIN = ["train", "--use_cpu", "--bf16", "false", "--report_to", "none"]
+
+
 def commands(model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(jsonl(CHATS[:1]))
@@ -406,10 +409,16 @@ def commands(model, tmp_path):
         ["export", model, str(tmp_path / "exported")],
         ["convert", model, str(tmp_path / "converted")],
         ["push", model, "somebody/model"],
+        ["refresh", model],
+        ["serve", model, "--port", "1"],
+        ["eval", model, "--data", str(rows), "--output", str(tmp_path / "evaluated")],
+        ["lab", "--quick", "--gold", model, "--output", str(tmp_path / "lab")],
+        ["lab", "--quick", "--model", model, "--output", str(tmp_path / "lab")],
+        [*TRAIN, "--model_name_or_path", model, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "run")],
     ]
 
 
-KINDS = ["absent", "a file", "lfs", "torn weights", "torn tokenizer", "two sets", "a shard less"]
+KINDS = ["absent", "a file", "lfs", "lfs configuration", "torn weights", "torn tokenizer", "two sets", "a shard less"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -426,6 +435,10 @@ def test_every_command_says_the_same_sentence(folder, tmp_path, capsys, kind):
         if kind == "lfs":
             weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
             words = f"'{weights}' is a git-lfs pointer"
+        elif kind == "lfs configuration":
+            path = place / "config.json"
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+            words = f"'{path}' is a git-lfs pointer"
         elif kind == "torn weights":
             weights.write_bytes(weights.read_bytes()[:-100])
             words = f"'{weights}' is incomplete"
@@ -448,7 +461,25 @@ def test_every_command_says_the_same_sentence(folder, tmp_path, capsys, kind):
         assert main(command) == 1, command
         err = capsys.readouterr().err
         assert words in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, (command, err)
-    assert not any((tmp_path / name).exists() for name in ("merged", "exported", "converted"))
+    written = ("merged", "exported", "converted", "evaluated", "lab", "run")
+    assert not any((tmp_path / name).exists() for name in written)
+
+
+def test_every_command_looks_at_the_base_of_an_adapter(folder, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base, adapter = copy(folder, tmp_path / "base"), tmp_path / "adapter"
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    peft.get_peft_model(GRMForSequenceClassification.from_pretrained(base), config).save_pretrained(adapter)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, adapter)
+    assert main(["compare", "a", "b", "c", "--model", str(adapter)]) == 0
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for command in commands(str(adapter), tmp_path):
+        capsys.readouterr()
+        assert main(command) == 1, command
+        err = capsys.readouterr().err
+        assert f"'{weights}' is incomplete" in err and len(err.strip().splitlines()) == 1, (command, err)
 
 
 @settings(max_examples=40, deadline=None)

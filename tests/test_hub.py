@@ -35,7 +35,7 @@ class Client:
 
     def __init__(self, hub, home, token=TOKEN, clean=False):
         home.mkdir(parents=True, exist_ok=True)
-        self.stderr = home / "stderr.txt"
+        self.home, self.stderr = home, home / "stderr.txt"
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "TRANSFORMERS_VERBOSITY"}
         env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         env |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_DEBUG": "0", "no_proxy": "127.0.0.1", "HF_XET_CACHE": str(home)}
@@ -107,6 +107,7 @@ def client(**options):
 
 publisher = client()
 reader = client(clean=True)
+anonymous = client(token=None)
 plain = client(clean=True)  # of the Hub itself: never imports transformers
 
 
@@ -225,6 +226,101 @@ def do_grm(*, command):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(command)
     return [code, out.getvalue(), err.getvalue()]
+
+
+def do_two_revisions(kind, repo_id, folder):
+    """A private repository of language or reward models. The branches `main` and `v2`, and the folder `inner` of `v2`,
+    differ in configuration, weights, tokenizer and template. What each holds, by its folder here."""
+    import test_trainer as t
+    from huggingface_hub import HfApi
+
+    api, held = HfApi(), {}
+    api.create_repo(repo_id, private=True)
+    for number, (branch, inner) in enumerate((("main", ""), ("v2", ""), ("v2", "inner"))):
+        place = Path(folder, f"{branch}{inner}")
+        tokenizer = t.chatml_tokenizer(special=["<|im_start|>", *[f"<|{n}|>" for n in range(number)]])
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", f"<|im_end|>{number}")
+        model = (t.base if kind == "lm" else t.grm)(number, num_hidden_layers=1 + number)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        if branch != "main":
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=place, path_in_repo=inner or None, revision=branch)
+        held[f"{branch}{inner}"] = _held(model, tokenizer)
+    return held
+
+
+def _held(model, tokenizer):
+    lm = getattr(model, "lm", model)
+    weights = sum(float(p.double().abs().sum()) for name, p in lm.named_parameters() if "lora" not in name)
+    return [lm.config.num_hidden_layers, round(weights, 3), len(tokenizer), tokenizer.chat_template]
+
+
+def do_two_ggufs(repo_id, folder):
+    """A language model as `weights.gguf` on each of two branches; what they hold."""
+    import gguf
+    import test_loading
+    import test_trainer as t
+    from huggingface_hub import HfApi
+
+    api, held = HfApi(), {}
+    api.create_repo(repo_id, private=True)
+    for number, branch in enumerate(("main", "v2")):
+        path = Path(folder, f"{branch}.gguf")
+        size = {"vocab_size": len(t.TOKENIZER), "max_position_embeddings": 512, "num_hidden_layers": 1 + number}
+        lm = t.tiny_lm("llama_tied", num_key_value_heads=4, **size)
+        test_loading.write_gguf(gguf, lm, path)
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+        where = {"path_in_repo": "weights.gguf", "repo_id": repo_id, "revision": branch}
+        api.upload_file(path_or_fileobj=path, **where)
+        held[branch] = _held(lm, t.TOKENIZER)
+    return held
+
+
+def do_load_gguf(how, repo_id, folder, **hub):
+    import test_trainer as t
+
+    if how == "from_base":
+        return _held(t.GRMForSequenceClassification.from_base(repo_id, **hub), t.TOKENIZER)
+    args = t.settings(folder, model_init_kwargs=hub)
+    run = t.GRMRewardTrainer(model=repo_id, args=args, train_dataset=t.pairs(), processing_class=t.TOKENIZER)
+    return _held(run.model, run.processing_class)
+
+
+def do_load(how, repo_id, folder=None, adapter=False, **hub):
+    """What a trainer, a scorer or `from_base` loads with these arguments."""
+    import test_trainer as t
+    from transformers import AutoTokenizer
+
+    if how == "trainer":
+        run = t.GRMRewardTrainer(
+            model=repo_id,
+            args=t.settings(folder, model_init_kwargs=hub, max_steps=1),
+            train_dataset=t.pairs(),
+            peft_config=t.LoraConfig() if adapter else None,
+        )
+        held = _held(run.model, run.processing_class)
+        if adapter:
+            run.train()  # and its folder, loaded by itself, gives the same rewards
+            run.save_model()
+            t.verify(folder)
+        return held
+    if how == "scorer":
+        scorer = t.GRMScorer(repo_id, **hub)
+        assert scorer.model.hub_arguments == {k: v for k, v in hub.items() if k != "token"}
+        return _held(scorer.model, scorer.tokenizer)
+    if how == "from_base":
+        model = t.GRMForSequenceClassification.from_base(repo_id, **hub)
+        return _held(model, AutoTokenizer.from_pretrained(repo_id, **hub))
+    assert how == "live"  # loaded by hand: the tokenizer is found by what the model remembers
+    kind = t.GRMForSequenceClassification
+    model = (kind.from_base if "lm" in repo_id else kind.from_pretrained)(repo_id, **hub)
+    run = t.GRMRewardTrainer(model=model, args=t.settings(folder), train_dataset=t.pairs())
+    held = _held(run.model, run.processing_class)
+    if "lm" not in repo_id:
+        assert _held(model, t.GRMScorer(model).tokenizer) == held
+    return held
 
 
 def do_adapter_of(repo_id):
@@ -758,3 +854,72 @@ def test_a_repository_gets_new_code_in_one_commit_and_nothing_else(hub, publishe
     assert code == 0 and "those of this version already" in out and not writes(hub, since)
     code, _, err = publisher("grm", command=["refresh", "ann/nowhere"])
     assert code == 1 and "ann/nowhere" in err
+
+
+# ----------------------------------------------------------------------------------------- where a model is taken from
+
+
+@pytest.fixture(scope="module")
+def revisions(hub, publisher, tmp_path_factory):
+    """What each place of two repositories holds."""
+    folder = tmp_path_factory.mktemp("revisions")
+    return {
+        kind: publisher("two_revisions", kind=kind, repo_id=f"ann/{kind}-revisions", folder=str(folder / kind))
+        for kind in ("lm", "grm")
+    }
+
+
+WAYS = [("trainer", "lm"), ("trainer", "grm"), ("scorer", "grm"), ("from_base", "lm")]
+
+
+@pytest.mark.parametrize("how, kind", WAYS, ids=["-".join(way) for way in WAYS])
+def test_every_hub_argument_reaches_configuration_weights_and_tokenizer(
+    hub, revisions, publisher, anonymous, tmp_path, how, kind
+):
+    repo, held = f"ann/{kind}-revisions", revisions[kind]
+    assert len({json.dumps(one) for one in held.values()}) == 3
+    commit = hub.repos["models", repo].find("v2").sha
+    for where, place in (
+        ({}, "main"),
+        ({"revision": "v2"}, "v2"),
+        ({"revision": commit}, "v2"),
+        ({"revision": "v2", "subfolder": "inner"}, "v2inner"),
+    ):
+        found = publisher("load", how=how, repo_id=repo, folder=str(tmp_path / place), **where)
+        assert found == held[place], where
+    # The repository is private, and this process knows the token only by the argument.
+    where = {"revision": "v2", "subfolder": "inner", "cache_dir": str(tmp_path / "cache"), "token": TOKEN}
+    assert anonymous("load", how=how, repo_id=repo, folder=str(tmp_path / "a"), **where) == held["v2inner"]
+    assert [path.name for path in (tmp_path / "cache").glob("models--*")] == [f"models--ann--{kind}-revisions"]
+    assert not list(anonymous.home.glob(f"hub/models--ann--{kind}-revisions/snapshots/*/*"))
+    with pytest.raises(Refused):
+        anonymous("load", how=how, repo_id=repo, folder=str(tmp_path / "b"), revision="v2")
+
+
+@pytest.mark.parametrize("kind", ["lm", "grm"])
+@pytest.mark.parametrize("place", ["main", "v2", "v2inner"])
+def test_a_model_that_is_loaded_by_hand_finds_its_own_tokenizer(revisions, publisher, tmp_path, kind, place):
+    where = {"main": {}, "v2": {"revision": "v2"}, "v2inner": {"revision": "v2", "subfolder": "inner"}}[place]
+    repo = f"ann/{kind}-revisions"
+    assert publisher("load", how="live", repo_id=repo, folder=str(tmp_path), **where) == revisions[kind][place]
+
+
+@pytest.mark.parametrize("kind", ["lm", "grm"])
+def test_an_adapter_on_another_revision_loads_by_itself(revisions, publisher, tmp_path, kind):
+    where = {"revision": "v2", "subfolder": "inner"}
+    repo = f"ann/{kind}-revisions"
+    found = publisher("load", how="trainer", repo_id=repo, folder=str(tmp_path), adapter=True, **where)
+    assert found[0] == 3 and found[2:] == revisions[kind]["v2inner"][2:]
+
+
+@pytest.mark.parametrize("how", ["from_base", "trainer"])
+def test_a_gguf_file_of_a_revision(publisher, anonymous, tmp_path, how):
+    pytest.importorskip("gguf")
+    repo = f"ann/gguf-{how}"
+    held = publisher("two_ggufs", repo_id=repo, folder=str(tmp_path))
+    where = {"gguf_file": "weights.gguf", "token": TOKEN, "cache_dir": str(tmp_path / "cache")}
+    for revision in held:
+        found = anonymous(
+            "load_gguf", how=how, repo_id=repo, folder=str(tmp_path / "run"), revision=revision, **where
+        )
+        assert found == held[revision]

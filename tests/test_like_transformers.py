@@ -3,7 +3,9 @@ Where it differs on purpose, the test is named in docs/differences.md."""
 
 import ast
 import inspect
+import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -197,6 +199,27 @@ def test_difference_no_cache_unless_asked_for():
     model = tiny_grm()
     assert "cache" not in model(**batch()) and "cache" not in model.model(**batch(), use_cache=False)
     assert list(model(**batch(), use_cache=True))[-1] in ("cache", "past_key_values")
+
+
+def test_difference_both_names_of_the_cache_are_taken():
+    model, ids = tiny_grm(), torch.tensor([[5, 6, 7]])
+    for name in ("cache", "past_key_values"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            begun = model(ids[:, :2], use_cache=True)
+            held = next(value for key, value in begun.items() if key in ("cache", "past_key_values"))
+            out = model(ids[:, 2:], **{name: held}, attention_mask=torch.ones(1, 3))
+        assert_same(out.logits, model(ids).logits, tolerance=1e-5)
+
+
+def test_difference_a_base_brings_no_code(tmp_path):
+    tiny_lm().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnLM"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for trust in (None, True):
+        with pytest.raises(ValueError, match="brings modelling code of its own"):
+            GRMForSequenceClassification.from_base(tmp_path, trust_remote_code=trust)
 
 
 def test_difference_a_packed_row_needs_read_index():

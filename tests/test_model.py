@@ -621,7 +621,7 @@ def test_text_settings_are_read_and_written_through(tmp_path):
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
 def test_experts_implementation_is_passed_on(implementation, tmp_path):
     model = tiny_grm("qwen3_moe")
-    if not hasattr(model, "set_experts_implementation"):
+    if not hasattr(model.lm, "set_experts_implementation"):
         pytest.skip("this transformers has no choice of experts")
     model.save_pretrained(tmp_path)
     model.lm.save_pretrained(tmp_path / "base")
@@ -636,8 +636,17 @@ def test_experts_implementation_is_passed_on(implementation, tmp_path):
     for ours in (loaded, made):
         assert ours.config._experts_implementation == ours.lm.config._experts_implementation == implementation
         assert_same(score(ours, ids, mask), score(model, ids, mask))
-    model.set_experts_implementation(implementation)
-    assert model.lm.config._experts_implementation == implementation
+    for wanted in (implementation, {"": default, "text_config": implementation}, {"": implementation}):
+        model.set_experts_implementation(default)
+        model.set_experts_implementation(wanted)
+        assert model.config._experts_implementation == model.lm.config._experts_implementation == implementation
+    dense, bare = tiny_grm(), tiny_lm()
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not support"):
+        dense.set_experts_implementation("grouped_mm")
+    for ours in (dense, bare):  # both leave what they have no experts for
+        ours.set_experts_implementation(implementation)
+    assert dense.config._experts_implementation == dense.lm.config._experts_implementation
+    assert dense.config._experts_implementation == bare.config._experts_implementation
     with pytest.raises(ValueError, match="LlamaForCausalLM does not support"):
         tiny_grm().save_pretrained(tmp_path / "dense")
         GRMForSequenceClassification.from_pretrained(tmp_path / "dense", experts_implementation="grouped_mm")
@@ -1017,6 +1026,9 @@ def test_left_padding_of_recurrent_decoders_is_skipped_or_refused():
             hybrid(input_ids=padded, attention_mask=mask)
     else:
         assert hybrid(input_ids=padded, attention_mask=mask).logits.item() == pytest.approx(theirs, rel=1e-5)
+        again = GRMForSequenceClassification.from_base(tiny_lm("falcon_h1"), head_hidden_size=8).eval()
+        with torch.autocast("cpu", torch.bfloat16):  # the two runs round by bfloat16, though they give float32
+            again(input_ids=padded, attention_mask=mask)
     recurrent = GRMForSequenceClassification.from_base(tiny_lm("recurrent_gemma"), head_hidden_size=8).eval()
     with pytest.raises(ValueError, match="RecurrentGemmaModel is recurrent.*Pad on the right"):
         recurrent(input_ids=padded, attention_mask=mask)

@@ -415,6 +415,47 @@ def test_dropout_does_not_reach_a_score():
     assert GRMScorer(model, TOKENIZER).score(["one two three"]) == close(alone(model.eval(), ["one two three"]))
 
 
+HIDES = (
+    "{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{%- endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("what", ["thinking", "tools"])
+def test_what_the_template_leaves_out_is_said_once_in_the_words_of_training(what, tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = HIDES
+    row = {"messages": [user("2 + 2?"), assistant("<think>two and two</think>4" if what == "thinking" else "4")]}
+    if what == "tools":
+        row["tools"] = [{"type": "function", "function": {"name": "add"}}]
+    plain, model = {"messages": [user("2 + 2?"), assistant("4")]}, grm()
+    pair = {"prompt": row["messages"][:1], "chosen": row["messages"][1:], "rejected": [assistant("5")]}
+    if what == "tools":
+        pair["tools"] = row["tools"]
+    counts = prepare_pairs(datasets.Dataset.from_list([pair]), Encoder(tokenizer))[1]
+    words = f"whose {what} the chat template leaves out"
+    assert f"1 {words}" in str(counts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = GRMScorer(model, tokenizer).score([plain])
+    scorer = GRMScorer(model, tokenizer)
+    with pytest.warns(UserWarning) as said:
+        scorer.score([plain, row, row])
+    assert [str(one.message) for one in said] == [f"There are chats {words}: chat 1, and perhaps others."]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said
+        assert scorer.score([row, plain]) == expected * 2
+    # Pairs and the command, too.
+    with pytest.warns(UserWarning, match=f"{words}: row 0, `chosen`"):
+        GRMScorer(model, tokenizer).score_pairs([pair])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(plain)}\n{json.dumps(row)}\n")
+    with pytest.warns(UserWarning, match=f"{words}: .*line 2"):
+        assert main(["score", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model")]) == 0
+
+
 def test_a_model_in_memory_needs_its_tokenizer():
     with pytest.raises(ValueError, match="Pass `tokenizer`"):
         GRMScorer(grm())
@@ -448,6 +489,7 @@ def test_one_chat_is_not_several():
         ({"prompt": "q", "response": "a"}, "got a dict"),
         (None, "got a NoneType"),
         (3, "got a int"),
+        ({"hi", "ho"}, "a set has none"),
     ):
         for call in (scorer.score, lambda chats: next(scorer.stream(chats)), scorer.check):
             with pytest.raises(ValueError, match=words):

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_lm
-from trainers import CHATS, TOKENIZER, base, grm, logged, lora, pairs, scores_here, settings, trainer
+from trainers import CHATS, TOKENIZER, base, grm, logged, lora, pairs, rows, scores_here, settings, trainer
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
@@ -28,7 +29,7 @@ from transformers.utils import is_bitsandbytes_available  # noqa: E402
 from trl import RewardConfig, RewardTrainer  # noqa: E402
 
 from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer, losses  # noqa: E402
-from grm_hf.scoring import verify  # noqa: E402
+from grm_hf.scoring import GRMScorer, verify  # noqa: E402
 from grm_hf.training import merge_adapter, reference  # noqa: E402
 from grm_hf.training.trainer import _last_complete_checkpoint  # noqa: E402
 
@@ -751,6 +752,33 @@ def test_the_auxiliary_loss_of_experts_is_the_familys_own(tmp_path, family, layo
     run.train()
     assert logged(run, "aux_loss") == [pytest.approx(theirs.item(), rel=1e-5)]
     assert logged(run, "loss")[0] == pytest.approx(with_aux.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded", "packed", "shared_prefix"])
+def test_a_shared_prefix_beside_the_auxiliary_loss_is_said(tmp_path, layout, caplog):
+    for routers in (False, True):
+        lm = tiny_lm("mixtral", vocab_size=len(TOKENIZER), output_router_logits=routers)
+        model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8)
+        caplog.clear()
+        run = trainer(tmp_path, model, layout=layout, max_length=60)
+        said = "counts a shared prefix once in the auxiliary loss" in caplog.text
+        assert said == (routers and layout == "shared_prefix")
+        assert layout == "auto" or run.layout == layout
+
+
+@pytest.mark.parametrize("kind", ["none", "sft"])
+def test_a_scorer_judges_the_layout_by_the_precision_of_the_forward(tmp_path, kind):
+    """Autocast lies around the forward of a trained model: hidden states are float32, with the error of bfloat16."""
+    run = trainer(tmp_path, bf16=True, regularizer=kind)
+    run.train()
+    assert run.model.dtype == torch.float32
+    chats = [row["prompt"] + row["chosen"] for row in rows(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scorer = GRMScorer(run.model, TOKENIZER)
+    assert scorer.layout == "shared_prefix"
+    padded = GRMScorer(run.model, TOKENIZER, layout="padded").score(chats)
+    assert scorer.score(chats) == pytest.approx(padded, rel=5e-2, abs=5e-2)
 
 
 @pytest.mark.parametrize("pair_loss", ["margin", "scaled"])

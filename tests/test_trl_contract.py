@@ -2,6 +2,9 @@
 Written anew after what TRL's own tests of that trainer look at."""
 
 import copy
+import json
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,6 +146,48 @@ def test_a_template_of_a_file_and_one_of_another_tokenizer(tmp_path):
     assert found.config.vocab_size == len(run.processing_class) > len(TOKENIZER)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_template_whose_new_tokens_the_data_hold(tmp_path, adapter, kind):
+    """The tokens that the template writes come with it: the model's embedding grows before the rows are checked."""
+    source = chatml_tokenizer(special=["<|im_start|>", "<|role|>"])
+    source.chat_template = CHATML.replace("<|im_start|>", "<|role|>")
+    source.save_pretrained(tmp_path / "source")
+    plain = byte_tokenizer(eos_token="<|im_end|>", pad_token="<|pad|>")
+    special = {"eos_token_id": plain.eos_token_id, "pad_token_id": plain.pad_token_id}
+    model = GRMForSequenceClassification.from_base(tiny_lm(vocab_size=len(plain), **special), head_hidden_size=8)
+    run = GRMRewardTrainer(
+        model=model,
+        args=settings(
+            tmp_path / "run",
+            chat_template_path=str(tmp_path / "source"),
+            max_length=60,
+            regularizer=kind,
+            alpha=0.5,
+        ),
+        train_dataset=pairs(),
+        eval_dataset=pairs(4, seed=1),
+        processing_class=plain,
+        peft_config=LoraConfig() if adapter else None,
+    )
+    used = max(max(run.train_dataset[i]["chosen_ids"]) for i in range(16))
+    assert run.processing_class.convert_ids_to_tokens(used) == "<|role|>" and used >= 258
+    run.train()
+    run.evaluate(pairs(4, seed=2))
+    run.save_model()
+    assert GRMForSequenceClassification.from_pretrained(tmp_path / "run").config.vocab_size > used
+
+
+def test_the_tokenizer_of_a_live_model_is_that_of_its_base(tmp_path):
+    base().save_pretrained(tmp_path / "lm")
+    TOKENIZER.save_pretrained(tmp_path / "lm")
+    model = GRMForSequenceClassification.from_base(tmp_path / "lm", head_hidden_size=8)
+    run = GRMRewardTrainer(model=model, args=settings(tmp_path / "run"), train_dataset=pairs())
+    assert run.processing_class.get_vocab() == TOKENIZER.get_vocab()
+    run.save_model()
+    assert str(tmp_path) not in (tmp_path / "run" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("config", [None, LoraConfig()], ids=["full", "lora"])
 def test_tags(tmp_path, config):
     run = trainer(tmp_path, peft_config=config)
@@ -182,7 +227,7 @@ def test_the_command_with_an_adapter(tmp_path, capsys):
 def difference(number, *words):
     """The line of docs/differences.md, section "Trainer", that says this."""
     section = DIFFERENCES.split("## Trainer")[1].split("\n## ")[0]
-    line = next(line for line in section.splitlines() if line.startswith(f"{number}. "))
+    line = re.search(rf"^{number}\. .*(\n +.*)*", section, re.M)[0]
     assert all(word in line for word in words), line
 
 
@@ -241,6 +286,13 @@ def test_a_peft_model_must_train_the_head(tmp_path):
     assert given.modules_to_save is None  # the user's settings are left alone
 
 
+def test_a_peft_model_names_its_targets(tmp_path):
+    difference(7, "target_modules")
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(grm(), LoraConfig(modules_to_save=["score"]))
+    trainer(tmp_path, peft_config=LoraConfig())
+
+
 def test_predictions_are_two_columns(tmp_path):
     difference(8, "(pairs, 2)")
     run = trainer(tmp_path, evaluation=pairs(6))
@@ -258,3 +310,43 @@ def test_the_first_saved_folder_is_loaded(tmp_path):
     run = trainer(tmp_path)
     run.save_model()
     assert run._folder_was_loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_bias_moves_only_with_centred_rewards(tmp_path, kind):
+    difference(11, "last bias", "center_rewards_coefficient")
+    for coefficient in (None, 0.1):
+        run = trainer(tmp_path, regularizer=kind, alpha=0.5, center_rewards_coefficient=coefficient, max_steps=1)
+        batch = run.data_collator([run.train_dataset[i] for i in range(4)])
+        run.compute_loss(run.model, batch).backward()
+        gradient = run.model.score.out.bias.grad.abs().item()
+        assert gradient > 1e-4 if coefficient else gradient < 1e-7
+
+
+def test_earlier_names_of_columns_are_taken_without_a_warning(tmp_path):
+    difference(12, "chosen_input_ids")
+    prepared = trainer(tmp_path).train_dataset
+    old = prepared.rename_columns({f"{side}_ids": f"{side}_input_ids" for side in ("chosen", "rejected")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer(tmp_path, data=old)
+
+
+def test_a_base_with_code_of_its_own_is_refused(tmp_path):
+    difference(13, "trust_remote_code")
+    base().save_pretrained(tmp_path / "lm")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {name: "own.Own" for name in ("AutoConfig", "AutoModelForCausalLM")}}
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lm" / "own.py").write_text("import transformers\nclass Own(transformers.LlamaConfig):\n    pass\n")
+    for trust in (False, True):
+        args = settings(tmp_path / "run", trust_remote_code=trust)
+        with pytest.raises(ValueError, match="code" if not trust else "modelling code of its own"):
+            GRMRewardTrainer(model=tmp_path / "lm", args=args, train_dataset=pairs(), processing_class=TOKENIZER)
+
+
+def test_every_difference_has_its_test():
+    section = DIFFERENCES.split("## Trainer")[1]
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. ", section, re.M)]
+    shown = {int(number) for number in re.findall(r"difference\((\d+),", Path(__file__).read_text(encoding="utf-8"))}
+    assert numbers == sorted(shown) == list(range(1, len(numbers) + 1))

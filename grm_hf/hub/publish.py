@@ -151,7 +151,9 @@ def push_model(
     _refuse_unknown(set(kwargs) - {"private", "revision", "tag", "token", "commit_message", "replace_card"})
     if tokenizer is None and model.name_or_path:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, token=kwargs.get("token"))
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.name_or_path, token=kwargs.get("token"), **model.hub_arguments
+            )
         except (OSError, ValueError) as error:
             logger.warning(f"'{model.name_or_path}' has no tokenizer that can be loaded: {error}")
     if tokenizer is None:

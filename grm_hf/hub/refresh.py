@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..configuration_grm import GRMConfig
+from ..folders import readable
 from ..scoring.golden import FILE, TOLERANCES, GoldenError
 from ..version import __version__
 from . import card
@@ -86,11 +87,9 @@ def refresh(source: str | Path, revision: str | None = None, token: str | bool |
         [`GoldenError`]: the new code gives other rewards. Nothing was written.
         `ValueError`: not a reward model with code, or no golden rows.
     """
-    if Path(source).is_dir():
-        return _refresh_folder(Path(source))
-    if revision is None and (Path(source).is_absolute() or Path(source).exists() or str(source).count("/") > 1):
-        raise ValueError(f"There is no folder '{source}'.")
-    return _refresh_repository(str(source), revision, token)
+    with readable(source) as place:
+        folder = Path(place)
+        return _refresh_folder(folder) if folder.is_dir() else _refresh_repository(place, revision, token)
 
 
 def _refresh_folder(folder: Path) -> Refreshed:

@@ -9,6 +9,7 @@ a score by rounding at most; with `deterministic=True` it changes nothing.
 import math
 import os
 import threading
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
@@ -21,10 +22,10 @@ from transformers import AutoTokenizer
 from ..attention import serve_segments
 from ..chats import rows_of, to_score
 from ..devices import evaluating, is_whole, own_device
-from ..encoding import Encoded, Encoder, require_embedded
+from ..encoding import Encoded, Encoder, left_out, require_embedded
 from ..folders import readable
 from ..layouts import LAYOUTS, embedded_positions, lay_out, model_kwargs, resolve_layout
-from ..modeling_grm import GRMForSequenceClassification
+from ..modeling_grm import HUB_ARGUMENTS, GRMForSequenceClassification
 from ..products import quick_products
 
 
@@ -92,6 +93,8 @@ class GRMScorer:
         dtype (`str` or `torch.dtype`, *optional*):
             Dtype of the body of a model that is loaded here. `"bfloat16"` is faster if the processor has the
             instructions, and exact within the tolerance of docs/numerics.md. The reward head stays in float32.
+        **hub_arguments:
+            `revision`, `subfolder`, `token`, `cache_dir`, ... of `from_pretrained`, for the model and its tokenizer.
 
     Example:
 
@@ -113,7 +116,10 @@ class GRMScorer:
         layout="auto",
         accelerator=None,
         dtype=None,
+        **hub_arguments,
     ):
+        if unknown := sorted(hub_arguments.keys() - set(HUB_ARGUMENTS)):
+            raise TypeError(f"GRMScorer takes no argument {unknown[0]!r}.")
         if max_tokens_per_batch < 1:
             raise ValueError(f"`max_tokens_per_batch` is {max_tokens_per_batch}; it must be at least 1.")
         if deterministic and layout not in ("auto", "padded"):
@@ -121,18 +127,21 @@ class GRMScorer:
                 f"layout={layout!r} puts several texts into a row, and deterministic=True computes each alone. Leave "
                 "`layout` at 'auto'."
             )
-        given = {} if dtype is None else {"dtype": dtype}
+        given = {**({} if dtype is None else {"dtype": dtype}), **hub_arguments}
         loads = isinstance(model, (str, os.PathLike))
         if given and not loads:
-            raise ValueError(f"The model is a live one, so dtype={dtype!r} cannot be applied. Load it with it.")
+            raise ValueError(f"The model is a live one, so {sorted(given)} cannot be applied. Load it with them.")
         if loads:
+            if "subfolder" in given and os.path.isdir(model):
+                model = os.path.join(model, given.pop("subfolder"))
+                hub_arguments.pop("subfolder")
             with readable(model) as place:
-                tokenizer = tokenizer or AutoTokenizer.from_pretrained(place)
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **hub_arguments)
                 model = GRMForSequenceClassification.from_pretrained(place, **given).to(own_device())
         elif tokenizer is None:
             if not model.name_or_path:
                 raise ValueError("The model was made in memory, so its tokenizer is not known. Pass `tokenizer`.")
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **model.hub_arguments)
         if accelerator is not None and accelerator.num_processes > 1 and not is_whole(model):
             raise ValueError(
                 "The model is split over the processes, and each of them would have to compute a part of the texts "
@@ -141,6 +150,7 @@ class GRMScorer:
         self.model, self.tokenizer = model, tokenizer
         self.forward = model  # what is called; `save_golden` goes past accelerate's autocast
         self.encoder = Encoder.from_config(tokenizer, model.config)
+        self._said: set[str] = set()  # what a warning was given for
         self._embeddings = model.get_input_embeddings().weight.shape[0], embedded_positions(model)
         self.max_tokens_per_batch, self.progress = max_tokens_per_batch, progress
         self.deterministic = deterministic
@@ -177,7 +187,7 @@ class GRMScorer:
         wrong = []
         for name, chat in zip(_names(names), rows_of(chats), strict=False):
             try:
-                self._encoded(self.encode, chat)
+                self._encoded(name, self.encode, chat)
             except ValueError as error:
                 wrong.append(f"{name}: {error}")
         if wrong:
@@ -236,10 +246,14 @@ class GRMScorer:
         """The token ids of a chat, as [`~GRMScorer.score`] reads it."""
         return self.encoder.encode_chat(to_score(chat, bool(self.tokenizer.chat_template)))
 
-    def _encoded(self, encode, chat) -> Encoded:
-        """`encode(chat)`, one call at a time; refuses tokens without an embedding."""
+    def _encoded(self, name, encode, chat) -> Encoded:
+        """`encode(chat)`, one call at a time; refuses tokens without an embedding. What the chat template leaves out
+        is reported once."""
         with _tokenizing:
             encoded = encode(chat)
+            for what in sorted({*encoded.unread} - self._said):
+                self._said.add(what)
+                warnings.warn(f"There are chats {left_out(what)}: {name}, and perhaps others.", stacklevel=2)
         embeddings, positions = self._embeddings
         require_embedded(encoded.ids, embeddings, positions, self.tokenizer)
         return encoded
@@ -265,7 +279,7 @@ class GRMScorer:
                 texts, truncated = [], []
                 for name, encode, chat in group:
                     try:
-                        encoded = self._encoded(encode, chat)
+                        encoded = self._encoded(name, encode, chat)
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
                     texts.append(array("i", encoded.ids))  # an eighth of what a list takes

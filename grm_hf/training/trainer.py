@@ -126,8 +126,10 @@ class GRMRewardTrainer(RewardTrainer):
         model = adapters.trainable(model)
         base = _reward_model(model)
         config: GRMConfig = base.config
+        hub = hub or base.hub_arguments
         if processing_class is None:
-            processing_class = loading.load_tokenizer(source or config._name_or_path or config.base_model, args, hub)
+            made_from = config._name_or_path or config.base_model or config.text_config._name_or_path
+            processing_class = loading.load_tokenizer(source or made_from, args, hub)
         config.max_sequence_length = args.max_length
         if peft_config is not None and not is_peft_model(model):
             peft_config = adapters.for_reward_model(peft_config, base)
@@ -139,10 +141,7 @@ class GRMRewardTrainer(RewardTrainer):
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
         self._bos_policy, self._folder_was_loaded = config.bos_policy, False
-        self._limits = {
-            "embeddings": base.get_input_embeddings().weight.shape[0] or None,  # 0: sharded
-            "positions": embedded_positions(base),
-        }
+        self._given = base  # whose embedding grows with the tokens of `chat_template_path`
 
         super().__init__(
             model=model,
@@ -269,8 +268,9 @@ class GRMRewardTrainer(RewardTrainer):
                 dataset_name,
                 args.dataset_num_proc,
                 starts_required=args.text_loss != "none",
+                embeddings=self._given.get_input_embeddings().weight.shape[0] or None,  # 0: sharded
+                positions=embedded_positions(self._given),
                 whole=bool(self.data_counts),  # all but the first: an evaluation has an end, each row counts once
-                **self._limits,
             )
         self.data_counts[dataset_name] = counts
         if not isinstance(dataset, IterableDataset):  # the counts of a stream are reported when it was read
