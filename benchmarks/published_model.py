@@ -18,8 +18,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from real_base import ROOT, autocast, precision, short_rows, write
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from grm_hf import GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
+from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
 from grm_hf.metrics import accuracy, fit_temperature, log_loss, pair_margins
 from grm_hf.training import CHECKPOINTING
 
@@ -28,14 +29,25 @@ RESULTS = ROOT / "docs" / "results" / "published"
 RUNS = ROOT / "runs" / "published"
 NAME = "grm-smollm2-135m"
 RANK = 8
-# Training data of a candidate: sources of the shipped pairs, and files of `shared/data` (MIT).
-COMMON = {"regularizer": "sft", "seed": 0, "epochs": 2, "learning_rate": 5e-4, "rank": RANK, "files": []}
-SHIPPED = ["pandalm", "ultrafeedback", "gsm8k"]
+# What a candidate is trained on: sources of the shipped pairs, and files of `shared/data` (MIT) beside them. With
+# `full`, all linear layers are trained themselves, and their difference from the base is then cut to rank `RANK`.
+COMMON = {
+    "regularizer": "sft",
+    "seed": 0,
+    "epochs": 1,
+    "learning_rate": 2e-4,
+    "rank": RANK,
+    "full": False,
+    "files": [],
+}
+INSTRUCTIONS = ["pandalm", "ultrafeedback"]
+SHIPPED = [*INSTRUCTIONS, "gsm8k"]
 CANDIDATES: dict[str, dict] = {
+    "instructions_full": {**COMMON, "sources": INSTRUCTIONS, "full": True, "learning_rate": 3e-5},
+    "instructions": {**COMMON, "sources": INSTRUCTIONS},
+    "instructions_twice": {**COMMON, "sources": INSTRUCTIONS, "learning_rate": 5e-4, "epochs": 2},
     "shipped": {**COMMON, "sources": SHIPPED},
-    "instructions": {**COMMON, "sources": ["pandalm", "ultrafeedback"]},
     "with_hh": {**COMMON, "sources": SHIPPED, "files": ["hh_singleturn"]},
-    "instructions_full": {**COMMON, "sources": ["pandalm", "ultrafeedback"], "learning_rate": 3e-5, "rank": None},
 }
 # The Bradley-Terry twin of each: the same but for the text loss.
 CANDIDATES |= {f"{name}_bt": {**candidate, "regularizer": "none"} for name, candidate in CANDIDATES.items()}
@@ -48,18 +60,24 @@ def training_pairs(candidate: dict) -> Dataset:
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
 
-def train(name: str) -> GRMRewardTrainer:
+def make_trainer(name: str, full: bool) -> GRMRewardTrainer:
+    """The trainer of a candidate: of all linear layers and the head, or of an adapter of rank `RANK` and the head."""
     candidate = CANDIDATES[name]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    lora = None
-    if candidate["rank"] is not None:
-        lora = LoraConfig(r=candidate["rank"], lora_alpha=2 * candidate["rank"], target_modules="all-linear")
-    trainer = GRMRewardTrainer(
-        model=str(base.folder("package")),
+    set_seed(candidate["seed"])  # the head is drawn next
+    model = GRMForSequenceClassification.from_base(
+        base.folder("package"), head_hidden_size=576, dtype=torch.float32 if full else torch.bfloat16
+    )
+    lora = LoraConfig(r=candidate["rank"], lora_alpha=2 * candidate["rank"], target_modules="all-linear")
+    if full:
+        model.lm.requires_grad_(False)
+        for layer in linear_layers(model).values():
+            layer.requires_grad_(True)
+    return GRMRewardTrainer(
+        model=model,
         args=GRMRewardConfig(
             str(RUNS / name),
             regularizer=candidate["regularizer"],
-            model_init_kwargs={"head_hidden_size": 576, "dtype": "float32" if lora is None else "bfloat16"},
             learning_rate=candidate["learning_rate"],
             num_train_epochs=candidate["epochs"],
             seed=candidate["seed"],
@@ -76,13 +94,45 @@ def train(name: str) -> GRMRewardTrainer:
             disable_tqdm=True,
             report_to="none",
             save_strategy="no",
-            logging_steps=10,
+            logging_steps=5,
         ),
         train_dataset=training_pairs(candidate),
-        peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(base.folder("package")),
+        peft_config=None if full else lora,
     )
-    trainer.train()
+
+
+def linear_layers(model) -> dict[str, torch.nn.Linear]:
+    """The linear layers of the decoder, by name."""
+    decoder = model.lm.model
+    return {name: layer for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
+
+
+@torch.no_grad()
+def cut(trained: GRMRewardTrainer, name: str) -> GRMRewardTrainer:
+    """The difference of a model trained in full from its base as an adapter: of each layer the best approximation of
+    rank `RANK`. The adapter is in a trainer as one that had trained it."""
+    trainer = make_trainer(name, full=False)
+    new, start = linear_layers(trained.model), base_weights()
+    adapters = {
+        key.split("lm.model.")[-1]: module
+        for key, module in trainer.model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert adapters.keys() == new.keys() == start.keys()
+    for key, adapter in adapters.items():
+        left, values, right = torch.linalg.svd(new[key].weight.double() - start[key].double(), full_matrices=False)
+        roots = values[:RANK].sqrt()
+        adapter.lora_A["default"].weight.copy_(roots[:, None] * right[:RANK])
+        adapter.lora_B["default"].weight.copy_(left[:, :RANK] * roots / adapter.scaling["default"])
+    trainer.model.get_base_model().score.modules_to_save["default"].load_state_dict(trained.model.score.state_dict())
+    trainer.state = trained.state
     return trainer
+
+
+def base_weights() -> dict[str, torch.Tensor]:
+    lm = AutoModelForCausalLM.from_pretrained(base.folder("package"), dtype=torch.float32)
+    return {name: layer.weight for name, layer in lm.model.named_modules() if isinstance(layer, torch.nn.Linear)}
 
 
 def validation_margins(trainer: GRMRewardTrainer) -> dict[str, np.ndarray]:
@@ -95,30 +145,31 @@ def validation_margins(trainer: GRMRewardTrainer) -> dict[str, np.ndarray]:
     return {source: margins[sources == source] for source in dict.fromkeys(sources.tolist())}
 
 
+def judged(margins: dict[str, np.ndarray]) -> dict:
+    return {
+        source: {
+            "pairs": len(values),
+            "accuracy": round(accuracy(values), 4),
+            "log_loss": round(log_loss(values), 4),
+        }
+        for source, values in margins.items()
+    }
+
+
 def finish(trainer: GRMRewardTrainer) -> dict:
-    """Judge a trained candidate on the validation pairs, fit its temperature on them, and save it with its card."""
+    """Judge an adapter on the validation pairs, fit its temperature on them, and save it with its card."""
     model = trainer.model
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.bfloat16().to(parameter.dtype)  # as it is published
     margins = validation_margins(trainer)
     temperature, at_bound = fit_temperature(np.concatenate(list(margins.values())))
-    config = (model.get_base_model() if hasattr(model, "peft_config") else model).config
+    config = model.get_base_model().config
     config.reward_temperature = 1.0 if at_bound else round(temperature, 3)
     config.base_model = base.MODEL_ID
     trainer.save_model()
     trainer.create_model_card(NAME)
-    return {
-        "temperature": config.reward_temperature,
-        "validation": {
-            source: {
-                "pairs": len(values),
-                "accuracy": round(accuracy(values), 4),
-                "log_loss": round(log_loss(values), 4),
-            }
-            for source, values in margins.items()
-        },
-    }
+    return {"temperature": config.reward_temperature, "validation": judged(margins)}
 
 
 def main() -> None:
@@ -134,12 +185,19 @@ def main() -> None:
         parser.error("name a candidate, or --list")
     else:
         started = time.process_time()
-        trainer = train(args.candidate)
+        candidate = CANDIDATES[args.candidate]
+        trainer = make_trainer(args.candidate, candidate["full"])
+        trainer.train()
+        before = {}
+        if candidate["full"]:
+            before = {"validation_before_the_cut": judged(validation_margins(trainer))}
+            trainer = cut(trainer, args.candidate)
         result = {
-            "candidate": CANDIDATES[args.candidate],
+            "candidate": candidate,
             "base": base.origin(base.folder("package")),
             "pairs": trainer.data_counts["train"].rows,
             "loss": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+            **before,
             **finish(trainer),
             "processor_seconds": round(time.process_time() - started),
         }
