@@ -220,7 +220,8 @@ def do_train(folder, repo_id, adapter=False, strategy="every_save", base=None, a
 
 def do_grm(*, command):
     """The command line: exit code, standard output, standard error."""
-    from grm_hf.cli import main
+    import grm_hf
+from grm_hf.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -231,14 +232,15 @@ def do_grm(*, command):
 def do_two_revisions(kind, repo_id, folder):
     """A private repository of language or reward models. The branches `main` and `v2`, and the folder `inner` of `v2`,
     differ in configuration, weights, tokenizer and template. What each holds, by its folder here."""
-    import test_trainer as t
+    import trainers as t
     from huggingface_hub import HfApi
+    from tiny import chatml_tokenizer
 
     api, held = HfApi(), {}
     api.create_repo(repo_id, private=True)
     for number, (branch, inner) in enumerate((("main", ""), ("v2", ""), ("v2", "inner"))):
         place = Path(folder, f"{branch}{inner}")
-        tokenizer = t.chatml_tokenizer(special=["<|im_start|>", *[f"<|{n}|>" for n in range(number)]])
+        tokenizer = chatml_tokenizer(special=["<|im_start|>", *[f"<|{n}|>" for n in range(number)]])
         tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", f"<|im_end|>{number}")
         model = (t.base if kind == "lm" else t.grm)(number, num_hidden_layers=1 + number)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -259,18 +261,18 @@ def _held(model, tokenizer):
 
 def do_two_ggufs(repo_id, folder):
     """A language model as `weights.gguf` on each of two branches; what they hold."""
-    import gguf
-    import test_loading
-    import test_trainer as t
+    import trainers as t
+    from gguf_files import write_gguf
     from huggingface_hub import HfApi
+    from tiny import tiny_lm
 
     api, held = HfApi(), {}
     api.create_repo(repo_id, private=True)
     for number, branch in enumerate(("main", "v2")):
         path = Path(folder, f"{branch}.gguf")
         size = {"vocab_size": len(t.TOKENIZER), "max_position_embeddings": 512, "num_hidden_layers": 1 + number}
-        lm = t.tiny_lm("llama_tied", num_key_value_heads=4, **size)
-        test_loading.write_gguf(gguf, lm, path)
+        lm = tiny_lm("llama_tied", num_key_value_heads=4, **size)
+        write_gguf(path, lm, tokenizer=False)
         api.create_branch(repo_id, branch=branch, exist_ok=True)
         where = {"path_in_repo": "weights.gguf", "repo_id": repo_id, "revision": branch}
         api.upload_file(path_or_fileobj=path, **where)
@@ -279,7 +281,7 @@ def do_two_ggufs(repo_id, folder):
 
 
 def do_load_gguf(how, repo_id, folder, **hub):
-    import test_trainer as t
+    import trainers as t
 
     if how == "from_base":
         return _held(t.GRMForSequenceClassification.from_base(repo_id, **hub), t.TOKENIZER)
@@ -290,8 +292,10 @@ def do_load_gguf(how, repo_id, folder, **hub):
 
 def do_load(how, repo_id, folder=None, adapter=False, **hub):
     """What a trainer, a scorer or `from_base` loads with these arguments."""
-    import test_trainer as t
+    import trainers as t
     from transformers import AutoTokenizer
+
+    from grm_hf.scoring import GRMScorer, verify
 
     if how == "trainer":
         run = t.GRMRewardTrainer(
@@ -304,10 +308,10 @@ def do_load(how, repo_id, folder=None, adapter=False, **hub):
         if adapter:
             run.train()  # and its folder, loaded by itself, gives the same rewards
             run.save_model()
-            t.verify(folder)
+            verify(folder)
         return held
     if how == "scorer":
-        scorer = t.GRMScorer(repo_id, **hub)
+        scorer = GRMScorer(repo_id, **hub)
         assert scorer.model.hub_arguments == {k: v for k, v in hub.items() if k != "token"}
         return _held(scorer.model, scorer.tokenizer)
     if how == "from_base":
@@ -319,7 +323,7 @@ def do_load(how, repo_id, folder=None, adapter=False, **hub):
     run = t.GRMRewardTrainer(model=model, args=t.settings(folder), train_dataset=t.pairs())
     held = _held(run.model, run.processing_class)
     if "lm" not in repo_id:
-        assert _held(model, t.GRMScorer(model).tokenizer) == held
+        assert _held(model, GRMScorer(model).tokenizer) == held
     return held
 
 
@@ -846,7 +850,9 @@ def test_a_repository_gets_new_code_in_one_commit_and_nothing_else(hub, publishe
     before = hub.repos["models", repo].commits[stale]
     assert main.parent == stale and main.title.startswith("Code files of grm_hf ")
     changed = {name for name in main.files if main.files[name] != before.files.get(name)}
-    assert changed == {"configuration_grm.py", "modeling_grm.py"} and main.files.keys() == before.files.keys()
+    package = Path(grm_hf.__file__).parent
+    code_files = {path.name for path in old.glob("*.py") if path.read_bytes() != (package / path.name).read_bytes()}
+    assert changed == code_files and main.files.keys() == before.files.keys()
     assert f"refreshed: {repo} (revision {main.sha})" in out and "changed: modeling_grm.py" in out
     assert reader("score", repo_id=repo) == close(rewards)
     since = len(hub.log)
