@@ -220,8 +220,7 @@ def do_train(folder, repo_id, adapter=False, strategy="every_save", base=None, a
 
 def do_grm(*, command):
     """The command line: exit code, standard output, standard error."""
-    import grm_hf
-from grm_hf.cli import main
+    from grm_hf.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -850,6 +849,8 @@ def test_a_repository_gets_new_code_in_one_commit_and_nothing_else(hub, publishe
     before = hub.repos["models", repo].commits[stale]
     assert main.parent == stale and main.title.startswith("Code files of grm_hf ")
     changed = {name for name in main.files if main.files[name] != before.files.get(name)}
+    import grm_hf
+
     package = Path(grm_hf.__file__).parent
     code_files = {path.name for path in old.glob("*.py") if path.read_bytes() != (package / path.name).read_bytes()}
     assert changed == code_files and main.files.keys() == before.files.keys()
