@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_real_base import few_pairs  # noqa: F401
-from tiny import chatml_tokenizer, tiny_lm
+from tiny import assistant, chatml_tokenizer, tiny_lm, user
 
 
 pytest.importorskip("trl", reason="training extra")
@@ -17,7 +16,24 @@ import real_base  # noqa: E402
 import signals as benchmark  # noqa: E402
 
 
-def test_a_run_at_toy_size(few_pairs, monkeypatch, tmp_path):  # noqa: F811
+def short_rows(name):
+    """Ten prompts of each file with two pairs each, in the place of shared/data."""
+    return [
+        {
+            "id": f"{name} {i} {j}",
+            "prompt": [user(f"{name} {i}?")],
+            "chosen": [assistant(f"yes {j}")],
+            "rejected": [assistant(f"no, no {j}")],
+        }
+        for i in range(10)
+        for j in range(2)
+    ]
+
+
+def test_a_run_at_toy_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(real_base, "short_rows", short_rows)
+    monkeypatch.setattr(real_base, "TRAIN", {name: (file, 4) for name, (file, _) in real_base.TRAIN.items()})
+    monkeypatch.setattr(real_base, "test_rows", real_base.test_rows.__wrapped__)  # without its cache
     tokenizer = chatml_tokenizer()
     tiny_lm("llama", vocab_size=len(tokenizer), max_position_embeddings=2048).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

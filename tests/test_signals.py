@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flops import flops
-from test_scoring import TOKENIZER, a_set_of_chats
-from tiny import assistant, bare_tokenizer, llama_tokenizer, tiny_lm, user
+from tiny import assistant, bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm, user
 
 from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
@@ -26,6 +25,7 @@ from grm_hf.scoring import GRMScorer
 from grm_hf.signals import FOLLOW_UPS, SIGNALS, Settings, Wording, divergence
 
 
+TOKENIZER = chatml_tokenizer()
 WORDING = Wording(
     follow_ups={
         "truth": {"positive": ["Right.", "That is so."], "negative": ["Wrong!"]},
@@ -38,7 +38,12 @@ WORDING = Wording(
     critique="Say why.",
 )
 PLAIN = [name for name in SIGNALS if name not in ("implicit", "critique")]
-CHATS = [chat for i, chat in enumerate(a_set_of_chats()) if i % 3 == 0]
+CHATS = [  # two answers to one prompt, a longer history, another prompt
+    [user("Count from one."), assistant("one two three four")],
+    [user("Count from one."), assistant("one two, and so on")],
+    [user("Count from one."), assistant("one two, and so on"), user("Go on."), assistant("five six")],
+    [user("What is two and two?"), assistant("four")],
+]
 
 
 def grm(family="llama", seed=0, tokenizer=TOKENIZER, dtype=torch.float64, **config):
