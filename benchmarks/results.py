@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lab
 import real_base_page
+import signals
 import world
 from sections import ROOT
 
@@ -39,7 +40,12 @@ def pages() -> dict[Path, str]:
         DOCS / "results" / "real_base.md": real_base_page.markdown(),
         DOCS / "results" / "world.md": world.markdown(read(world.RESULTS)),
         DOCS / "results" / "lab.md": report.markdown(read(lab.RESULTS)),
+        **({signals.RESULTS.with_suffix(".md"): signals.markdown(read(signals.RESULTS))} if has_signals() else {}),
     }
+
+
+def has_signals() -> bool:
+    return signals.RESULTS.is_file()
 
 
 def front() -> str:
@@ -59,10 +65,13 @@ def front() -> str:
         "",
         "**[Over-optimisation in that world](results/lab.md).** " + " ".join(lab_findings(read(lab.RESULTS))),
         "",
-        "`python benchmarks/results.py` writes this page, the figure and the three pages from the files in "
+        "`python benchmarks/results.py` writes this page, the figure and the pages behind it from the files in "
         "`docs/results/`. No number is typed by hand.",
         "",
     ]
+    if has_signals():
+        said = " ".join(signals.findings(read(signals.RESULTS)))
+        lines[-3:-3] = ["", f"**[What the LM head knows about its own reward](results/signals.md).** {said}"]
     return "\n".join(lines)
 
 

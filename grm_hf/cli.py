@@ -105,6 +105,7 @@ def command_line() -> argparse.ArgumentParser:
     score.add_argument("--transform", help="transform of the reward: center, standardize, log_sigmoid or clip")
     score.add_argument("--reference", type=float, help="reference reward of log_sigmoid, threshold of clip")
     score.add_argument("--output", help="JSONL file to write (default: standard output)")
+    _add_signals(score)
     score.set_defaults(run=_score)
 
     evaluation = commands.add_parser(
@@ -129,16 +130,36 @@ def command_line() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--card", action="store_true", help="put the results on the card in the model's folder, beside what is there"
     )
+    _add_signals(evaluation)
+    evaluation.add_argument(
+        "--threshold",
+        type=float,
+        default=1.0,
+        help="least agreement of the pairs that are reported as agreed on (default: 1)",
+    )
+    evaluation.add_argument(
+        "--choose",
+        action="store_true",
+        help="store in the model's folder which of the signals help on the file --data, and from which agreement on",
+    )
     evaluation.add_argument("--revision", help="branch, tag or commit of the data on the Hub")
     evaluation.add_argument("--trust-remote-code", action="store_true", help="run code of a model that is no GRM")
     evaluation.set_defaults(run=_eval)
 
-    compare = commands.add_parser("compare", help="compare two answers to one prompt")
+    compare = commands.add_parser(
+        "compare",
+        help="compare two answers to one prompt",
+        description="Compare two answers to one prompt by the reward head. With --explain, by the signals of the LM "
+        "head too: what each says, and how far they agree. Signals: docs/signals.md.",
+    )
     compare.add_argument("prompt")
     compare.add_argument("answer_a")
     compare.add_argument("answer_b")
     compare.add_argument("--model", required=True, help="Hub id or folder of a reward model")
     compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--explain", action="store_true", help="by every signal that the model has, or --signals")
+    compare.add_argument("--threshold", type=float, help="abstain where fewer of the signals agree with the head")
+    _add_signals(compare)
     compare.set_defaults(run=_compare)
 
     best = commands.add_parser(
@@ -370,15 +391,54 @@ def summary(trainer) -> str:
 # --------------------------------------------------------------------------------------------------------------- score
 
 
+def _add_signals(parser):
+    signals = parser.add_argument_group("signals", "what the LM head says besides (docs/signals.md)")
+    signals.add_argument("--signals", metavar="NAMES", help="names, with commas between them")
+    signals.add_argument("--reference-model", metavar="MODEL", help="for `implicit` (default: the adapter is off)")
+    signals.add_argument("--generate", action="store_true", help="let the LM head write, which `critique` needs")
+    signals.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of a critique (default: 128)")
+    signals.add_argument("--wording", metavar="FILE", help="JSON file: what is said to the LM head, in your language")
+
+
+def _signals(args, default=()):
+    """Names of the signals that were asked for, and their settings; a `ValueError` for a setting without signals."""
+    from .signals import Settings, Wording, checked
+
+    settings = {"reference": args.reference_model, "max_new_tokens": args.max_new_tokens}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if args.generate:
+        settings["generate"] = True
+    if args.wording:
+        try:
+            fields = json.loads(Path(args.wording).read_text(encoding="utf-8"))
+            settings["wording"] = Wording(**fields)
+        except (json.JSONDecodeError, TypeError) as error:
+            known = ", ".join(Wording.__dataclass_fields__)
+            raise ValueError(f"{args.wording} is no JSON object with any of {known} ({error}).") from None
+    names = args.signals.split(",") if args.signals else list(default)
+    if settings and not names:
+        raise ValueError("settings of signals are given, and no signals: name some by --signals.")
+    return checked(names, Settings.of(settings)), settings
+
+
 def _score(args):
     from .scoring.files import Results, digest, line_of, model_digest, read_file
+    from .scoring.reader import reference_scorer
 
+    names, settings = _signals(args)
     accelerator = _accelerator()
     if accelerator is not None and not os.path.isfile(args.file):
         raise ValueError("standard input and pipes have one reader, and there are several processes. Give a file.")
     is_main = accelerator is None or accelerator.is_main_process
     rows = read_file(args.file)
+    if names and len(args.model) > 1:
+        raise ValueError("--signals are those of a single model, and there are several.")
     scorer, transform, depends = _scorer(args, accelerator)
+    if names:
+        depends = [depends, names, repr({name: value for name, value in settings.items() if name != "reference"})]
+        if "reference" in settings:
+            settings["reference"] = reference_scorer(scorer, settings["reference"])
+            depends.append(model_digest(settings["reference"]))
     results, todo, missing = None, range(len(rows)), set(range(len(rows)))
     if args.output:
         model = model_digest(scorer)
@@ -397,14 +457,16 @@ def _score(args):
     truncated = 0
     with _work(lambda: _SAME if args.output else "With --output, an interrupted run goes on where it stopped."):
         with contextlib.nullcontext() if results is None else results:
-            for i, result in zip(todo, scorer.stream(chats, WINDOW, places), strict=True):
+            scored = scorer.stream(chats, WINDOW, places)
+            if names:
+                scored = scorer.stream_signals(chats, ["head", *names], WINDOW, places, **settings)
+            for i, result in zip(todo, scored, strict=True):
                 if i not in missing:
                     continue
-                score = transform([result.score]).item()
-                line = {"score": score, "tokens": result.tokens, "truncated": result.truncated}
+                line = _line(result, names, transform)
                 if "id" in rows[i].content:
                     line["id"] = rows[i].content["id"]
-                truncated += result.truncated
+                truncated += line["truncated"]
                 if results is not None:
                     results.add(i, line)
                 elif is_main:
@@ -412,6 +474,15 @@ def _score(args):
                     sys.stdout.flush()
     if is_main:
         print(f"grm score: {len(missing)} rows scored, {truncated} truncated", file=sys.stderr)
+
+
+def _line(result, names, transform):
+    """A line of output from a score, or from the record of signals."""
+    if not names:
+        return {"score": transform([result.score]).item(), "tokens": result.tokens, "truncated": result.truncated}
+    signals = {name: value for name, value in result.items() if name.split("/")[0] in names}
+    line = {name: result[name] for name in ("tokens", "truncated")}
+    return {"score": transform([result["head"]]).item(), **line, "signals": signals}
 
 
 def _scorer(args, accelerator):
@@ -452,6 +523,12 @@ def _accelerator():
 def _compare(args):
     from .scoring import GRMScorer
 
+    if args.explain or args.signals:
+        _explain(args)
+        return
+    _signals(args)
+    if args.threshold is not None:
+        raise ValueError("--threshold is of the agreement of signals: add --explain.")
     scorer = GRMScorer(args.model)
     result = scorer.best_of_n(args.prompt, [args.answer_a, args.answer_b])
     reward_a, reward_b = result.scores
@@ -464,6 +541,46 @@ def _compare(args):
         return
     winner, chance = ("A", probability) if reward_a > reward_b else ("B", 1 - probability)
     print(f"{winner} wins with probability {chance:.3f} (rewards: A {reward_a:.4f}, B {reward_b:.4f}).")
+
+
+def _explain(args):
+    from dataclasses import asdict
+
+    from .scoring import GRMScorer
+    from .signals import SIGNALS
+
+    _check_place(args.model)
+    scorer = GRMScorer(args.model)
+    chosen = scorer.model.config.signals
+    if args.signals or not (chosen and chosen["names"]):
+        chosen = None
+    everything = [name for name, signal in SIGNALS.items() if signal.needs in ("", "messages")]
+    if not scorer.tokenizer.chat_template:
+        everything = [name for name in everything if not SIGNALS[name].needs]
+    extra = ["implicit"] * bool(args.reference_model) + ["critique"] * args.generate
+    names, settings = _signals(args, [*chosen["names"], *extra] if chosen else [*everything, *extra])
+    threshold = args.threshold
+    if threshold is None and chosen and not extra:
+        threshold = chosen["threshold"]
+    found = scorer.compare(args.prompt, args.answer_a, args.answer_b, names, threshold, **settings)
+    if args.json:
+        print(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    for name, probability in found.probabilities.items():
+        print(f"{name:<14}A {found.a[name]:>10.4f}   B {found.b[name]:>10.4f}   A is better: {probability:.3f}")
+        print(f"{'':<14}{SIGNALS[name].sentence}")
+        for side, record in (("A", found.a), ("B", found.b)):
+            if text := record.get(f"{name}/text"):
+                print(f"{'':<14}{side}: {text}")
+    if found.winner == "tie":
+        print("Tie: both answers have the same reward.")
+        return
+    agree = f"{round(found.agreement * len(found.probabilities))} of {len(found.probabilities)} signals agree"
+    print(f"{found.winner.upper()} wins by the reward head. {agree}; their divergence is {found.divergence:.3f} bits.")
+    if found.threshold is None:
+        print("Nothing says from which agreement on to trust this: see `grm eval --choose`.")
+    elif found.abstain:
+        print(f"Abstain: fewer agree than on the validation file was enough ({found.threshold:.2f}).")
 
 
 def _best_of_n(args):
@@ -493,11 +610,15 @@ def _answer(line):
 
 
 def _eval(args):
-    from .evaluation import compare, evaluate, read_results
+    from .evaluation import compare, evaluate, read_results, signal_report, store_choice
     from .evaluation.report import terminal, write_report
     from .evaluation.scorers import as_scorer
+    from .evaluation.signals import terminal as signals_table
     from .rewards import RewardEnsemble
 
+    names, settings = _signals(args)
+    if args.choose and not (names and args.data and Path(args.data).is_file() and Path(args.model).is_dir()):
+        raise ValueError("--choose needs --signals, a file of pairs (--data) and a model in a folder.")
     if not args.suite and not args.data:
         raise ValueError("nothing to evaluate on: pass --suite, or your own pairs by --data.")
     suites = (args.suite or "own").split(",")
@@ -510,7 +631,7 @@ def _eval(args):
         scorer = RewardEnsemble([args.model, *args.member])
     else:
         scorer = as_scorer(args.model, accelerator=accelerator, trust_remote_code=args.trust_remote_code)
-    runs, comparisons = [], []
+    runs, comparisons, reports = [], [], []
     for suite in suites:
         results = evaluate(
             scorer, suite, args.data, subset=args.subset, limit=args.limit, output=args.output,
@@ -519,11 +640,22 @@ def _eval(args):
         others = [read_results(path, results) for path in args.compare]
         runs += [results, *others]
         comparisons += [compare(results, other) for other in others]
+        if names:
+            reports.append(signal_report(scorer, results, names, **settings))
     if accelerator is not None and not accelerator.is_main_process:
         return
     if args.output:
         write_report(args.output, runs, comparisons)
     print(terminal(runs, comparisons))
+    summaries = [report.summary(args.threshold) for report in reports]
+    for summary in summaries:
+        print(f"\n{signals_table(summary)}")
+    if summaries and args.output:
+        (Path(args.output) / "signals.json").write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    if args.choose:
+        (report,) = reports
+        chosen = store_choice(args.model, report, args.data)
+        print(f"chosen: {', '.join(chosen['names']) or 'no signal'}; threshold: {chosen['threshold']}")
     if args.output:
         print(f"\nreport: {Path(args.output) / 'report.html'}")
     if args.card:

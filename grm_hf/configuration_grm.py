@@ -104,6 +104,10 @@ class GRMConfig(PretrainedConfig):
             Divides a difference of rewards before the sigmoid that turns it into a probability.
         base_model (`str`, *optional*):
             Hub id of the causal language model this reward model was made from. Never a path.
+        signals (`dict`, *optional*):
+            What `grm eval --choose` found on a validation file: which signals of the LM head help (`names`), their
+            scales, the agreement below which a comparison is abstained from (`threshold`), and the file's digest. No
+            score depends on it.
 
     Example:
 
@@ -160,6 +164,7 @@ class GRMConfig(PretrainedConfig):
         reward_std=1.0,
         reward_temperature=1.0,
         base_model=None,
+        signals=None,
         **kwargs,
     ):
         if head_type not in HEAD_TYPES:
@@ -215,6 +220,7 @@ class GRMConfig(PretrainedConfig):
         self.reward_mean = reward_mean
         self.reward_std = reward_std
         self.reward_temperature = reward_temperature
+        self.signals = signals
         self.base_model = None if base_model is None or os.path.exists(base_model) else base_model
         # The base class sets its own default for what it does not get; transformers 4 does so for ids and tying too.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "output_hidden_states"):

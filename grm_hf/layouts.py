@@ -326,7 +326,7 @@ class PairCollator:
             starts = [pair["chosen_start"] for pair in pairs]
             if self.text == "both":
                 starts += [pair["rejected_start"] for pair in pairs]
-            batch |= _text_tokens(sequences, starts, paths)
+            batch |= text_tokens(sequences, starts, paths)
         if "margin" in pairs[0]:
             batch["margin"] = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float)
         if "ref_chosen_logps" in pairs[0]:
@@ -337,7 +337,9 @@ class PairCollator:
         return batch
 
 
-def _text_tokens(sequences, starts, paths):
+def text_tokens(sequences, starts, paths) -> dict[str, torch.Tensor]:
+    """Of each sequence from its `start` on: `text_index`, where a token is predicted, `text_targets`, the token, and
+    `text_owner`, the sequence, each `(num_tokens,)`. A token at index 0 is predicted nowhere."""
     index, targets, owner = [], [], []
     for i, start in enumerate(starts):
         first = max(start, 1)

@@ -68,6 +68,42 @@ def sequence_logps(
     return sums.index_add(0, owner, torch.cat(logps)) if logps else sums
 
 
+@torch.no_grad()
+def token_values(
+    hidden_states: torch.Tensor,
+    model: GRMForSequenceClassification,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    r"""
+    What the LM head says of single tokens, without a gradient. Call it inside the model's forward (`lm_fn`).
+
+    Args:
+        hidden_states, model, index, targets:
+            As for [`sequence_logps`].
+        alpha (`float`, *optional*, defaults to `1.0`):
+            Temperature of the soft value.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens, 3)`: the log-probability of the token; its logit minus the soft value
+        (`alpha` times its log-probability at temperature `alpha`); and the soft value of the state that predicts it,
+        `alpha * logsumexp(logits / alpha)`.
+    """
+    flat = hidden_states.flatten(0, 1)
+    found = [flat.new_zeros(0, 3, dtype=_exact(flat.dtype))]
+    for rows, tokens in zip(index.split(ROWS), targets.split(ROWS), strict=True):
+        if not len(rows):
+            continue
+        logits = model.lm_logits(flat.index_select(0, rows))
+        logits = logits.to(_exact(logits.dtype))
+        chosen = logits.gather(1, tokens[:, None]).squeeze(1)
+        normalizer = logits.logsumexp(1)
+        values = normalizer if alpha == 1 else alpha * (logits / alpha).logsumexp(1)
+        found.append(torch.stack([chosen - normalizer, chosen - values, values], 1))
+    return torch.cat(found)
+
+
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype that logarithms and sums are taken in."""
     return torch.promote_types(dtype, torch.float32)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "grm_hf"
 # From the ground up. A room is a file or a folder of the package; it imports from rooms below it.
 FLOORS = (
     *("version", "heads_grm", "configuration_grm", "modeling_grm"),
-    *("metrics", "losses", "logprobs", "encoding", "chats", "pairs", "folders", "devices", "products"),
+    *("metrics", "losses", "logprobs", "encoding", "chats", "signals", "pairs", "folders", "devices", "products"),
     *("attention", "layouts"),
     "native",
     *("base", "scoring", "rewards", "hub", "evaluation", "training", "serving", "lab", "demo"),

@@ -225,6 +225,9 @@ def test_the_browser_shows_the_librarys_number_and_the_link_restores_it(site, sc
     page.locator("#swap-button").click()
     expect(page.locator("#swap"), "A reward depends neither on the order nor on the neighbour")
     picture(page, "compare_light")
+    page.locator("#ask-button").click()
+    expect(page.locator("#swap"), "What both heads say")
+    expect(page.locator("#swap"), "signals prefer answer")
 
     page.get_by_text("The text of A", exact=True).click()  # as the model got it
     ids = scorer.encoder.encode_chat({"prompt": [{"role": "user", "content": PROMPT}], "response": A}).ids

@@ -2,6 +2,7 @@
 prefix, bad input gets a sentence, what visitors type is escaped, links restore what they were made from."""
 
 import asyncio
+import html
 import importlib
 import inspect
 import json
@@ -36,13 +37,14 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from grm_hf import GRMForSequenceClassification, GRMScorer, metrics
 from grm_hf.hub import export
+from grm_hf.signals import SIGNALS, Wording
 
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "spaces" / "pairwise_comparison"
 NAMES = (
     *("app", "apart", "calibration", "checks", "drawing", "encoding", "guard", "jobs", "metrics", "reward_models"),
-    "tables",
+    *("signals", "tables"),
 )
 PROMPT, A, B = "What is 2 + 2?", "It is 4.", "Maybe 5, or not?"
 EVIL = "<img src=x onerror=alert(1)>"
@@ -107,9 +109,9 @@ def test_the_folder_is_self_contained():
     files = {path.stem for path in SPACE.glob("*.py")}
     assert files == set(NAMES)
     others = {"anyio", "gradio", "huggingface_hub", "jinja2", "numpy", "spaces", "starlette", "torch", "transformers"}
-    type_checking = {".configuration_grm"}  # of encoding.py
+    type_checking = {"encoding": {".configuration_grm"}, "signals": {".encoding"}}
     for name in files:
-        allowed = others | files | (type_checking if name == "encoding" else set())
+        allowed = others | files | type_checking.get(name, set())
         assert imported(SPACE / f"{name}.py") <= allowed, name
 
 
@@ -1062,6 +1064,43 @@ def test_the_swap_check_is_of_the_comparison_shown(space):
         space.drawing.signed(reward) in page for reward in known["rewards"].values()
     )
     assert "press Compare" in space.page.show_swap_check(None)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_both_heads_say_is_what_the_library_says(space, kind):
+    tokenizer = TOKENIZERS[kind]
+    model = grm(tokenizer, reward_temperature=2.0, signals={"names": [], "scales": {"likelihood": 0.5}})
+    found = space.reward_models.opinions(loaded(space, model, tokenizer), PROMPT, A, B)
+    names = list(space.reward_models.SIGNALS)
+    wording = Wording(follow_ups=space.reward_models.WORDING.follow_ups)
+    expected = GRMScorer(model, tokenizer).compare(PROMPT, A, B, names, wording=wording)
+    assert [row["name"] for row in found["signals"]] == names
+    for row in found["signals"]:
+        assert row["probability_a"] == pytest.approx(expected.probabilities[row["name"]], rel=1e-3, abs=1e-4)
+        assert row["values"]["A"] == pytest.approx(expected.a[row["name"]], rel=1e-3, abs=1e-4)
+        assert row["sentence"] == SIGNALS[row["name"]].sentence
+    assert found["agreeing"] == round(expected.agreement * len(names))
+    assert found["divergence"] == pytest.approx(expected.divergence, rel=1e-3, abs=1e-4)
+    json.dumps(found, allow_nan=False)
+    page = space.drawing.opinions(found)
+    assert all(SIGNALS[name].sentence in html.unescape(page) for name in names) and "bits" in page
+    tie = space.reward_models.opinions(loaded(space, model, tokenizer), PROMPT, A, A)
+    assert "Both answers have the same reward" in space.drawing.opinions(tie)
+
+
+def test_a_model_with_one_head_has_no_second_opinion(space):
+    one = space.reward_models.Loaded("x/y", None, "classifier", None, None, None)
+    with pytest.raises(ValueError, match="no LM head that could be asked"):
+        space.reward_models.opinions(one, PROMPT, A, B)
+
+
+def test_the_heads_are_asked_about_the_comparison_shown(space):
+    _, known, *_ = space.page.show_comparison("tiny", "prompt", PROMPT, A, B, 1.0)
+    assert "What both heads say" in space.page.show_opinions(known)
+    assert "press Compare" in space.page.show_opinions(None)
+    talk = f"user: {PROMPT}"
+    _, known, *_ = space.page.show_comparison("tiny", "conversation", talk, A, B, 1.0)
+    assert "What both heads say" in space.page.show_opinions(known)
 
 
 def test_a_verdict_quotes_its_texts_and_warns(space):

@@ -35,6 +35,7 @@ from sections import PAGE, write_section  # noqa: E402
 
 
 TOKENIZER = chatml_tokenizer()
+SIGNALS = ("head", "likelihood", "endogenous", "judge", "dropout")  # of the LM head, in two processes
 WORDS = "one two three four five six seven eight nine ten".split()
 grm = partial(chat_grm, TOKENIZER)
 
@@ -637,6 +638,7 @@ RANKS = """
         results[layout]["tokens"] = sum(rows)
     stream = t.GRMScorer(model, t.TOKENIZER, accelerator=accelerator).stream(iter(chats), window=2)
     results["stream"] = [detail.score for detail in stream]
+    results["signals"] = t.GRMScorer(model, t.TOKENIZER, accelerator=accelerator).signals(chats, t.SIGNALS)
     try:
         t.GRMScorer(model, t.TOKENIZER, accelerator=accelerator).score(["one", ""])
     except ValueError as error:
@@ -679,6 +681,12 @@ def two_ranks(tmp_path_factory):
     write_rows(folder / "chats.jsonl", [{"messages": chat} for chat in a_set_of_chats(1)])
     launch(RANKS, folder, 2, 29621)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_share_the_work_of_signals(two_ranks):
+    expected = GRMScorer(grm(), TOKENIZER).signals(a_set_of_chats(1), SIGNALS)
+    for one, two, record in zip(*(rank["signals"] for rank in two_ranks), expected, strict=True):
+        assert one == two == pytest.approx(record, rel=2e-4, abs=2e-6)
 
 
 def test_two_processes_share_the_work_and_both_have_all_results(two_ranks):

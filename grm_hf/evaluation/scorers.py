@@ -20,7 +20,10 @@ from ..rewards.rollouts import Rollout
 from ..scoring import GRMScorer, Score
 
 
-VOLATILE = ("_name_or_path", "architectures", "auto_map", "base_model", "dtype", "torch_dtype", "transformers_version")
+VOLATILE = (
+    *("_name_or_path", "architectures", "auto_map", "base_model", "dtype", "signals", "torch_dtype"),
+    "transformers_version",
+)
 
 
 class ClassifierScorer:

@@ -8,10 +8,9 @@ a score by rounding at most; with `deterministic=True` it changes nothing.
 
 import math
 import os
-import threading
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import count, groupby, islice, repeat
 
@@ -27,13 +26,12 @@ from ..folders import readable
 from ..layouts import LAYOUTS, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import HUB_ARGUMENTS, GRMForSequenceClassification
 from ..products import quick_products
+from ..signals import SIGNALS, Comparison, sigmoid
+from .reader import Reader, tokenizing
 
 
 def _names(names: Iterable[str] | None) -> Iterable[str]:
     return (f"chat {number}" for number in count()) if names is None else names
-
-
-_tokenizing = threading.RLock()  # a call changes a fast tokenizer, so no other call may run
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class GRMScorer:
         wrong = []
         for name, chat in zip(_names(names), rows_of(chats), strict=False):
             try:
-                self._encoded(name, self.encode, chat)
+                self.encoded(name, self.encode, chat)
             except ValueError as error:
                 wrong.append(f"{name}: {error}")
         if wrong:
@@ -237,8 +235,112 @@ class GRMScorer:
 
     def probability(self, reward_a: float, reward_b: float) -> float:
         """Probability that A is preferred to B: the sigmoid of their difference over the model's temperature."""
-        z = (reward_a - reward_b) / self.model.config.reward_temperature
-        return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+        return sigmoid((reward_a - reward_b) / self.model.config.reward_temperature)
+
+    # --------------------------------------------------------------------------------------------------------- signals
+
+    def signals(self, chats: Iterable, names: Iterable[str], **settings) -> list[dict]:
+        """
+        What both heads say about answers, computed together: what two signals need is computed once.
+
+        Args:
+            chats (`Iterable`):
+                As for [`~GRMScorer.score`].
+            names (`Iterable[str]`):
+                Rows of [`~grm_hf.signals.SIGNALS`].
+            **settings:
+                Of [`~grm_hf.signals.Settings`]: `beta`, `alpha`, `reference`, `draws`, `dropout`, `generate`,
+                `max_new_tokens`, `wording`.
+
+        Returns:
+            `list[dict]`: a record for each chat, in the order given: `tokens`, `truncated`, each signal under its name
+            (a larger value speaks for the answer), and what belongs to it under `name/detail`.
+
+        Raises:
+            `ValueError`: an unknown signal or setting, a signal that lacks what it needs, a chat that cannot be
+                computed, with its index, or a number that is not finite.
+        """
+        return list(self.stream_signals(chats, names, window=None, **settings))
+
+    def stream_signals(
+        self, chats: Iterable, names: Iterable[str], window: int | None = 256, chat_names=None, **settings
+    ) -> Iterator[dict]:
+        """As [`~GRMScorer.signals`], for any number of chats: `window` of them for each process are computed at a time
+        and share what they have in common. `chat_names` are what errors call them."""
+        reader = Reader(self, names, settings)
+        if window is not None:
+            window *= 1 if self.accelerator is None else self.accelerator.num_processes
+        named = zip(_names(chat_names), rows_of(chats), strict=False)
+        with tqdm(desc="Signals", disable=not self._shows_progress, unit="chat") as bar:
+            while group := list(islice(named, window)):
+                yield from reader.records([reader.asked(chat, name) for name, chat in group])
+                bar.update(len(group))
+        reader.finish()
+
+    def compare(
+        self,
+        prompt: str | list[dict],
+        a: str,
+        b: str,
+        signals: Iterable[str] | None = None,
+        threshold: float | None = None,
+        **settings,
+    ) -> Comparison:
+        """
+        Two answers to one prompt by several signals, and how far these agree.
+
+        Args:
+            prompt (`str` or `list[dict]`):
+                As for [`~GRMScorer.best_of_n`].
+            a, b (`str`):
+                The answers.
+            signals (`Iterable[str]`, *optional*):
+                Rows of [`~grm_hf.signals.SIGNALS`]; the head is always among them. Left out: those that were chosen on
+                a validation file (`grm eval --choose`), or the head alone.
+            threshold (`float`, *optional*):
+                The least agreement at which the comparison is not abstained from; that of the validation file if
+                `signals` is left out.
+            **settings:
+                As for [`~GRMScorer.signals`]; a stored `reference` has two numbers.
+
+        Returns:
+            [`~grm_hf.signals.Comparison`].
+        """
+        chats = [({"prompt": prompt, "response": a}, {"prompt": prompt, "response": b})]
+        return self.comparisons(chats, signals, threshold, **settings)[0]
+
+    def comparisons(
+        self,
+        pairs: Iterable[tuple],
+        signals: Iterable[str] | None = None,
+        threshold: float | None = None,
+        **settings,
+    ) -> list[Comparison]:
+        """As [`~GRMScorer.compare`], for many pairs of chats, each as [`~GRMScorer.score`] takes it; the two differ in
+        their answers only. A stored `reference` has two numbers a pair."""
+        chosen = self.model.config.signals or {}
+        if signals is None:
+            signals = chosen.get("names", [])
+            threshold = chosen.get("threshold") if threshold is None else threshold
+        reader = Reader(self, signals if isinstance(signals, str) else ["head", *signals], settings)
+        asked = []
+        for number, pair in enumerate(pairs):
+            for side, chat in zip("ab", pair, strict=True):
+                asked.append(reader.asked(chat, f"pair {number}, {side}"))
+        reader.finish()
+        scales = {name: self.model.config.reward_temperature for name in reader.names if SIGNALS[name].is_reward}
+        return reader.comparisons(asked, {**scales, **chosen.get("scales", {})}, threshold)
+
+    def beside(self, model) -> "GRMScorer":
+        """A scorer of another model on the same tokens, in the same way."""
+        return GRMScorer(
+            model, self.tokenizer, self.max_tokens_per_batch, deterministic=self.deterministic,
+            accelerator=self.accelerator,
+        )
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.progress and (self.accelerator is None or self.accelerator.is_main_process)
 
     # ---------------------------------------------------------------------------------------------------------- tokens
 
@@ -246,17 +348,21 @@ class GRMScorer:
         """The token ids of a chat, as [`~GRMScorer.score`] reads it."""
         return self.encoder.encode_chat(to_score(chat, bool(self.tokenizer.chat_template)))
 
-    def _encoded(self, name, encode, chat) -> Encoded:
+    def encoded(self, name, encode, chat) -> Encoded:
         """`encode(chat)`, one call at a time; refuses tokens without an embedding. What the chat template leaves out
         is reported once."""
-        with _tokenizing:
+        with tokenizing:
             encoded = encode(chat)
             for what in sorted({*encoded.unread} - self._said):
                 self._said.add(what)
                 warnings.warn(f"There are chats {left_out(what)}: {name}, and perhaps others.", stacklevel=2)
-        embeddings, positions = self._embeddings
-        require_embedded(encoded.ids, embeddings, positions, self.tokenizer)
+        self.require_embedded(encoded.ids)
         return encoded
+
+    def require_embedded(self, ids: Sequence[int]) -> None:
+        """Raises `ValueError` if the model has no embedding for one of the ids, or for so many positions."""
+        embeddings, positions = self._embeddings
+        require_embedded(ids, embeddings, positions, self.tokenizer)
 
     def _encode_side(self, row_and_side) -> Encoded:
         row, side = row_and_side
@@ -273,13 +379,12 @@ class GRMScorer:
     def _stream(self, named, window, total):
         if window is not None:
             window *= 1 if self.accelerator is None else self.accelerator.num_processes
-        shown = self.progress and (self.accelerator is None or self.accelerator.is_main_process)
-        with tqdm(total=total, desc="Scoring", disable=not shown, unit="chat") as bar:
+        with tqdm(total=total, desc="Scoring", disable=not self._shows_progress, unit="chat") as bar:
             while group := list(islice(named, window)):
                 texts, truncated = [], []
                 for name, encode, chat in group:
                     try:
-                        encoded = self._encoded(name, encode, chat)
+                        encoded = self.encoded(name, encode, chat)
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from error
                     texts.append(array("i", encoded.ids))  # an eighth of what a list takes
@@ -294,31 +399,16 @@ class GRMScorer:
         texts = [row if isinstance(row, array) else array("i", row) for row in ids]
         order = sorted(range(len(texts)), key=texts.__getitem__)
         groups = [list(group) for _, group in groupby(order, key=texts.__getitem__)]
-        distinct = [texts[group[0]] for group in groups]
-        ranks = 1 if self.accelerator is None else self.accelerator.num_processes
-        rank = 0 if self.accelerator is None else self.accelerator.process_index
-        rewards = [0.0] * len(distinct)
-        if LAYOUTS[self.layout].segments:
-            serve_segments(self.model)
-        device = self.model.device
-        if self.deterministic:
-            batches = [[i] for i in range(len(distinct))]
-        else:
-            batches = LAYOUTS[self.layout].batches(distinct, self.max_tokens_per_batch, ranks)
-        for number, members in enumerate(batches):
-            if number % ranks == rank:
-                batch, _ = lay_out([distinct[i] for i in members], self.layout)
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                # For each batch, so that a trainer gets its turn.
-                with torch.no_grad(), evaluating(self.model), quick_products(device, batch["input_ids"].numel()):
-                    logits = self.forward(**model_kwargs(batch), use_cache=False).logits
-                for i, reward in zip(members, logits.squeeze(-1).tolist(), strict=True):
-                    rewards[i] = reward
-            if bar is not None:
-                bar.update(sum(len(groups[i]) for i in members))
-        if ranks > 1:  # every rank has zeros for what others computed
-            whole = torch.tensor(rewards, dtype=torch.float64, device=self.accelerator.device)
-            rewards = self.accelerator.reduce(whole, "sum").tolist()
+
+        def compute(members, batch, _):
+            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            return self.forward(**model_kwargs(batch), use_cache=False).logits
+
+        def done(members):
+            bar.update(sum(len(groups[i]) for i in members))
+
+        told = None if bar is None else done
+        rewards = self.in_batches([texts[group[0]] for group in groups], 1, compute, told).squeeze(1).tolist()
         results = [0.0] * len(texts)
         for group, reward in zip(groups, rewards, strict=True):
             for i in group:
@@ -330,3 +420,28 @@ class GRMScorer:
                 "broken, or overflow in its dtype."
             )
         return results
+
+    def in_batches(self, texts: list[array], width: int, compute: Callable, done=None) -> torch.Tensor:
+        """`(len(texts), width)` numbers of the sorted `texts`, in float64. `compute(members, batch, paths)` gives
+        those of a batch, and [`lay_out`] says what that is; `done(members)` hears of each."""
+        ranks = 1 if self.accelerator is None else self.accelerator.num_processes
+        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        table = torch.zeros(len(texts), width, dtype=torch.float64)
+        if LAYOUTS[self.layout].segments:
+            serve_segments(self.model)
+        if self.deterministic:
+            batches = [[i] for i in range(len(texts))]
+        else:
+            batches = LAYOUTS[self.layout].batches(texts, self.max_tokens_per_batch, ranks)
+        for number, members in enumerate(batches):
+            if number % ranks == rank:
+                batch, paths = lay_out([texts[i] for i in members], self.layout)
+                # For each batch, so that a trainer gets its turn.
+                quick = quick_products(self.model.device, batch["input_ids"].numel())
+                with torch.no_grad(), evaluating(self.model), quick:
+                    table[members] = compute(members, batch, paths).double().cpu()
+            if done is not None:
+                done(members)
+        if ranks > 1:  # every rank has zeros for what others computed
+            table = self.accelerator.reduce(table.to(self.accelerator.device), "sum").cpu()
+        return table

@@ -221,13 +221,22 @@ async def show_at_temperature(compared, temperature):
 
 
 async def show_swap_check(compared, request: gr.Request = None):
+    return await show_more(compared, reward_models.swap_check, drawing.swap, request)
+
+
+async def show_opinions(compared, request: gr.Request = None):
+    return await show_more(compared, reward_models.opinions, drawing.opinions, request)
+
+
+async def show_more(compared, task, draw, request):
+    """One more look at the comparison shown."""
     try:
         if compared is None:
             raise ValueError("There is nothing to check yet: press Compare.")
         name, kind, prompt, *answers = read_compared(compared)["inputs"]
         async with COMPARISONS.job(session_of(request)) as job:
             chat = tables.read_prompt(kind, prompt)
-            return drawing.swap(await with_model(job, reward_models.swap_check, name, chat, *answers))
+            return draw(await with_model(job, task, name, chat, *answers))
     except Exception as error:
         return drawing.problem(sentence(error))
 
@@ -574,7 +583,9 @@ def build() -> gr.Blocks:
                         elem_id="link",
                     )
             details = gr.HTML(shown[3], elem_id="comparison")
-            swap_button = gr.Button("Check whether the order matters", size="sm", elem_id="swap-button")
+            with gr.Row():
+                swap_button = gr.Button("Check whether the order matters", size="sm", elem_id="swap-button")
+                ask_button = gr.Button("Ask both heads", size="sm", elem_id="ask-button")
             swap = gr.HTML(elem_id="swap")
         with gr.Tab("Best of n", id="best-of-n"):
             many_kind = gr.Radio(KINDS, value="prompt", label="The prompt is")
@@ -658,6 +669,7 @@ def build() -> gr.Blocks:
             )
         )
         swap_button.click(show_swap_check, compared, swap, **PRIVATE)
+        ask_button.click(show_opinions, compared, swap, **PRIVATE)
         name.change(offered, name, buttons, show_progress="hidden", trigger_mode="always_last", **PRIVATE)
         at_work(rank_button.click, "ranking")
         ranked = [name, many_kind, many_prompt, answers, many_temperature]

@@ -574,6 +574,29 @@ def swap(result: dict | None) -> str:
     )
 
 
+def opinions(result: dict) -> str:
+    """What both heads say (see `reward_models.opinions`)."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row["name"])}<br><small>{escape(row["sentence"])}</small></th>'
+        + "".join(f'<td class="number">{row["values"][name]:.4g}</td>' for name in "AB")
+        + f'<td class="number">{percent(row["probability_a"])}</td></tr>'
+        for row in result["signals"]
+    )
+    if result["preferred"] is None:
+        said = "Both answers have the same reward."
+    else:
+        said = (
+            f"{result['agreeing']} of {len(result['signals'])} signals prefer answer {result['preferred']}, as the "
+            f"reward head does. Their probabilities diverge by {result['divergence']:.2f} bits; 0 is one opinion."
+        )
+    return page(
+        f"<h3>What both heads say</h3><p>{said} Small models are often at chance with all but the first.</p><table>"
+        f"<thead><tr><th scope='col'>signal</th><th scope='col' class='number'>{letter('A')}</th><th scope='col' "
+        f"class='number'>{letter('B')}</th><th scope='col' class='number'>A is better</th></tr></thead><tbody>{rows}"
+        "</tbody></table>"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- best of n
 
 

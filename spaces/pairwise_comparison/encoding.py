@@ -9,7 +9,7 @@ covers `ids[start:]`, which is the assistant's final turn and its terminator.
 import json
 import os.path
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -227,6 +227,39 @@ class Encoder:
         if quoted or not end.endswith(self._ends):
             text += str(self.tokenizer.eos_token)
         return *self.tokenize(text, len(before), special_tokens=self.bos == "double"), unread
+
+    def encode_open(self, messages: list[dict], tools: str | list | None = None, **template_kwargs: Any) -> Encoded:
+        """
+        A conversation up to the end of its last message's text, whoever says that: for the probability of this text,
+        not for a reward. `start` is its first token; no end of turn follows.
+
+        Raises:
+            `ValueError`: the text is empty, or the chat template does not write it as it is.
+        """
+        render = partial(self.render, tools=_tools(tools), template_kwargs=without_nulls(template_kwargs))
+        messages = self._in_its_form([_message(i, message) for i, message in enumerate(messages)], render)
+        final = messages[-1]
+        own, text = text_of(final), render(messages)
+        begin = len(os.path.commonprefix([text, render([*messages[:-1], _probing(final, final)])]))
+        if not own.strip() or not text.startswith(own, begin):
+            raise ValueError(
+                f"the chat template does not write the text {describe(own)} of the role {final['role']!r} as it is. "
+                "Give a text without white space around it, or a template that writes it."
+            )
+        special = self.bos == "double"
+        ids, start = self.tokenize(text[: begin + len(own)], begin, special_tokens=special)
+        if special and ids[-1] == self.tokenizer.eos_token_id:  # put there by the tokenizer, not said
+            ids.pop()
+        return self.fit(ids, start)
+
+    def encode_prompt(
+        self, messages: list[dict], tools: str | list | None = None, **template_kwargs: Any
+    ) -> list[int]:
+        """Ids of a conversation and the opening of the assistant's next turn, for the LM head to go on."""
+        kwargs = without_nulls(template_kwargs)
+        text = self.render(messages, _tools(tools), kwargs, add_generation_prompt=True)
+        ids, _ = self.tokenize(text, len(text), special_tokens=self.bos == "double")
+        return self.fit(ids, len(ids) - 1).ids
 
     def _in_its_form(self, messages: list[dict], render: Callable) -> list[dict]:
         """The same messages. If the template reads strings only, lists of text parts are joined to strings: it would
@@ -446,7 +479,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def require_embedded(ids: list[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
+def require_embedded(ids: Sequence[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
     """Refuse token ids without an embedding. `embeddings` and `positions` are the numbers of embeddings that the model
     has. `None`: not known, or positions are not embedded."""
     if embeddings is not None and (largest := max(ids)) >= embeddings:

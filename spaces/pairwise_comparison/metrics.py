@@ -490,6 +490,125 @@ def seed_interval(values: Any, level: float = 0.95) -> dict[str, float]:
     return {"mean": mean, "std": std, "low": mean - half, "high": mean + half}
 
 
+# --------------------------------------------------------------------------------------------------- selective answers
+
+
+def risk_coverage(margins: Any, confidences: Any, ties: Ties = 0) -> dict[str, Any]:
+    """
+    Risk-coverage curve: the share of wrong pairs among those one is most confident of.
+
+    Args:
+        margins (`Sequence[float]`):
+            Reward of the chosen response minus that of the rejected one.
+        confidences (`Sequence[float]`):
+            Pairs are answered from the largest on; equal ones together.
+        ties:
+            As in [`pair_wins`].
+
+    Returns:
+        `dict`: `area`, the mean risk over 1, 2, ..., n answered pairs (0 is best; equal confidences count as in
+        random order), and the curve, `coverage` and `risk`, a point for each distinct confidence.
+
+    >>> risk_coverage([1.0, 1.0, -1.0, 1.0], [0.9, 0.9, 0.2, 0.5])["risk"]
+    [0.0, 0.0, 0.25]
+    """
+    wrong, confidences = 1 - pair_wins(margins, ties), _numbers("confidences", confidences)
+    _require_equal_lengths(margins=wrong, confidences=confidences)
+    kept = _kept(wrong)
+    return _risk_coverage(wrong[kept], confidences[kept])
+
+
+def _risk_coverage(wrong: np.ndarray, confidences: np.ndarray) -> dict[str, Any]:
+    _, place, sizes = np.unique(-confidences, return_inverse=True, return_counts=True)
+    mean = np.bincount(place, weights=wrong) / sizes
+    errors, ends = np.repeat(mean, sizes).cumsum(), sizes.cumsum()
+    risk = errors / np.arange(1, len(wrong) + 1)
+    return {
+        "area": float(risk.mean()),
+        "coverage": (ends / len(wrong)).tolist(),
+        "risk": np.round(risk[ends - 1], 12).tolist(),
+    }
+
+
+def compare_confidences(
+    margins: Any,
+    confidences_a: Any,
+    confidences_b: Any,
+    groups: Iterable[Hashable] | None = None,
+    ties: Ties = 0,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Which of two confidences tells better when the answer is right: the difference of their [`risk_coverage`] areas
+    (`area_a - area_b`, negative where `a` is better) with its paired bootstrap interval over groups: `difference`,
+    `difference_low`, `difference_high`.
+
+    >>> compare_confidences([1.0, 1.0, -1.0, -1.0], [4, 3, 2, 1], [1, 1, 1, 1])["difference"]
+    -0.2916666666666667
+    """
+    wrong = 1 - pair_wins(margins, ties)
+    both = [_numbers("confidences", confidences) for confidences in (confidences_a, confidences_b)]
+    _require_equal_lengths(margins=wrong, confidences_a=both[0], confidences_b=both[1])
+    clusters, _ = _codes("groups", groups, len(wrong))
+    rows = np.flatnonzero(_kept(wrong))
+
+    def difference(rows):
+        a, b = (_risk_coverage(wrong[rows], confidences[rows])["area"] for confidences in both)
+        return a - b
+
+    members = [rows[clusters[rows] == code] for code in np.unique(clusters[rows])]
+    if len(members) < 2:
+        raise ValueError(f"there are {len(members)} groups; an interval needs at least 2.")
+    rng = np.random.default_rng(seed)
+    drawn = [
+        difference(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
+        for _ in range(resamples)
+    ]
+    low, high = _percentiles(np.array(drawn), level)
+    return {"difference": difference(rows), "difference_low": low, "difference_high": high}
+
+
+def selective_accuracy(
+    margins: Any,
+    confidences: Any,
+    threshold: float,
+    groups: Iterable[Hashable] | None = None,
+    ties: Ties = 0,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Accuracy on the pairs whose confidence reaches a threshold.
+
+    Returns:
+        `dict[str, float]`: `coverage` (their share), `accuracy` (NaN where there are none), its `difference` to the
+        accuracy on all pairs, and the paired bootstrap interval of this over groups, `difference_low` and
+        `difference_high`.
+
+    >>> selective_accuracy([1.0, 1.0, -1.0, -1.0], [1.0, 1.0, 1.0, 0.0], 0.5)["coverage"]
+    0.75
+    """
+    wins, confidences = pair_wins(margins, ties), _numbers("confidences", confidences)
+    _require_equal_lengths(margins=wins, confidences=confidences)
+    clusters, _ = _codes("groups", groups, len(wins))
+    kept = _kept(wins)
+    wins, reached = wins[kept], (confidences[kept] >= threshold).astype(float)
+    _, clusters = np.unique(clusters[kept], return_inverse=True)
+    columns = np.stack([wins * reached, reached, wins, np.ones_like(wins)], 1)
+    right, answered, right_all, n = columns.sum(0)
+    accuracy = right / answered if answered else math.nan
+    found = {"coverage": answered / n, "accuracy": accuracy, "difference": accuracy - right_all / n}
+    drawn = _bootstrap_sums(columns, clusters, resamples, seed)
+    drawn = drawn[drawn[:, 1] > 0]
+    low = high = math.nan
+    if answered and len(drawn):
+        low, high = _percentiles(drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3], level)
+    return {name: float(value) for name, value in (found | {"difference_low": low, "difference_high": high}).items()}
+
+
 # ---------------------------------------------------------------------------------------------- subsets and benchmarks
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jobs
+import signals
 import torch
 from checks import check_text
 from encoding import Encoded, Encoder
@@ -30,6 +31,10 @@ from transformers.utils import cached_file
 MAX_CHARACTERS = 20_000  # of one text
 MAX_TOKENS = 4096  # of prompt and answer together
 KEPT = 2  # models of the list in memory
+SIGNALS = ("head", "likelihood", "endogenous", "judge", "follow_up", "dropout")  # that the page asks for
+WORDING = signals.Wording(  # one sentence of each set: the page computes them one by one
+    follow_ups={n: {side: texts[:1] for side, texts in both.items()} for n, both in signals.FOLLOW_UPS.items()}
+)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -559,6 +564,80 @@ def swap_check(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b
             found[order] = dict(zip(order, together, strict=True))
     largest = max(abs(row[name] - found["alone"][name]) for row in found.values() for name in "AB")
     return {"rewards": found, "largest": largest if len(found) == 3 else None}
+
+
+def opinions(loaded: Loaded, prompt: str | list[dict], answer_a: str, answer_b: str) -> dict[str, Any]:
+    """What both heads say about two answers, and how far they agree (`signals.py`, which is grm_hf's own), as JSON."""
+    if loaded.kind != "grm":
+        raise ValueError(f"The model “{loaded.name}” has no LM head that could be asked.")
+    settings = signals.Settings(wording=WORDING)
+    asked = []
+    for name, encoded in encode_both(loaded, prompt, answer_a, answer_b).items():
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = answer_a if name == "A" else answer_b
+        messages = [*messages, {"role": "assistant", "content": text}] if loaded.tokenizer.chat_template else None
+        asked.append(signals.Asked(encoded, messages, text, {}, loaded.encoder, settings, f"Answer {name}"))
+    rows = {name: signals.SIGNALS[name] for name in SIGNALS}
+    if not loaded.tokenizer.chat_template:
+        rows = {name: row for name, row in rows.items() if not row.needs}
+    askings: dict = {(i, name): row.function(chat) for i, chat in enumerate(asked) for name, row in rows.items()}
+    pairs = {("both", name): row.pair(*asked) for name, row in rows.items() if row.pair}
+
+    def read_all(readings):
+        return [answered(loaded, reading, settings) for reading in readings]
+
+    found = signals.run(askings | pairs, read_all, list, lambda key: f"Signal {key[1]!r}", threading.Lock())
+    records = [signals.record_of({name: found[i, name] for name in rows}) for i in range(2)]
+    chosen = getattr(loaded.model.config, "signals", None) or {}
+    scales = {name: loaded.temperature for name, row in rows.items() if row.is_reward} | chosen.get("scales", {})
+    together = {name: found["both", name] for _, name in pairs}
+    said = signals.compared(list(rows), *records, together, scales, None)
+    return {
+        "signals": [
+            {
+                "name": name,
+                "sentence": row.sentence,
+                "values": {"A": records[0][name], "B": records[1][name]},
+                "probability_a": said.probabilities[name],
+            }
+            for name, row in rows.items()
+        ],
+        "preferred": None if said.winner == "tie" else said.winner.upper(),
+        "agreeing": round(said.agreement * len(rows)),
+        "divergence": said.divergence,
+    }
+
+
+@torch.no_grad()
+def answered(loaded: Loaded, reading: signals.Reading, settings: signals.Settings) -> signals.Read:
+    """What the model computes of one text that a signal asks for."""
+    model, ids, first = loaded.model.to(device()), list(reading.ids), max(reading.start, 1)
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
+    if len(ids) > positions:
+        raise ValueError(f"A question about the answers has {len(ids):,} tokens; the model reads {positions:,}.")
+    inputs = torch.tensor([ids], device=device())
+    masks = signals.dropout_masks(loaded.model.config, model.get_output_embeddings().weight.shape[-1], settings)
+
+    def draw(hidden, model):
+        return model.score(hidden[:, -1].float() * masks.to(hidden.device, torch.float))
+
+    out = model(
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        use_cache=False,
+        return_lm_logits=True,
+        logits_to_keep=len(ids) - first + 1,
+        lm_fn=draw if reading.draws else None,
+    )
+    chosen, values = [], []
+    for logits, targets in zip(out.lm_logits[0].split(256), [*inputs[0, first:].split(256), None], strict=False):
+        values += logits.float().logsumexp(-1).tolist()
+        if targets is not None:
+            chosen += logits[: len(targets)].float().gather(-1, targets[:, None]).squeeze(-1).tolist()
+    logp = sum(token - value for token, value in zip(chosen, values[:-1], strict=True))
+    draws = tuple(out.lm_output.flatten().tolist()) if reading.draws else ()
+    check_finite(loaded, [out.logits.item(), logp, values[0], values[-1], *draws])
+    return signals.Read(out.logits.item(), len(chosen), logp, logp, values[0], values[-1], draws)
 
 
 def rank(loaded: Loaded, prompt: str | list[dict], answers: list[str], temperature: float = 1.0) -> dict[str, Any]:

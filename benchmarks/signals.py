@@ -1,0 +1,228 @@
+"""What the signals of the LM head are worth on a real base: SmolLM2-135M-Instruct, trained as in `real_base.py` with
+the text loss `sft`, and asked for every signal on pairs in and out of distribution.
+
+    python benchmarks/signals.py                # trains and measures what has no result yet
+    python benchmarks/signals.py --critique     # with critiques of at most 64 tokens, which take most of the time
+    python benchmarks/signals.py --limit 50     # pairs of each test set, to see that it works
+    python benchmarks/results.py                # writes the page, docs/results/signals.md
+
+Signals and threshold are chosen on RMB pairs that were held out of training, and hold for every test set. The base
+before training is the reference of `implicit`. Needs `shared/data` beside the repository, or GRM_DATA.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import real_base
+import torch
+from real_base import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from grm_hf import GRMScorer, base
+from grm_hf.evaluation import Example, Results, SignalReport, signal_report
+from grm_hf.scoring.reader import reference_scorer
+from grm_hf.signals import SIGNALS
+
+
+RESULTS = ROOT / "docs" / "results" / "signals.json"
+VALIDATION = "validation"
+SEEDS = 3
+COUNTED = 8  # pairs whose FLOPs are counted
+COSTS = {
+    "head, likelihood, implicit_free, endogenous": ("likelihood", "implicit_free", "endogenous"),
+    "head, likelihood, implicit, endogenous": ("likelihood", "implicit", "endogenous"),
+    "head, judge": ("judge",),
+    "head, follow_up": ("follow_up",),
+    "head, dropout": ("dropout",),
+}
+
+
+def settings_of(seed: int, origin: str) -> dict:
+    rate = real_base.chosen_rate("sft", origin, real_base.RESULTS) or 3e-5
+    data = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": seed}
+    return real_base.run_unit("sft", data, rate, origin) | {"kind": "signals"}
+
+
+def examples_of(rows: list[dict]) -> list[Example]:
+    return [
+        Example(row["prompt"], [row["chosen"], row["rejected"]], [0], id=row["id"], meta={"group": group})
+        for row in rows
+        for group in [real_base.first_user_turn(row)]
+    ]
+
+
+def test_sets(limit: int | None) -> dict[str, list[dict]]:
+    sets = {VALIDATION: real_base.split("rmb")[1], **{name: real_base.test_rows(name) for name in real_base.TESTS}}
+    return {name: rows[:limit] for name, rows in sets.items()}
+
+
+def flops(run: Callable) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # products that are counted
+        run()
+    return counter.get_total_flops()
+
+
+def costs(scorer: GRMScorer, rows: list[dict], reference) -> dict[str, float]:
+    """FLOPs of signals together with the reward, in those of the reward alone."""
+    chats = [{"prompt": row["prompt"], "response": row[side]} for row in rows for side in ("chosen", "rejected")]
+    alone = flops(lambda: scorer.score(chats))
+    found = {}
+    for label, names in COSTS.items():
+        settings = {"reference": reference} if "implicit" in names else {}
+        found[label] = flops(partial(scorer.signals, chats, ["head", *names], **settings)) / alone
+    return found
+
+
+def measure(scorer: GRMScorer, sets: dict[str, list[dict]], reference, critique: bool) -> dict:
+    """Margins and probabilities of every signal on every test set, and what the validation pairs choose."""
+    names = [name for name, signal in SIGNALS.items() if critique or signal.needs != "generate"]
+    settings = {"reference": reference, **({"generate": True, "max_new_tokens": 64} if critique else {})}
+    found: dict = {"tests": {}, "costs": costs(scorer, sets[VALIDATION][:COUNTED], reference)}
+    for name, rows in sets.items():
+        examples = examples_of(rows)
+        report = signal_report(scorer, Results(name, "", {}, examples, []), names, **settings)
+        groups = {group: number for number, group in enumerate(dict.fromkeys(report.groups))}
+        found["tests"][name] = {
+            "margins": {key: [float(f"{value:.6g}") for value in values] for key, values in report.margins.items()},
+            "probabilities": {key: [round(p, 6) for p in ps] for key, ps in report.probabilities.items()},
+            "groups": [groups[group] for group in report.groups],
+        }
+        if name == VALIDATION:
+            found["choice"] = report.choice()
+        print(f"{name}: {len(report.groups)} pairs", flush=True)
+    return found
+
+
+def run_all(seeds: int, limit: int | None, critique: bool, path: Path) -> None:
+    found = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+    folder = base.folder()
+    origin = base.origin(folder)
+    sets = test_sets(limit)
+    for seed in range(seeds):
+        settings = settings_of(seed, origin) | {"limit": limit, "critique": critique}
+        if any(run["settings"] == json.loads(json.dumps(settings)) for run in found["runs"]):
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            trainer = real_base.trained(settings, folder, work)
+        model = trainer.model.eval()
+        scorer = GRMScorer(model, trainer.processing_class, max_tokens_per_batch=2048)
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
+        reference = reference_scorer(scorer, reference)
+        result = {"settings": settings, **measure(scorer, sets, reference, critique)}
+        result["versions"] = {name: version(name) for name in real_base.PACKAGES}
+        found["runs"].append(result)
+        real_base.write(path, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def pooled(runs: list[dict], test: str) -> SignalReport:
+    """The pairs of all runs; those of one prompt stay together, also over runs."""
+    parts = [run["tests"][test] for run in runs]
+    join = lambda kind: {  # noqa: E731
+        name: [value for part in parts for value in part[kind][name]] for name in parts[0][kind]
+    }
+    groups = [str(group) for part in parts for group in part["groups"]]
+    return SignalReport(test, join("margins"), join("probabilities"), groups, 0, {})
+
+
+def points(value: float, low: float, high: float, signed: bool = False) -> str:
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return " ".join([form.format(100 * value), f"({form.format(100 * low)} to {form.format(100 * high)})"])
+
+
+def latest(found: dict) -> list[dict]:
+    """The runs with the settings of the last one, a run a seed."""
+    settings = {**found["runs"][-1]["settings"], "seed": 0}
+    return [run for run in found["runs"] if {**run["settings"], "seed": 0} == settings]
+
+
+def findings(found: dict) -> list[str]:
+    """What the front page of the results says, in sentences."""
+    last = latest(found)
+    summaries = {test: pooled(last, test).summary() for test in last[0]["tests"] if test != VALIDATION}
+    sentences = [f"{len(last)} seeds, {len(summaries)} test sets."]
+    for name in list(last[0]["tests"][VALIDATION]["margins"])[1:]:
+        above = sum(summary["signals"][name]["verdict"] == "better than chance" for summary in summaries.values())
+        sentences.append(f"`{name}` is better than chance on {above}.")
+    gains = sum(summary["agreed"]["difference_low"] > 0 for summary in summaries.values())
+    return [*sentences, f"Where all signals agree, the head is more accurate on {gains}."]
+
+
+def markdown(found: dict) -> str:
+    """The page."""
+    last = latest(found)
+    tests = {test: pooled(last, test) for test in last[0]["tests"]}
+    summaries = {test: report.summary() for test, report in tests.items()}
+    names = list(summaries[VALIDATION]["signals"])
+    held = [test for test in tests if test != VALIDATION]
+    lines = [
+        "# What the LM head knows about its own reward",
+        "",
+        "`python benchmarks/signals.py`, then `python benchmarks/results.py` (needs `shared/data` beside the "
+        "repository). Formulas: [signals.md](../signals.md).",
+        "",
+        f"{last[0]['settings']['base']}, trained as in [the study on the real base](real_base.md) with the text "
+        f"loss `sft` on {last[0]['settings']['pairs']} RMB pairs; {len(last)} seeds. Accuracy in % with 95 % "
+        "intervals over prompts, each with all its pairs and runs; they hold for these runs. No correction for the "
+        "number of comparisons.",
+        "",
+        "## Accuracy of each signal",
+        "",
+        "| signal | " + " | ".join(tests) + " |",
+        "|---" * (len(tests) + 1) + "|",
+    ]
+    for name in names:
+        cells = []
+        for summary in summaries.values():
+            row = summary["signals"][name]
+            chance = "" if row["verdict"] == "better than chance" else f", {row['verdict']}"
+            cells.append(points(row["accuracy"], row["low"], row["high"]) + chance)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", "## Where signals agree", ""]
+    for run in last:
+        choice, seed = run["choice"], run["settings"]["seed"]
+        chosen = ", ".join(f"`{name}`" for name in choice["names"]) or "no signal"
+        threshold = "no threshold" if choice["threshold"] is None else f"threshold {choice['threshold']:.2f}"
+        lines.append(f"- Seed {seed} chose on the validation pairs: {chosen}; {threshold}.")
+    lines += [
+        "",
+        "Of the pairs on which every signal is on the side of the reward head: their share, and the head's accuracy "
+        "there against all pairs. Then the area under the risk-coverage curve (smaller is better) by the head's "
+        "margin, and that by agreement against it.",
+        "",
+        "| test set | share of pairs | accuracy against all pairs | area by margin | by agreement, difference |",
+        "|---|---|---|---|---|",
+    ]
+    for test in held:
+        agreed, areas = summaries[test]["agreed"], summaries[test]["risk_coverage"]
+        gain = points(agreed["difference"], agreed["difference_low"], agreed["difference_high"], signed=True)
+        other = areas["agreement"]
+        against = points(other["difference"], other["difference_low"], other["difference_high"], signed=True)
+        lines.append(
+            f"| {test} | {100 * agreed['coverage']:.1f} | {gain} | {100 * areas['margin']['area']:.1f} | {against} |"
+        )
+    lines += ["", "## Cost", "", "| what | FLOPs, in those of the reward alone |", "|---|---|"]
+    lines += [f"| {label} | {ratio:.2f} |" for label, ratio in last[0]["costs"].items()]
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs (default: {SEEDS})")
+    parser.add_argument("--limit", type=int, help="most pairs of each test set")
+    parser.add_argument("--critique", action="store_true", help="let the LM head write critiques")
+    args = parser.parse_args(argv)
+    run_all(args.seeds, args.limit, args.critique, RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What signals (`grm_hf.signals`) are worth on a suite's pairs: the accuracy of each beside the head's, that of the
+head on the pairs they agree on, and which of them help enough to be used from now on.
+
+Whatever is said here is said of the pairs at hand: nothing is switched on that did not help there."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..metrics import (
+    bootstrap_interval,
+    compare_confidences,
+    fit_temperature,
+    pair_wins,
+    risk_coverage,
+    selective_accuracy,
+)
+from ..scoring.reader import reference_scorer
+from ..signals import SIGNALS, checked, divergence
+from ..signals import Settings as SignalSettings
+from .run import Results
+
+
+WINDOW = 64  # pairs that are computed at a time
+
+
+@dataclass
+class SignalReport:
+    """
+    Signals on the pairs of a suite.
+
+    Attributes:
+        suite (`str`): Its name.
+        margins (`dict[str, list[float]]`): Of each signal, how far it prefers the better response of each pair.
+        probabilities (`dict[str, list[float]]`): The same as probabilities.
+        groups (`list[str]`): The prompt of each pair.
+        left_out (`int`): Pairs with a response without text, which no signal but the head's reads.
+        settings (`dict`): What signals were computed with, besides their defaults.
+    """
+
+    suite: str
+    margins: dict[str, list[float]]
+    probabilities: dict[str, list[float]]
+    groups: list[str]
+    left_out: int
+    settings: dict[str, Any]
+
+    def agreement(self, names: Iterable[str] | None = None) -> list[float]:
+        """Of each pair, the share of signals on the side of the head; 0 where the head has none."""
+        sides = np.sign([self.margins[name] for name in dict.fromkeys(["head", *(names or self.margins)])])
+        return np.where(sides[0] == 0, 0.0, (sides == sides[0]).mean(0)).tolist()
+
+    def summary(self, threshold: float = 1.0) -> dict[str, Any]:
+        """
+        Args:
+            threshold (`float`, *optional*, defaults to `1.0`): Of the agreement; 1 is all signals.
+
+        Returns:
+            `dict`: for each of the `signals` its `accuracy` with a 95 % interval, its paired `difference` to the
+            head's and a `verdict`; for the pairs they `agreed` on, what [`selective_accuracy`] gives; and the
+            `risk_coverage` by three confidences: the head's margin, the agreement (equal ones by the margin), and the
+            divergence.
+        """
+        margins = self.margins["head"]
+        signals = {}
+        for name, own in self.margins.items():
+            wins = pair_wins(own, 0)
+            low, high = bootstrap_interval(wins, self.groups)
+            against = bootstrap_interval(wins - pair_wins(margins, 0), self.groups)
+            signals[name] = {
+                "accuracy": float(wins.mean()),
+                "low": low,
+                "high": high,
+                "difference": float((wins - pair_wins(margins, 0)).mean()),
+                "difference_low": against[0],
+                "difference_high": against[1],
+                "verdict": "better than chance" if low > 0.5 else "worse than chance" if high < 0.5 else "at chance",
+            }
+        agreement = self.agreement()
+        found: dict[str, Any] = {
+            "suite": self.suite,
+            "pairs": len(margins),
+            "prompts": len(set(self.groups)),
+            "left_out": self.left_out,
+            "signals": signals,
+        }
+        if len(self.margins) == 1:
+            return found
+        confidences = {
+            "margin": np.abs(margins),
+            "agreement": _by_rank(agreement, np.abs(margins)),
+            "divergence": [-divergence(ps) for ps in zip(*self.probabilities.values(), strict=True)],
+        }
+        found["agreed"] = {"threshold": threshold, **selective_accuracy(margins, agreement, threshold, self.groups)}
+        found["risk_coverage"] = {
+            name: risk_coverage(margins, confidence)
+            for name, confidence in confidences.items()
+        }
+        for name in ("agreement", "divergence"):
+            found["risk_coverage"][name] |= compare_confidences(
+                margins, confidences[name], confidences["margin"], self.groups
+            )
+        return found
+
+    def choice(self) -> dict[str, Any]:
+        """
+        What a model's configuration keeps: the signals that are better than chance on these pairs by their 95 %
+        interval, the scale of each, and the least agreement at which the head is shown to be more accurate than on all
+        pairs (95 % interval, the share of answered pairs as large as possible). `threshold` is `None` where there is
+        none. A signal that needs a second model or generation is not chosen: `compare` has to find it in the model.
+        """
+        verdicts = self.summary()["signals"]
+        names = [
+            name
+            for name in self.margins
+            if name != "head"
+            and verdicts[name]["verdict"] == "better than chance"
+            and SIGNALS[name].needs != "generate"
+            and not (SIGNALS[name].needs == "reference" and self.settings.get("reference") is not None)
+        ]
+        scales = {name: fit_temperature(self.margins[name])[0] for name in names if SIGNALS[name].pair is None}
+        agreement, threshold = self.agreement(names), None
+        for least in sorted(set(agreement)) if names else []:
+            found = selective_accuracy(self.margins["head"], agreement, least, self.groups)
+            if found["difference_low"] > 0:
+                threshold = least
+                break
+        return {"names": names, "scales": scales, "threshold": threshold, "pairs": len(agreement)}
+
+
+def _by_rank(first, second) -> list[float]:
+    """Numbers in the order of `first`, and of `second` where these are equal."""
+    _, place = np.unique(np.stack([first, second], 1), axis=0, return_inverse=True)
+    return place.reshape(-1).astype(float).tolist()
+
+
+def signal_report(scorer, results: Results, names: Iterable[str], **settings) -> SignalReport:
+    """
+    Signals on the pairs of evaluated examples.
+
+    Args:
+        scorer ([`GRMScorer`]): The model.
+        results ([`Results`]): What `evaluate` returned.
+        names (`Iterable[str]`): Rows of `SIGNALS`; the head is always among them.
+        **settings: As for [`GRMScorer.signals`].
+
+    Raises:
+        `ValueError`: the scorer is no GRM's, fewer than two prompts, or as [`GRMScorer.signals`].
+    """
+    if not hasattr(scorer, "comparisons"):
+        raise ValueError(
+            f"{type(scorer).__name__} has no LM head to ask: signals are those of a single GRM. Leave them out."
+        )
+    names = checked(["head", *names], SignalSettings.of(settings))
+    if isinstance(settings.get("reference"), (list, tuple)):
+        raise ValueError("`reference` is a list of log-probabilities; for a report give the language model itself.")
+    if settings.get("reference") is not None:
+        settings["reference"] = reference_scorer(scorer, settings["reference"])  # once for all windows
+    chats, groups, left_out = [], [], 0
+    for example in results.examples:
+        for better, worse in example.pairs:
+            pair = example.chat(better), example.chat(worse)
+            if any(_is_blank(chat) for chat in pair):
+                left_out += 1
+                continue
+            chats.append(pair)
+            groups.append(example.group)
+    if len(set(groups)) < 2:
+        raise ValueError(f"there are pairs of {len(set(groups))} prompts with text; intervals need at least 2.")
+    margins: dict[str, list[float]] = {name: [] for name in names}
+    probabilities: dict[str, list[float]] = {name: [] for name in names}
+    rest = iter(chats)
+    while window := list(islice(rest, WINDOW)):
+        for found in scorer.comparisons(window, names, **settings):
+            for name, probability in found.probabilities.items():
+                margins[name].append(found.lean(name))
+                probabilities[name].append(probability)
+    kept = {name: value for name, value in settings.items() if name != "wording"}
+    return SignalReport(results.suite, margins, probabilities, groups, left_out, kept)
+
+
+def _is_blank(chat) -> bool:
+    return isinstance(chat, dict) and isinstance(chat.get("response"), str) and not chat["response"].strip()
+
+
+def store_choice(folder: str | os.PathLike, report: SignalReport, data: str | os.PathLike) -> dict[str, Any]:
+    """
+    Write what a validation file shows into a model's configuration, where [`GRMScorer.compare`] finds it.
+
+    Args:
+        folder (`str` or path): Of a whole model.
+        report ([`SignalReport`]): On the pairs of the file.
+        data (`str` or path): The file. Its SHA-256 is stored, and no name.
+    """
+    config, data = Path(folder) / "config.json", Path(data)
+    for path in (config, data):
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}. The choice is made on a file and stored in a model's folder.")
+    values = json.loads(config.read_text(encoding="utf-8"))
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    values["signals"] = {**report.choice(), "suite": report.suite, "file_sha256": digest}
+    partial = config.with_name("config.json.partial")
+    partial.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, config)  # whole or not at all
+    return values["signals"]
+
+
+def terminal(summary: dict[str, Any]) -> str:
+    """What `grm eval --signals` prints."""
+    rows = [["signal", "accuracy", "95 % interval", "against the head", "95 % interval", ""]]
+    for name, found in summary["signals"].items():
+        rows.append(
+            [
+                name,
+                _percent(found["accuracy"]),
+                f"{_percent(found['low'])} to {_percent(found['high'])}",
+                "" if name == "head" else f"{100 * found['difference']:+.2f}",
+                "" if name == "head" else _points(found),
+                found["verdict"],
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    about = f"{summary['suite']}: {summary['pairs']} pairs of {summary['prompts']} prompts"
+    if summary["left_out"]:
+        about += f"; {summary['left_out']} pairs with an answer without text are left out"
+    lines = [about, *lines]
+    if agreed := summary.get("agreed"):
+        share = f"agreement of at least {agreed['threshold']:.2f}: {_percent(agreed['coverage'])} % of the pairs"
+        if math.isnan(agreed["accuracy"]):
+            lines.append(share)
+        else:
+            lines.append(
+                f"{share}, where the head is right in {_percent(agreed['accuracy'])} % "
+                f"({100 * agreed['difference']:+.2f} against all pairs, {_points(agreed)})"
+            )
+        for name, found in summary["risk_coverage"].items():
+            against = "; smaller is better"
+            if name != "margin":
+                against = f" ({100 * found['difference']:+.2f} against the margin, {_points(found)})"
+            lines.append(f"area under the risk-coverage curve by {name}: {_percent(found['area'])}{against}")
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _points(found: dict[str, float]) -> str:
+    return f"{100 * found['difference_low']:+.2f} to {100 * found['difference_high']:+.2f}"
