@@ -14,6 +14,7 @@ from pathlib import Path
 from .version import __version__
 
 
+DEFAULT_MODEL = "(default: models/grm-smollm2-135m of the checkout)"
 WINDOW = 1024  # chats for each process that `grm score` computes at a time
 FILE_FORMATS = {
     **{".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"},
@@ -155,7 +156,7 @@ def command_line() -> argparse.ArgumentParser:
     compare.add_argument("prompt")
     compare.add_argument("answer_a")
     compare.add_argument("answer_b")
-    compare.add_argument("--model", required=True, help="Hub id or folder of a reward model")
+    compare.add_argument("--model", help=f"Hub id or folder of a reward model {DEFAULT_MODEL}")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument("--explain", action="store_true", help="by every signal that the model has, or --signals")
     compare.add_argument("--threshold", type=float, help="abstain where fewer of the signals agree with the head")
@@ -172,7 +173,7 @@ def command_line() -> argparse.ArgumentParser:
     best.add_argument(
         "--answers", dest="file", help="file with further answers, or -: one a line, as text or as a JSON string"
     )
-    best.add_argument("--model", required=True, help="Hub id or folder of a reward model")
+    best.add_argument("--model", help=f"Hub id or folder of a reward model {DEFAULT_MODEL}")
     best.add_argument("--json", action="store_true", help="print JSON")
     best.set_defaults(run=_best_of_n)
 
@@ -520,6 +521,13 @@ def _accelerator():
 # ----------------------------------------------------------------------------------------------------- compare, others
 
 
+def _model(args) -> str:
+    """The model that was named, or the one of this project."""
+    from .base import published
+
+    return args.model or str(published())
+
+
 def _compare(args):
     from .scoring import GRMScorer
 
@@ -529,7 +537,7 @@ def _compare(args):
     _signals(args)
     if args.threshold is not None:
         raise ValueError("--threshold is of the agreement of signals: add --explain.")
-    scorer = GRMScorer(args.model)
+    scorer = GRMScorer(_model(args))
     result = scorer.best_of_n(args.prompt, [args.answer_a, args.answer_b])
     reward_a, reward_b = result.scores
     probability = scorer.probability(reward_a, reward_b)
@@ -549,8 +557,7 @@ def _explain(args):
     from .scoring import GRMScorer
     from .signals import SIGNALS
 
-    _check_place(args.model)
-    scorer = GRMScorer(args.model)
+    scorer = GRMScorer(_model(args))
     chosen = scorer.model.config.signals
     if args.signals or not (chosen and chosen["names"]):
         chosen = None
@@ -592,7 +599,7 @@ def _best_of_n(args):
         answers += map(_answer, lines_of(args.file))
     if not answers:
         raise ValueError("no answers: give them behind the prompt, or in a file by --answers.")
-    result = GRMScorer(args.model).best_of_n(args.prompt, answers)
+    result = GRMScorer(_model(args)).best_of_n(args.prompt, answers)
     if args.json:
         print(json.dumps({"best": result.best, "order": result.order, "scores": result.scores}, ensure_ascii=False))
         return

@@ -19,6 +19,21 @@ from .smollm2 import PACKAGE, PACKAGE_VERSION, folder, move_into_place
 BASE_NAME = f"{PACKAGE}=={PACKAGE_VERSION}"
 
 
+def published() -> Path:
+    """The folder of this project's reward model, which a checkout of it has: `models/grm-smollm2-135m`.
+
+    Raises:
+        `ValueError`: this is no checkout.
+    """
+    folder = Path(__file__).parents[2] / "models" / "grm-smollm2-135m"
+    if not folder.is_dir():
+        raise ValueError(
+            "No model was given, and this installation of grm_hf has none: its repository has one in "
+            "models/grm-smollm2-135m. Give the Hub id or the folder of a reward model (`--model`)."
+        )
+    return folder
+
+
 def find_base(name: str, adapter: str | os.PathLike) -> str:
     r"""
     Path or id of the base that an adapter names.
