@@ -5,7 +5,8 @@
 """Train a policy with GRPO on the rewards of a Generalizable Reward Model: several answers to each prompt are scored,
 and each is compared with the others. The policy may have another tokenizer than the reward model.
 
-    python examples/grpo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/grpo
+    python examples/grpo.py --model Qwen/Qwen3-0.6B --reward_model models/grm-smollm2-135m \
+        --train prompts.jsonl --output_dir runs/grpo
 
 `--transform standardize` (or `log_sigmoid`, ...) changes what the policy is trained on, `--lora` trains an adapter.
 Every setting of `GRPOConfig` is an option too, or a line of a YAML file (`--config FILE`).

@@ -5,7 +5,8 @@
 """Train a policy with Online DPO: a Generalizable Reward Model scores two answers to a prompt, and the one with the
 higher reward is the chosen one. Only the order counts, so there is no transform to choose.
 
-    python examples/online_dpo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/od
+    python examples/online_dpo.py --model Qwen/Qwen3-0.6B --reward_model models/grm-smollm2-135m \
+        --train prompts.jsonl --output_dir runs/od
 
 `--lora` trains an adapter. Every setting of `OnlineDPOConfig` is an option too, or a line of a YAML file (`--config
 FILE`).

@@ -5,7 +5,8 @@
 """Train a policy with PPO on the rewards of a Generalizable Reward Model. The value model starts from it too. TRL had
 a PPO trainer up to version 1.12: `pip install "grm-hf[ppo]"` in a separate environment.
 
-    python examples/ppo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/ppo
+    python examples/ppo.py --model Qwen/Qwen3-0.6B --reward_model models/grm-smollm2-135m \
+        --train prompts.jsonl --output_dir runs/ppo
 
 The policy may have another tokenizer than the reward model (its value model then starts from the policy), but needs a
 padding token that is not its EOS token. `--response_length`, `--kl_coef` and `--missing_eos_penalty` are the settings

@@ -6,7 +6,8 @@
 an answer is the mean reward of the others to the same prompt. The policy may have another tokenizer than the reward
 model.
 
-    python examples/rloo.py --model Qwen/Qwen3-0.6B --reward_model grm --train prompts.jsonl --output_dir runs/rloo
+    python examples/rloo.py --model Qwen/Qwen3-0.6B --reward_model models/grm-smollm2-135m \
+        --train prompts.jsonl --output_dir runs/rloo
 
 `--transform standardize` (or `log_sigmoid`, ...) changes what the policy is trained on, `--lora` trains an adapter.
 Every setting of `RLOOConfig` is an option too, or a line of a YAML file (`--config FILE`).

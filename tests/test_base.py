@@ -223,3 +223,12 @@ def test_an_adapter_without_its_configuration_is_refused(adapter):
     (folder / "base" / "config.json").unlink()
     with pytest.raises(ValueError, match="lacks base/config.json"):
         GRMScorer(str(folder))
+
+
+def test_the_model_of_this_project_is_in_its_checkout(monkeypatch, tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    if Path(base.__file__).parents[2] == root:
+        assert base.published() == root / "models" / "grm-smollm2-135m"
+    monkeypatch.setattr(base.reward_base, "__file__", str(tmp_path / "site-packages/grm_hf/base/reward_base.py"))
+    with pytest.raises(ValueError, match=r"No model was given.*`--model`"):
+        base.published()

@@ -162,11 +162,20 @@ def test_compare_says_who_wins_with_what_probability(model_folder, capsys):
     assert capsys.readouterr().out.startswith("Tie")
 
 
+def test_without_a_model_it_is_that_of_the_project(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("grm_hf.base.published", lambda: Path(model_folder))
+    for command in (["compare", "one", "two", "three four"], ["best-of-n", "one", "two", "three four"]):
+        assert main(command) == 0
+        ours = capsys.readouterr().out
+        assert main([*command, "--model", model_folder]) == 0
+        assert capsys.readouterr().out == ours
+
+
 # ------------------------------------------------------------------------------------------------------------ the rest
 
 
 def test_usage_errors_end_with_two():
-    compare, best = ["compare", "--model", "x", "a"], ["best-of-n", "a"]
+    compare, best = ["compare", "--model", "x", "a"], ["best-of-n"]
     for wrong in ([], ["fly"], ["score"], compare, best, ["verify"], ["merge", "a", "b", "c"]):
         with pytest.raises(SystemExit) as stop:
             main(wrong)
