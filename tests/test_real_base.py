@@ -16,8 +16,13 @@ pytest.importorskip("trl", reason="training extra")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import publish  # noqa: E402
+import published_model  # noqa: E402
 import real_base  # noqa: E402
 import real_base_page as page  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+from grm_hf import GRMScorer  # noqa: E402
 
 
 ORIGIN = "a base"
@@ -234,3 +239,45 @@ def test_power_is_that_of_students_test():
     # 8 runs, level 0.95: t(7) = 2.3646; 5 runs: t(4) = 2.7764
     assert page.detectable(1.0, 8, 0.95) == pytest.approx((2.3646 + 0.8416) / math.sqrt(8), rel=1e-3)
     assert page.detectable(2.0, 5, 0.95) == pytest.approx(2 * (2.7764 + 0.8416) / math.sqrt(5), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- the published model
+
+
+def test_the_card_of_the_published_model_is_made_from_what_was_measured():
+    measured = json.loads((publish.RESULTS / publish.MEASURED).read_text(encoding="utf-8"))
+    losses = publish.candidates()
+    assert measured["candidate"] == min(losses, key=losses.__getitem__)
+    card = (publish.MODEL / "README.md").read_text(encoding="utf-8")
+    assert all(line in card for line in (*publish.table(measured), *publish.calibration(measured)))
+
+
+@pytest.fixture
+def few_shipped(tiny_base, few_pairs, monkeypatch, tmp_path):
+    """A tiny base and a few pairs in the place of those that are shipped."""
+    pairs = Dataset.from_list([{**row, "source": "pandalm"} for row in few_pairs("shipped")])
+    monkeypatch.setattr(published_model.base, "folder", lambda source: tiny_base)
+    monkeypatch.setattr(published_model.base, "load_pairs", lambda split, sources=None: pairs)
+    monkeypatch.setattr(published_model, "RUNS", tmp_path)
+    monkeypatch.setattr(published_model, "precision", lambda: "float32")
+
+
+def test_a_candidate_trained_in_full_is_cut_to_its_best_approximation(few_shipped):
+    """A difference of low rank is kept whole, and rewards with it."""
+    trained = published_model.make_trainer("instructions_full", full=True)
+    layers = published_model.linear_layers(trained.model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in layers.values():
+            rows, columns = layer.weight.shape
+            left, right = (torch.randn(*size, generator=generator) for size in ((rows, 2), (2, columns)))
+            layer.weight += 0.1 * left @ right
+        trained.model.score.out.weight += 0.5
+    trained.state.global_step = 7
+    made = published_model.cut(trained, "instructions_full")
+    assert made.state.global_step == 7
+    rows = published_model.base.load_pairs("validation").to_list()
+    pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    one, two = (GRMScorer(t.model, t.processing_class).score_pairs(pairs) for t in (trained, made))
+    assert torch.tensor(one).std() > 1
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=1e-2, atol=1e-3)  # its base is bfloat16
