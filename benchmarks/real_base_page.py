@@ -221,6 +221,8 @@ def _opening(runs, base, about, level, done, planned) -> list[str]:
         f"{done} of {planned} runs are done"
         + ("." if done in (0, planned) else "; every number here is computed from these."),
     ]
+    if not done:
+        return [*sentences, _power(level)]
     places = ("on held-out pairs of the training set", "on the other test sets")
     for tests, where in zip(_primary_tests(first), places, strict=True):
         found = difference(runs, about, first, "sft", tests, level)
@@ -238,12 +240,14 @@ def _opening(runs, base, about, level, done, planned) -> list[str]:
             f"The LM head's perplexity on HHH's chosen answers is {base['perplexity']:.1f} before training, "
             f"{perplexities[0]} after Bradley-Terry and {perplexities[1]} after GRM."
         )
-    deviation = _pilot_deviation()
-    sentences.append(
-        f"With 8 seeds the study can show a difference of {detectable(deviation, 8, level):.1f} points; smaller ones "
-        "stay open."
+    return [*sentences, _power(level)]
+
+
+def _power(level: float) -> str:
+    return (
+        f"With 8 seeds the study has an 80 % chance of showing a true difference of "
+        f"{detectable(_pilot_deviation(), 8, level):.1f} points."
     )
-    return sentences
 
 
 def _pilot_deviation() -> float:

@@ -53,9 +53,9 @@ def front() -> str:
     lines = [
         "# Results",
         "",
-        "Is the reward better when the decoder keeps a text loss (GRM) than without one (Bradley-Terry)? Each study "
-        f"trains both alike, on the same pairs. {in_short()} Only the first study corrects its intervals for the "
-        "number of comparisons.",
+        "Is the reward better when training adds a text loss (GRM) than without one (Bradley-Terry)? Each study "
+        f"trains both on the same pairs. {in_short()} Only the verdicts of the real base are corrected for the number "
+        "of comparisons.",
         "",
         f"![Differences between GRM and Bradley-Terry, with intervals](images/{FIGURE.name})",
         "",
@@ -66,7 +66,7 @@ def front() -> str:
         "**[Over-optimisation in that world](results/lab.md).** " + " ".join(lab_findings(read(lab.RESULTS))),
         "",
         "`python benchmarks/results.py` writes this page, the figure and the pages behind it from the files in "
-        "`docs/results/`. No number is typed by hand.",
+        "`docs/results/`.",
         "",
     ]
     if has_signals():
@@ -80,9 +80,11 @@ def lab_findings(results: dict) -> list[str]:
     best_of_n = [c["verdict"] for c in results["comparisons"] if _of_the_figure(c)]
     policies = [c["verdict"] for c in results["policy_comparisons"] if c["proxy"] in findings.GRM]
     return [
-        f"{results['settings']['seeds']} seeds. The gold reward of the best of {results['ns'][-1]} answers, chosen by "
-        f"GRM or by Bradley-Terry, averaged over the sizes of the training set: {_counted(best_of_n)}.",
-        f"The gold reward of policies that PPO or GRPO trained on them: {_counted(policies)}.",
+        f"{results['settings']['seeds']} seeds. The true (gold) reward of the best of {results['ns'][-1]} answers, "
+        "chosen by GRM or by Bradley-Terry, averaged over the sizes of the training set: GRM is "
+        f"{_counted(best_of_n)}.",
+        "The true reward of policies that PPO or GRPO trained against these reward models: GRM is "
+        f"{_counted(policies)}.",
     ]
 
 
@@ -93,13 +95,15 @@ def in_short() -> str:
         *(entry["verdict"] for _, _, entry in world.against_baseline(read(world.RESULTS))),
         *(c["verdict"] for c in read(lab.RESULTS)["comparisons"] if _of_the_figure(c)),
     ]
-    return f"GRM against Bradley-Terry in the figure: {_counted(verdicts)}."
+    return f"In the comparisons of the figure GRM is {_counted(verdicts)}."
 
 
 def _counted(verdicts: list[str]) -> str:
     counts = Counter(verdicts)
-    parts = [f"{counts[name]} {name}" for name in ("better", "worse")]
-    return f"{', '.join(parts)}, and no difference shown in {counts[findings.SAME]} of {len(verdicts)} comparisons"
+    return (
+        f"better in {counts['better']} of {len(verdicts)}, worse in {counts['worse']}, and no difference is shown in "
+        f"{counts[findings.SAME]}"
+    )
 
 
 def _of_the_figure(comparison: dict) -> bool:
@@ -112,13 +116,13 @@ def _of_the_figure(comparison: dict) -> bool:
 def panels() -> list[dict]:
     """What the figure draws: for each study its rows, and in a row each method's mean, low and high. A study without
     two seeds has no panel."""
-    points = "accuracy, GRM minus Bradley-Terry, in points"
+    points = "accuracy,\nGRM minus Bradley-Terry, in points"
     found = [
         {"title": "A real base", "axis": points, "rows": real_base_page.forest()},
         {"title": "A world whose true reward is known", "axis": points, "rows": _world_rows(read(world.RESULTS))},
         {
             "title": "Over-optimisation in that world",
-            "axis": "gold of the best answer, GRM minus Bradley-Terry, in standard deviations",
+            "axis": "true reward of the best answer,\nGRM minus Bradley-Terry, in standard deviations",
             "rows": _lab_rows(read(lab.RESULTS)),
         },
     ]
@@ -162,7 +166,7 @@ def draw(drawn: list[dict], path: Path = FIGURE) -> None:
         axes.set(yticks=[-i for i in range(len(panel["rows"]))], yticklabels=panel["rows"])
         axes.set(title=panel["title"], xlabel=panel["axis"], ylim=(0.5 - len(panel["rows"]), 0.5))
         axes.grid(axis="x", alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": digest(drawn)})
 
 

@@ -230,16 +230,18 @@ def table(results: dict, quantity: str, digits: int, scale: float) -> list[str]:
 def findings(results: dict) -> list[str]:
     """What the run found, in sentences."""
     shown = [
-        f"{method} differs {DOMAINS[domain]} by {100 * e['difference']:+.1f} ± "
-        f"{100 * e['difference_half_width']:.1f} points from {BASELINE} ({e['verdict']})"
+        f"{method} is {100 * abs(e['difference']):.1f} ± {100 * e['difference_half_width']:.1f} points {e['verdict']} "
+        f"than {BASELINE} {DOMAINS[domain]}"
         for domain, method, e in against_baseline(results)
         if e["verdict"] != NO_DIFFERENCE
     ]
     before, after = results["perplexity_before"]["id"], results["comparison"]["perplexity"]["id"]
-    perplexities = ", ".join(f"{entry['mean']:.2f} after {method}" for method, entry in after.items())
+    perplexities = ", ".join(f"{e['mean']:.2f} ± {e['half_width']:.2f} after {method}" for method, e in after.items())
+    shown_after = [method for method, e in after.items() if e.get("verdict", NO_DIFFERENCE) != NO_DIFFERENCE]
     return [
         f"{results['seeds']} seeds. Accuracy: {'; '.join([*shown, 'no other difference is shown'])}.",
-        f"Perplexity of the LM head {DOMAINS['id']}: {before:.2f} before training, {perplexities}.",
+        f"Perplexity of the LM head {DOMAINS['id']}: {before:.2f} before training, {perplexities}; a difference from "
+        f"{BASELINE} is shown for {' and '.join(shown_after) or 'none of them'}.",
     ]
 
 

@@ -549,9 +549,11 @@ def test_a_new_layout_is_one_row_of_the_table(monkeypatch):
 
 
 def test_no_other_file_compares_the_name_of_a_layout():
-    compared = re.compile(r"""[!=]= ["'](padded|packed|shared_prefix)["']""")
-    package = Path(layouts.__file__).parent
-    assert not [path for path in package.rglob("*.py") if compared.search(path.read_text(encoding="utf-8"))]
+    names = rf"""["']({"|".join(layouts.LAYOUTS)})["']"""
+    compared = re.compile(rf"[!=]= {names}|{names} [!=]=|in \([^()]*{names}")
+    assert compared.search('layout == "packed"') and compared.search('layout not in ("auto", "padded")')
+    files = (path for path in Path(layouts.__file__).parent.rglob("*.py") if path.name != "layouts.py")
+    assert not [path for path in files if compared.search(path.read_text(encoding="utf-8"))]
 
 
 # --------------------------------------------------------------------------------------- kernels on ragged batches

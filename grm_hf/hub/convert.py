@@ -63,7 +63,7 @@ class Source(NamedTuple):
 
 class Format(NamedTuple):
     """
-    A known layout of reward models. To add one, write its function and its row.
+    A known format of reward models. To add one, write its function and its row.
 
     Args:
         name (`str`): The name that `grm convert` prints.
@@ -110,6 +110,7 @@ FORMATS = (  # the first that reads something; the authors' code renders a chat,
     Format("classifier", "score", _classifier, "single", 0.0),
 )
 HEADS = sorted({form.head for form in FORMATS})
+WRAPPED = {head.split(".")[0] for head in HEADS}  # as an adapter's configuration names a head
 HEAD = re.compile(rf"({'|'.join(map(re.escape, HEADS))})(?:\.(\d+))?\.(weight|bias)")
 # A setting that says what stands between the layers of a head.
 ACTIVATION = re.compile(r".*(head|summary|score|classifier)\w*_act(ivation)?(_fn|_function)?")
@@ -497,7 +498,7 @@ def _adapted(folder: Path, source: str, base, tokenizer):
     rows = lm.get_input_embeddings().weight.shape[0]
     _make_room(lm, tokenizer, state, source)
     # The value head was wrapped with the model, but is not part of it here. No class of PEFT fits the task.
-    config.modules_to_save = [name for name in config.modules_to_save or () if name not in ("v_head", "score")] or None
+    config.modules_to_save = [name for name in config.modules_to_save or () if name not in WRAPPED] or None
     config.task_type, config.inference_mode = None, True
     wrapped = get_peft_model(lm, config)
     state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}

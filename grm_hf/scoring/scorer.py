@@ -120,7 +120,7 @@ class GRMScorer:
             raise TypeError(f"GRMScorer takes no argument {unknown[0]!r}.")
         if max_tokens_per_batch < 1:
             raise ValueError(f"`max_tokens_per_batch` is {max_tokens_per_batch}; it must be at least 1.")
-        if deterministic and layout not in ("auto", "padded"):
+        if deterministic and getattr(LAYOUTS.get(layout), "segments", False):
             raise ValueError(
                 f"layout={layout!r} puts several texts into a row, and deterministic=True computes each alone. Leave "
                 "`layout` at 'auto'."
