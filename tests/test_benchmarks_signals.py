@@ -65,7 +65,7 @@ def test_a_run_at_toy_size(monkeypatch, tmp_path):
     assert front.pages()[results.with_suffix(".md")] == page and "python benchmarks/results.py" in page
     said = front.front()
     assert "(results/signals.md)" in said and "`judge` is better than chance on" in said
-    assert len(said.splitlines()) <= 25 and said.count("No number is typed by hand") == 1
+    assert len(said.splitlines()) <= 25 and said.count("`python benchmarks/results.py` writes this page") == 1
 
 
 def test_pooled_runs_keep_prompts_together_and_the_page_is_counted_from_them():
