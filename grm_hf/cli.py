@@ -273,7 +273,7 @@ def command_line() -> argparse.ArgumentParser:
         "demo", help="train a Bradley-Terry model and GRM on real pairs, and compare what they learned and still say"
     )
     demo.add_argument("--output", default="runs/demo", help="folder for results (default: runs/demo)")
-    demo.add_argument("--pairs", type=int, default=240, help="pairs to train on (default: 240)")
+    demo.add_argument("--pairs", type=int, default=160, help="pairs to train on (default: 160)")
     demo.set_defaults(run=_demo)
 
     lab = commands.add_parser(

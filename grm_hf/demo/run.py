@@ -1,7 +1,7 @@
 """The demo trains a Bradley-Terry reward model and GRM from one start on the same real pairs, and compares what they
 learned and what they still say.
 
-    grm demo [--output runs/demo] [--pairs 240]
+    grm demo [--output runs/demo] [--pairs 160]
 
 Writes `results.json` (every number), `report.md` (what it prints), `learning_curve.png` and `model/`: the GRM with its
 card. This model is then loaded in a process that cannot import grm_hf, and scores two answers there.
@@ -68,7 +68,7 @@ print(json.dumps([model(**row).logits.item() for row in inputs]))
 
 
 def run(
-    output_dir: str | Path = "runs/demo", pairs: int = 240, tests: int = 150, folder: str | Path | None = None
+    output_dir: str | Path = "runs/demo", pairs: int = 160, tests: int = 100, folder: str | Path | None = None
 ) -> dict:
     """
     Trains both methods and compares them. Each run has one thread; two run at a time if processors and memory allow
@@ -77,9 +77,9 @@ def run(
     Args:
         output_dir (`str` or `Path`, *optional*, defaults to `"runs/demo"`):
             Folder for the results; files of an earlier run in it are replaced.
-        pairs (`int`, *optional*, defaults to `240`):
+        pairs (`int`, *optional*, defaults to `160`):
             Pairs to train on.
-        tests (`int`, *optional*, defaults to `150`):
+        tests (`int`, *optional*, defaults to `100`):
             Largest number of pairs of each test set.
         folder (`str` or `Path`, *optional*):
             A base to use instead of [`grm_hf.base.folder`].
