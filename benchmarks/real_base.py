@@ -312,9 +312,12 @@ def perplexity(lm, tokenizer, rows: list[dict]) -> float:
 
 @torch.no_grad()
 def log_likelihoods(lm, tokenizer, rows: list[dict], side: str, batch_size: int = 8) -> list[tuple[float, int]]:
-    """Of each row's response the log-probability under `lm`, in nats, and its number of tokens."""
+    """Of each row's response the log-probability under `lm`, in nats, and its number of tokens. Equal texts are
+    computed once."""
     encoder = Encoder(tokenizer, RECIPE["max_length"])
-    texts = [encoder.encode(row["prompt"], row[side]) for row in rows]
+    encoded = [encoder.encode(row["prompt"], row[side]) for row in rows]
+    distinct = {(tuple(text.ids), text.start): text for text in encoded}
+    texts = list(distinct.values())
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     found: list[tuple[float, int]] = [(0.0, 0)] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -331,7 +334,8 @@ def log_likelihoods(lm, tokenizer, rows: list[dict], side: str, batch_size: int 
         losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(1)
         for i, loss, count in zip(numbers, losses.tolist(), (targets != -100).sum(1).tolist(), strict=True):
             found[i] = (-loss, count)
-    return found
+    places = {key: i for i, key in enumerate(distinct)}
+    return [found[places[tuple(text.ids), text.start]] for text in encoded]
 
 
 @torch.no_grad()

@@ -241,6 +241,18 @@ def test_power_is_that_of_students_test():
     assert page.detectable(2.0, 5, 0.95) == pytest.approx(2 * (2.7764 + 0.8416) / math.sqrt(5), rel=1e-3)
 
 
+def test_log_likelihoods_are_those_of_each_text_alone():
+    lm, tokenizer = tiny_lm("llama_tied", vocab_size=len(chatml_tokenizer())).double(), chatml_tokenizer()
+    rows = [row("one", "two three", "x"), row("four five six", "seven", "y"), row("one", "two three", "z")]
+    found = real_base.log_likelihoods(lm, tokenizer, rows, "chosen")
+    assert found[0] == found[2]
+    for one, (logp, count) in zip(rows, found, strict=True):
+        text = real_base.Encoder(tokenizer, 512).encode(one["prompt"], one["chosen"])
+        logits = lm(torch.tensor([text.ids])).logits[0].log_softmax(-1)
+        theirs = sum(logits[i - 1, text.ids[i]].item() for i in range(text.start, len(text.ids)))
+        assert logp == pytest.approx(theirs, rel=1e-4) and count == len(text.ids) - text.start
+
+
 # ------------------------------------------------------------------------------------------------- the published model
 
 
