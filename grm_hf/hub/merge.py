@@ -34,7 +34,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
         output_dir (`str` or `Path`):
             New or empty folder for the merged model, its code and its tokenizer.
         dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`):
-            Dtype to load the reward model in.
+            Dtype to load the reward model in. With `"auto"` it is the stored one, or float32, with a warning, if
+            rounding the merged weights to the stored one changes the rewards.
 
     Returns:
         [`GRMForSequenceClassification`], merged, as it was loaded from `output_dir`.
@@ -44,7 +45,24 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
             `output_dir` is not empty. Nothing is written then.
     """
     with readable(adapter) as place:
-        return _merge(place, output_dir, dtype)
+        try:
+            return _merge(place, output_dir, dtype)
+        except _RoundedError as error:
+            if dtype != "auto" or error.dtype == torch.float32:
+                raise
+            logger.warning(
+                f"Rounded to {str(error.dtype).removeprefix('torch.')}, the merged weights of the adapter in '{adapter}' "
+                "give other rewards. The merged model is in float32."
+            )
+            return _merge(place, output_dir, torch.float32)
+
+
+class _RoundedError(ValueError):
+    """The merged model, in this dtype, is not the adapter and its base."""
+
+    def __init__(self, message: str, dtype: torch.dtype):
+        super().__init__(message)
+        self.dtype = dtype
 
 
 def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassification:
@@ -86,10 +104,11 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
         for what, before, after in zip(("rewards", "LM logits"), expected, _outputs(loaded), strict=True):
             difference = float((after - before).abs().max() / before.abs().max().clamp(min=1))
             if not difference <= tolerance(loaded):
-                raise ValueError(
+                raise _RoundedError(
                     f"Merged into one model, the adapter in '{adapter}' has other {what} (they differ by "
                     f"{difference:.1e}, relative; {tolerance(loaded):.0e} is rounding). Nothing was written. Use the "
-                    "adapter as it is: `GRMForSequenceClassification.from_pretrained` loads it."
+                    "adapter as it is: `GRMForSequenceClassification.from_pretrained` loads it.",
+                    loaded.dtype,
                 )
     loaded.name_or_path = loaded.config._name_or_path = os.fspath(output_dir)
     return loaded
