@@ -122,6 +122,38 @@ def test_what_cannot_be_merged_leaves_nothing(tmp_path, monkeypatch):
         merge_adapter(run.args.output_dir, run.args.output_dir)
 
 
+def test_what_bfloat16_would_round_away_is_merged_in_float32(tmp_path, monkeypatch, caplog):
+    run = fit(tmp_path / "run", config=lora())
+    from grm_hf.hub import merge
+
+    seen = []
+    original = merge._outputs
+
+    def rounded(model):
+        """As if rewards of a merged model in another dtype than float32 were other ones."""
+        seen.append(model.dtype)
+        off = model.dtype != torch.float32 and len(seen) > 1
+        return [x + off for x in original(model)]
+
+    monkeypatch.setattr(merge, "_outputs", rounded)
+    adapter = run.args.output_dir
+    with pytest.raises(ValueError, match="has other rewards"):
+        merge_adapter(adapter, tmp_path / "asked", dtype=torch.bfloat16)
+    assert not (tmp_path / "asked").exists()
+    seen.clear()
+    kind = merge.GRMForSequenceClassification
+    load = kind.from_pretrained.__func__
+
+    def stored(cls, *args, dtype="auto", **kwargs):
+        return load(cls, *args, dtype=torch.bfloat16 if dtype == "auto" else dtype, **kwargs)
+
+    monkeypatch.setattr(kind, "from_pretrained", classmethod(stored))
+    merged = merge_adapter(adapter, tmp_path / "merged")
+    assert merged.dtype == torch.float32 and "The merged model is in float32." in caplog.text
+    monkeypatch.undo()
+    verify(tmp_path / "merged")
+
+
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def test_virtual_tokens_are_refused(tmp_path, kind):
     config = getattr(peft, kind)(task_type="SEQ_CLS", num_virtual_tokens=4)

@@ -16,7 +16,7 @@ from ..devices import evaluating
 from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring.golden import FILE as GOLDEN
-from ..scoring.golden import tolerance
+from ..scoring.golden import save_golden, tolerance
 
 
 logger = logging.get_logger(__name__)
@@ -50,9 +50,10 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, dtype="auto") -> 
         except _RoundedError as error:
             if dtype != "auto" or error.dtype == torch.float32:
                 raise
+            kind = str(error.dtype).removeprefix("torch.")
             logger.warning(
-                f"Rounded to {str(error.dtype).removeprefix('torch.')}, the merged weights of the adapter in '{adapter}' "
-                "give other rewards. The merged model is in float32."
+                f"Rounded to {kind}, the merged weights of the adapter in '{adapter}' give other rewards. The merged "
+                "model is in float32."
             )
             return _merge(place, output_dir, torch.float32)
 
@@ -94,10 +95,12 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
             ) from error
         merged.save_pretrained(folder)
         del wrapped, merged, model
-        if (golden := Path(adapter) / GOLDEN).is_file():  # `grm verify` then compares with the adapter's rewards
+        golden, tokenizer = Path(adapter) / GOLDEN, None
+        if golden.is_file():  # `grm verify` then compares with the adapter's rewards
             shutil.copy(golden, folder)
         try:
-            AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(adapter)
+            tokenizer.save_pretrained(folder)
         except (OSError, ValueError) as error:
             logger.warning(f"No tokenizer was found in '{adapter}', so none was saved in '{output_dir}' ({error}).")
         loaded = GRMForSequenceClassification.from_pretrained(folder, dtype=dtype)
@@ -110,6 +113,8 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
                     "adapter as it is: `GRMForSequenceClassification.from_pretrained` loads it.",
                     loaded.dtype,
                 )
+        if dtype == torch.float32 and golden.is_file() and tokenizer is not None:
+            save_golden(loaded, tokenizer, folder)  # those of the adapter may be in the dtype of its base
     loaded.name_or_path = loaded.config._name_or_path = os.fspath(output_dir)
     return loaded
 
