@@ -178,6 +178,21 @@ def table(measured: dict) -> list[str]:
     return lines
 
 
+def length_sentence(measured: dict) -> str:
+    """On how many test sets the model is shown to be better than preferring the longer response."""
+    names = []
+    for test, title in TITLES.items():
+        found = measured["tests"][test]
+        wins = [pair_wins(pair_margins(*np.array(found[key]).T)) for key in ("grm", "lengths")]
+        if bootstrap_interval(wins[0] - wins[1], found["prompts"])[0] > 0:
+            names.append(title)
+    better = f": {', '.join(names)}" if names else ""
+    return (
+        f"This model is shown to be better than preferring the longer response on {len(names)} of {len(TITLES)} sets"
+        f"{better}. It is a small model for trying things out; do not trust its judgement."
+    )
+
+
 def calibration(measured: dict) -> list[str]:
     lines = ["| test set | log loss | calibration error | both at the stored temperature |", "|---|---|---|---|"]
     for test in ("pandalm", "hhh", "rmb"):
@@ -239,6 +254,8 @@ def section(measured: dict) -> str:
             "prefers the longer response.",
             "",
             *table(measured),
+            "",
+            length_sentence(measured),
             "",
             "All rows are short: prompt and response have at most 1,000 characters together. One seed was trained, so "
             "the intervals say nothing about other seeds.",

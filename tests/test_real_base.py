@@ -262,6 +262,7 @@ def test_the_card_of_the_published_model_is_made_from_what_was_measured():
     assert measured["candidate"] == min(losses, key=losses.__getitem__)
     card = (publish.MODEL / "README.md").read_text(encoding="utf-8")
     assert all(line in card for line in (*publish.table(measured), *publish.calibration(measured)))
+    assert publish.length_sentence(measured) in card
 
 
 @pytest.fixture
