@@ -339,7 +339,7 @@ def report(results: dict, output: Path) -> str:
     lines += [
         "",
         "Intervals are 95 %, over test prompts; the difference is paired. They say nothing about other seeds: the "
-        "study in docs/results.md has eight.",
+        "study in docs/results.md repeats them.",
         "",
         "## The LM head",
         "",
