@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .modeling_grm import GRMForSequenceClassification
+from .configuration_grm import GRMConfig
 
 
 class _Plan:
@@ -217,6 +218,13 @@ def _torch_varlen(kernel, query, key, value, ragged, scaling, dropout, window, s
 _installing = threading.Lock()
 
 
+def grm_within(model: nn.Module) -> Any:
+    """The GRM in `model`, which may be wrapped (PEFT, DDP, FSDP), or `None`. Its class may also be the copy of ours
+    that `trust_remote_code=True` loads from the model's folder."""
+    grm = lambda m: isinstance(m, PreTrainedModel) and m.config.model_type == GRMConfig.model_type  # noqa: E731
+    return next(filter(grm, model.modules()), None)
+
+
 def serve_segments(model: nn.Module) -> None:
     """
     Lets `model` run packed and shared-prefix batches too. Call it again after a change of the layers or of the
@@ -226,7 +234,7 @@ def serve_segments(model: nn.Module) -> None:
         model (`nn.Module`):
             The model, as it is or wrapped (PEFT, DDP, FSDP).
     """
-    decoder = next(m for m in model.modules() if isinstance(m, GRMForSequenceClassification)).model
+    decoder = grm_within(model).model
     name = decoder.config._attn_implementation
     with _installing:
         if name in ALL_ATTENTION_FUNCTIONS:

@@ -29,8 +29,12 @@ _turns: WeakKeyDictionary[nn.Module, _Turns] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def _turns_of(model: nn.Module) -> _Turns:
-    shared = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)  # PEFT and DDP wrap the same
+def _shared(model: nn.Module) -> nn.Module:
+    """What the wrappers of PEFT and DDP around a model have in common."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def _turns_of(shared: nn.Module) -> _Turns:
     with _making:
         return _turns.setdefault(shared, _Turns())
 
@@ -38,13 +42,24 @@ def _turns_of(model: nn.Module) -> _Turns:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A context with the model in evaluation mode, for this thread and all others that evaluate. After the last of
-    them every module has its earlier mode. Waits while another thread has the model [`alone`]."""
-    turns, me = _turns_of(model), threading.get_ident()
+    them every module has its earlier mode, or the one that `model.train()` or `model.eval()` asked for meanwhile.
+    Waits while another thread has the model [`alone`]."""
+    shared, me = _shared(model), threading.get_ident()
+    turns = _turns_of(shared)
+
+    def afterwards(mode: bool = True) -> nn.Module:
+        with turns.changed:
+            turns.training = [*turns.training, *shared.modules()] if mode else []
+        return shared
+
     with turns.changed:
         nested = turns.evaluating[me] > 0 or turns.owner == me
         turns.changed.wait_for(lambda: nested or (turns.owner is None and not turns.waiting))
-        turns.training += [module for module in model.modules() if module.training]
-        model.eval()
+        for module in model.modules():
+            if module.training:
+                turns.training.append(module)
+                module.training = False
+        shared.train = afterwards  # type: ignore[method-assign]  # a trainer in another thread may call it any time
         turns.evaluating[me] += 1
     try:
         yield
@@ -52,6 +67,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with turns.changed:
             turns.evaluating -= Counter([me])
             if not turns.evaluating:
+                del shared.train
                 for module in turns.training:
                     module.training = True
                 turns.training = []
@@ -62,7 +78,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def alone(model: nn.Module) -> Iterator[None]:
     """A context for a training step, or for any other change of the state of `model`: meanwhile no other thread
     evaluates it, trains it or changes its mode. Waits until none does."""
-    turns, me = _turns_of(model), threading.get_ident()
+    turns, me = _turns_of(_shared(model)), threading.get_ident()
     with turns.changed:
         turns.waiting += 1
         try:

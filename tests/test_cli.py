@@ -195,6 +195,7 @@ def test_an_error_in_training_has_its_traceback_and_the_checkpoint(tmp_path, bas
 
     pairs = write_rows(tmp_path / "pairs.jsonl", rows(8))
     config = yaml(tmp_path, base_folder, pairs, save_strategy="steps", save_steps=1)
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves a runs/demo/model in the project's folder
     right = GRMRewardTrainer.training_step
 
     def fails(self, *args, **kwargs):

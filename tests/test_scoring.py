@@ -20,7 +20,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, assistant, chat_grm, chatml_tokenizer, read_rows, tiny_lm, user, write_rows
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
 from grm_hf.devices import alone as owned
 from grm_hf.devices import evaluating
@@ -368,6 +370,28 @@ def test_scorers_beside_a_trainer(tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) > 20
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_mode_set_during_evaluation_holds_afterwards(wrapped, mode):
+    """transformers 5.0 calls `model.train()` before the first step, whoever is scoring meanwhile."""
+    model = grm().train(not mode)
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
+        model.train(not mode)
+    with evaluating(model):
+        other = threading.Thread(target=model.train, args=[mode])
+        other.start()
+        other.join()
+        modules = list((model.get_base_model() if wrapped else model).modules())
+        with evaluating(model):
+            assert not any(module.training for module in modules)
+        assert not any(module.training for module in modules)
+    assert {module.training for module in model.modules()} == {mode}
+    model.train(not mode)
+    assert {module.training for module in model.modules()} == {not mode}
+
+
 def test_a_step_inside_a_step_and_a_score_inside_a_step_do_not_wait_for_themselves():
     model = grm().train()
     scorer = GRMScorer(model, TOKENIZER)
@@ -385,6 +409,21 @@ def test_a_step_inside_a_step_and_a_score_inside_a_step_do_not_wait_for_themselv
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
+
+
+def test_the_class_that_comes_with_a_model_scores_like_ours(tmp_path):
+    """transformers 5.0 gives it out, with `trust_remote_code=True`, although ours is registered."""
+    grm().save_pretrained(tmp_path)
+    theirs = get_class_from_dynamic_module("modeling_grm.GRMForSequenceClassification", str(tmp_path))
+    assert theirs is not GRMForSequenceClassification
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made = [kind.from_pretrained(tmp_path) for kind in (theirs, GRMForSequenceClassification)]
+        scorers = [GRMScorer(model, TOKENIZER) for model in made]
+    assert [scorer.layout for scorer in scorers] == ["shared_prefix", "shared_prefix"]
+    assert scorers[0].score(jobs(8, 1)[0]) == scorers[1].score(jobs(8, 1)[0])
+    chats = [[user("one two"), assistant("three")], [user("one two"), assistant("four")]]
+    assert scorers[0].signals(chats, ["head", "judge"]) == scorers[1].signals(chats, ["head", "judge"])
 
 
 def state(model):

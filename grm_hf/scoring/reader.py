@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from ..attention import grm_within
 from ..chats import as_messages, to_score
 from ..devices import alone, evaluating
 from ..encoding import template_kwargs_of, text_of
@@ -54,7 +55,7 @@ class Reader:
     def __init__(self, scorer, names: Iterable[str], settings: dict[str, Any]):
         self.scorer, self.settings = scorer, Settings.of(settings)
         self.names = checked(names, self.settings)
-        self.grm = next(m for m in scorer.model.modules() if isinstance(m, GRMForSequenceClassification))
+        self.grm = grm_within(scorer.model)
         wrapped = vars(scorer.model).get("_adapted", scorer.model)  # as PEFT wraps it
         self.adapted: Any = wrapped if hasattr(wrapped, "disable_adapter") else None
         self.known: list[float] | None = None  # log-probabilities of the reference, one for each chat
@@ -219,7 +220,7 @@ def reference_scorer(scorer, given):
             f"`reference` is {type(given).__name__}; give a language model (a Hub id, a folder, a live model), or a "
             "list of its log-probabilities, a number for each chat."
         )
-    elif not any(isinstance(module, GRMForSequenceClassification) for module in given.modules()):
+    elif grm_within(given) is None:
         given = _with_head(given)
     return scorer.beside(given)
 

@@ -466,8 +466,6 @@ class GRMRewardTrainer(RewardTrainer):
     def evaluation_loop(self, *args, **kwargs):
         self._averages["eval"], self._eval_rows = Averages(), []  # left by `predict`, which logs nothing
         self._mode = "eval"
-        with alone(self.model):  # no scorer in another thread will set the mode back
-            self.model.eval()
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs, start_time=None):
