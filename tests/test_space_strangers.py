@@ -192,6 +192,19 @@ def test_sentences_for_what_no_page_would_send(pairwise):
     assert not fine and "`answers` is text; a list of 2 to 32 texts is required" in said["error"]
 
 
+@pytest.mark.parametrize("page", ["pairwise", "accuracy"])
+def test_a_call_with_too_few_or_too_many_values(page, request):
+    site = request.getfixturevalue(page)
+    name, named = {
+        "pairwise": ("compare", "6 values (prompt, answer_a, answer_b, model, temperature, messages)"),
+        "accuracy": ("measure", "6 values (chosen, rejected, ties, temperature, prompts, subsets)"),
+    }[page]
+    for count in (0, 2, 7):
+        posted = site.http.post(f"/gradio_api/call/{name}", json={"data": ["x"] * count})
+        said = site.http.get(f"/gradio_api/call/{name}/{posted.json()['event_id']}").text
+        assert f"`/{name}` takes {named}, and {count} came." in said
+
+
 def patiently(request, *data):
     """A request again where the page says that too many wait: visitors before may have left work that still runs."""
     for _ in range(600):

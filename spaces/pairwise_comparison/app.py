@@ -39,7 +39,7 @@ import metrics  # noqa: E402
 import reward_models  # noqa: E402
 import tables  # noqa: E402
 from checks import check_text  # noqa: E402
-from guard import Guard  # noqa: E402
+from guard import Guard, Page  # noqa: E402
 from jobs import Kind  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
@@ -530,7 +530,7 @@ def status(name: str) -> gr.HTML:
 
 def build() -> gr.Blocks:
     first, shown, fits, (reads_ranking, reads_table) = at_first_sight()
-    with gr.Blocks(title="Pairwise comparison", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+    with Page(title="Pairwise comparison", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         gr.Markdown(
             "# Pairwise comparison\nA reward model reads a prompt and an answer and gives one number, the reward: the "
             "higher, the better the answer by its taste. See which of two answers it prefers, and where it decides."

@@ -1,5 +1,6 @@
 """A guard in front of the routes of a page: it limits what a visitor may send, and knows who is still there.
 
+    with Page() as demo: ...
     demo.launch(app_kwargs={"middleware": [Middleware(Guard, most=2_000_000, values=1000, uploads=FOLDER)]})
 
 A body that is too long, too slow, nested too deeply, or has too many values is refused before anything parses it. All
@@ -8,12 +9,15 @@ for a result holds a stream open: `listening` says whether there is one.
 """
 
 import asyncio
+import inspect
 import json
 import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import parse_qs
+
+import gradio as gr
 
 
 MAX_DEPTH = 32  # of lists and objects in each other
@@ -114,6 +118,18 @@ class Guard:
 
 class Refused(Exception):
     pass
+
+
+class Page(gr.Blocks):
+    """A page that answers a call with too few or too many values with a sentence."""
+
+    def validate_inputs(self, block_fn, inputs):
+        needed = len(block_fn.inputs)
+        if len(inputs) != needed:
+            names = list(inspect.signature(block_fn.fn).parameters)[:needed]
+            named = f" ({', '.join(names)})" if block_fn.api_visibility == "public" else ""
+            message = f"`/{block_fn.api_name}` takes {needed} values{named}, and {len(inputs)} came."
+            raise gr.Error(message, print_exception=False)
 
 
 async def again(whole: list, receive):

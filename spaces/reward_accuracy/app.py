@@ -27,7 +27,7 @@ import gradio as gr  # noqa: E402
 import metrics  # noqa: E402
 from calibration import pairs, reliability_plot  # noqa: E402
 from checks import called, check_text  # noqa: E402
-from guard import Guard  # noqa: E402
+from guard import Guard, Page  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 
@@ -392,7 +392,7 @@ THEME = gr.themes.Default(primary_hue="blue", neutral_hue="slate").set(  # gradi
     button_primary_background_fill_hover_dark="*primary_600",
 )
 
-with gr.Blocks(title="Reward accuracy", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+with Page(title="Reward accuracy", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
     gr.Markdown(
         "# Reward accuracy\nHow good is a reward model? Paste the rewards it gave to preference pairs, or upload "
         "them. The first line names the columns: `chosen` and `rejected` are required; `prompt`, `subset`, and "
