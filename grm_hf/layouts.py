@@ -283,14 +283,15 @@ class PairCollator:
             `{"parts": [batch, ...]}`. A longer pair is a batch by itself.
 
     A pair is a `dict` with `chosen_ids`, `rejected_ids` (`list[int]`), `chosen_start`, `rejected_start` (`int`, index
-    of the first response token; needed with a text loss), and optionally `margin`, `ref_chosen_logps`,
+    of the first response token; needed with a text loss), and optionally `margin`, `label`, `ref_chosen_logps`,
     `ref_rejected_logps` (`float`). If a response starts at index 0, no hidden state predicts its first token, and the
     text loss leaves this token out.
 
     Returns:
         `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments` (see [`Forest`]),
         `read_index` `(2B,)` and `output_rows` (every index whose hidden state is read); with a text loss `text_index`,
-        `text_targets`, `text_owner` `(num_tokens,)`; `margin` `(B,)` and `ref_logps` `(2B,)` if the pairs have them.
+        `text_targets`, `text_owner` `(num_tokens,)`; `margin` and `label` `(B,)` and `ref_logps` `(2B,)` if the pairs
+        have them.
     """
 
     pad_token_id: int
@@ -327,8 +328,9 @@ class PairCollator:
             if self.text == "both":
                 starts += [pair["rejected_start"] for pair in pairs]
             batch |= text_tokens(sequences, starts, paths)
-        if "margin" in pairs[0]:
-            batch["margin"] = torch.tensor([pair["margin"] for pair in pairs], dtype=torch.float)
+        for name in ("margin", "label"):
+            if name in pairs[0]:
+                batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float)
         if "ref_chosen_logps" in pairs[0]:
             names = ("ref_chosen_logps", "ref_rejected_logps")
             batch["ref_logps"] = torch.tensor([pair[name] for name in names for pair in pairs], dtype=torch.float)

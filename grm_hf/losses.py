@@ -22,25 +22,27 @@ class PairLoss(NamedTuple):
     Attributes:
         formula (`str`): The formula in README, card and `--help`; `r_c` and `r_r` are the rewards.
         reads_margin (`bool`): Whether it needs the strength of each preference, `margin`.
-        function (`Callable`): `(d, margin, label_smoothing)` to `(B,)`; `d` is the difference of the rewards.
+        function (`Callable`): `(d, margin, target)` to `(B,)`; `d` is the difference of the rewards, `target` the
+            probabilities that chosen and rejected are the better one.
         source (`str`): The publication or library it comes from.
     """
 
     formula: str
     reads_margin: bool
-    function: Callable[[torch.Tensor, Any, float], torch.Tensor]
+    function: Callable[[torch.Tensor, Any, tuple], torch.Tensor]
     source: str = ""
 
 
 class Responses(NamedTuple):
-    """The input of a text loss: tensors `(B,)` of summed log-probabilities, and of the number of tokens in a sum.
-    `None` if the loss does not read it."""
+    """The input of a text loss: tensors `(B,)` of summed log-probabilities, of the number of tokens in a sum, and of
+    soft labels. `None` if the loss does not read it."""
 
     chosen: torch.Tensor
     chosen_tokens: Any = None
     rejected: Any = None
     ref_chosen: Any = None
     ref_rejected: Any = None
+    label: Any = None
 
 
 class TextLoss(NamedTuple):
@@ -62,25 +64,42 @@ class TextLoss(NamedTuple):
     source: str = ""
 
 
-def _bradley_terry(logits: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+def _target(label: Any, label_smoothing: float = 0.0) -> tuple:
+    """The probabilities that chosen and rejected are the better one."""
+    if label is None:
+        return 1 - label_smoothing, label_smoothing
+    return (
+        label * (1 - label_smoothing) + (1 - label) * label_smoothing,
+        label * label_smoothing + (1 - label) * (1 - label_smoothing),
+    )
+
+
+def _bradley_terry(logits: torch.Tensor, target: tuple) -> torch.Tensor:
+    right, wrong = target
     loss = -logsigmoid(logits)
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-logits)
-    return loss
+    if isinstance(wrong, float) and wrong == 0:
+        return loss
+    return right * loss - wrong * logsigmoid(-logits)
 
 
 # To add a loss: one entry here and its test. README, cards, `--help` and the trainer read these tables.
 PAIR_LOSSES = {
     "bt": PairLoss(
-        "-log sigmoid(r_c - r_r)", False, lambda d, margin, e: _bradley_terry(d, e), "Bradley and Terry (2406.10216)"
+        "-log sigmoid(r_c - r_r)",
+        False,
+        lambda d, margin, target: _bradley_terry(d, target),
+        "Bradley and Terry (2406.10216)",
     ),
     "margin": PairLoss(
-        "-log sigmoid(r_c - r_r - margin)", True, lambda d, margin, e: _bradley_terry(d - margin, e), "as TRL"
+        "-log sigmoid(r_c - r_r - margin)",
+        True,
+        lambda d, margin, target: _bradley_terry(d - margin, target),
+        "as TRL",
     ),
     "scaled": PairLoss(
         "-margin * log sigmoid(r_c - r_r)",
         True,
-        lambda d, margin, e: margin * _bradley_terry(d, e),
+        lambda d, margin, target: margin * _bradley_terry(d, target),
         "HelpSteer2-Preference (2410.01257)",
     ),
 }
@@ -104,13 +123,15 @@ TEXT_LOSSES = {
         "-log sigmoid(beta * (s_c - s_r))",
         "both",
         False,
-        lambda s, beta: -logsigmoid(beta * (s.chosen - s.rejected)),
+        lambda s, beta: _bradley_terry(beta * (s.chosen - s.rejected), _target(s.label)),
     ),
     "dpo": TextLoss(
         "-log sigmoid(beta * ((s_c - s_r) - (ref_c - ref_r)))",
         "both",
         True,
-        lambda s, beta: -logsigmoid(beta * ((s.chosen - s.rejected) - (s.ref_chosen - s.ref_rejected))),
+        lambda s, beta: _bradley_terry(
+            beta * ((s.chosen - s.rejected) - (s.ref_chosen - s.ref_rejected)), _target(s.label)
+        ),
         "reference: adapter off, precomputed, or a copy",
     ),
 }
@@ -122,10 +143,11 @@ def pair_loss(
     margin: torch.Tensor | None = None,
     name: str = "bt",
     label_smoothing: float = 0.0,
+    label: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    Loss on the rewards of preference pairs: one of `PAIR_LOSSES`. With label smoothing `e`, `-log s(z)` becomes
-    `-(1 - e) log s(z) - e log s(-z)`.
+    Loss on the rewards of preference pairs: one of `PAIR_LOSSES`. With a soft label `p`, `-log s(z)` becomes
+    `-p log s(z) - (1 - p) log s(-z)` (2605.11865). Label smoothing `e` replaces `p` by `p (1 - e) + (1 - p) e`.
 
     Args:
         chosen (`torch.Tensor` of shape `(B,)`):
@@ -138,6 +160,8 @@ def pair_loss(
             One of `PAIR_LOSSES`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Probability that a label is wrong, in `[0, 0.5)`.
+        label (`torch.Tensor` of shape `(B,)`, *optional*):
+            Probability that the chosen response is the better one, in `[0, 1]`: 1 without it, 0.5 for a tie.
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
@@ -159,7 +183,7 @@ def pair_loss(
             f"pair_loss={name!r} needs the strength of each preference, and the data has no `margin` column. Add one "
             "(a number a row), or use pair_loss='bt'."
         )
-    return loss.function(chosen - rejected, margin, label_smoothing)
+    return loss.function(chosen - rejected, margin, _target(label, label_smoothing))
 
 
 def text_loss(
@@ -170,6 +194,7 @@ def text_loss(
     rejected_logps: torch.Tensor | None = None,
     ref_chosen_logps: torch.Tensor | None = None,
     ref_rejected_logps: torch.Tensor | None = None,
+    label: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Text-generation loss on the responses of preference pairs (2406.10216, Sec. 3.2): one of `TEXT_LOSSES`.
@@ -188,17 +213,39 @@ def text_loss(
             Number of response tokens in each sum; for `"sft_token_mean"`. Where it is 0, the loss is 0.
         ref_chosen_logps, ref_rejected_logps (`torch.Tensor` of shape `(B,)`):
             The same sums under the reference model, if `TEXT_LOSSES[name].reference`.
+        label (`torch.Tensor` of shape `(B,)`, *optional*):
+            Soft labels, as in [`pair_loss`]. A loss on the chosen response alone does not read them.
 
     Returns:
         `torch.Tensor` of shape `(B,)`.
     """
-    responses = Responses(chosen_logps, chosen_tokens, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    responses = Responses(chosen_logps, chosen_tokens, rejected_logps, ref_chosen_logps, ref_rejected_logps, label)
     return TEXT_LOSSES[name].function(responses, beta)
 
 
 def centering(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """`(r_c + r_r)^2`, which pulls the mean reward to zero (2312.09244, Eq. 2): `(B,)`, `(B,)` to `(B,)`."""
     return (chosen + rejected) ** 2
+
+
+def sum_to_zero(chosen: torch.Tensor, rejected: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    `m^2`, where `m` is the mean reward of all responses of an optimiser step (batch-wise sum-to-zero regularisation,
+    2505.07271). It pulls the mean of a batch to zero, and [`centering`] that of each pair.
+
+    Args:
+        chosen, rejected (`torch.Tensor` of shape `(B,)`):
+            Rewards of a batch.
+        mean (`torch.Tensor`, *optional*):
+            `m`, if the step has further batches. Then the values are those of the tangent `2 m x - m^2` at `m`: their
+            average over the pairs of the step is `m^2`, and has its gradient.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: a share for each pair; only their average means something.
+    """
+    own = (chosen + rejected) / 2
+    mean = own.mean().detach() if mean is None else mean
+    return 2 * mean * own - mean**2
 
 
 def total_loss(pair: torch.Tensor, text: torch.Tensor | None, alpha: float) -> torch.Tensor:

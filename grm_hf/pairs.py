@@ -40,7 +40,7 @@ __all__ = ["Counts", "Encoded", "Encoder", "OverlengthError", "prepare_pairs"]
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+$")
 # What became of a row; and, added to it, what the chat template left out of the row.
 _KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED, _BAD, _TOO_LONG = range(6)
-_OUTCOME, _UNREAD = 7, {"thinking": 8, "tools": 16}
+_OUTCOME, _UNREAD, _SWAPPED = 7, {"thinking": 8, "tools": 16}, 32
 NAMED = 20  # bad rows that an error names
 _SLOTS = 257  # of counts: this process, and as many workers of a data loader
 
@@ -57,9 +57,10 @@ class Counts:
         truncated (`int`): Rows kept in which at least one sequence was cut.
         response_cut (`int`): Rows among those where the cut reached into a response.
         thinking, tools (`int`): Rows seen in which the chat template leaves out thinking or tools.
+        swapped (`int`): Rows seen whose label says that rejected is the better one, and that were turned round.
     """
 
-    FIELDS = ("rows", "dropped", "truncated", "response_cut", "thinking", "tools")
+    FIELDS = ("rows", "dropped", "truncated", "response_cut", "thinking", "tools", "swapped")
 
     def __init__(self, name: str, **numbers: int):
         self.name = name
@@ -85,7 +86,7 @@ class Counts:
     def add(self, outcome: int, rows: int = 1) -> None:
         what = outcome & _OUTCOME
         flags = [True, what == _DROPPED, what in (_TRUNCATED, _RESPONSE_CUT), what == _RESPONSE_CUT]
-        flags += [bool(outcome & bit) for bit in _UNREAD.values()]
+        flags += [bool(outcome & bit) for bit in (*_UNREAD.values(), _SWAPPED)]
         self._table[_slot(), 0] += rows * torch.tensor(flags, dtype=torch.int64)
 
     def begin(self) -> None:
@@ -108,6 +109,8 @@ class Counts:
         for what in _UNREAD:
             if count := getattr(self, what):
                 text += f", {count} {left_out(what)}"
+        if self.swapped:
+            text += f", {self.swapped} with chosen and rejected exchanged, since their label is below 0.5"
         return text
 
     @property
@@ -135,7 +138,8 @@ def prepare_pairs(
     Tokenises a dataset of preference pairs.
 
     Takes every preference format of TRL: text or messages, the prompt in a column of its own or as the beginning of
-    both sides, with `tools` (list or JSON), `chat_template_kwargs` and `margin` (any finite number). Rows that are
+    both sides, with `tools` (list or JSON), `chat_template_kwargs`, `margin` (any finite number) and `label` (the
+    share of annotators who preferred `chosen`; 0.5 is a tie; below 0.5 the two sides are exchanged). Rows that are
     already tokenised have `chosen_ids`, `rejected_ids` (with BOS and terminator), `chosen_start` and `rejected_start`.
     All rows must have the same format. Other columns are left out of the result.
 
@@ -161,8 +165,8 @@ def prepare_pairs(
 
     Returns:
         The dataset with columns `chosen_ids`, `rejected_ids` (lists of ints), `chosen_start`, `rejected_start` (see
-        [`Encoded`]) and, where given, `margin`, and [`Counts`]. A streaming dataset is prepared while it is read: its
-        counts grow with it, and a bad row raises when it is reached.
+        [`Encoded`]) and, where given, `margin` and `label`, and [`Counts`]. A streaming dataset is prepared while it
+        is read: its counts grow with it, and a bad row raises when it is reached.
 
     Raises:
         `ValueError`: for bad rows, with the index of each, what was found and what to do; for a dataset without rows;
@@ -301,7 +305,7 @@ def _naming(name: str, index: int, side: str = "") -> Iterator[None]:
 
 
 def _format_of(row: dict) -> _RowFormat:
-    numbers = tuple(n for n in ("margin",) if row.get(n) is not None)
+    numbers = tuple(n for n in ("margin", "label") if row.get(n) is not None)
     if "chosen_ids" in row and "rejected_ids" in row:
         numbers += tuple(n for n in ("ref_chosen_logps", "ref_rejected_logps") if row.get(n) is not None)
         return _RowFormat("tokens", False, numbers)
@@ -351,7 +355,8 @@ def _prepare_row(
                 f"this row is {own}; row 0 is {row_format}. All rows of a dataset must be of one kind: fill in what "
                 "is missing, or remove the column or the rows."
             )
-        output: dict[str, Any] = {number: _finite(number, row[number]) for number in row_format.numbers}
+        output: dict[str, Any] = {number: _number(number, row[number]) for number in row_format.numbers}
+        swapped = _is_swapped(**output)
         texts = row
         if row_format.form != "tokens":
             if row["chosen"] == row["rejected"]:
@@ -398,6 +403,11 @@ def _prepare_row(
                 f"{encoder.max_length}. Remove the columns `ref_chosen_logps` and `ref_rejected_logps`, or raise "
                 "`max_length`."
             )
+    if swapped:
+        chosen, rejected = rejected, chosen
+        output["label"] = 1 - output["label"]
+        names = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in output]
+        output |= dict(zip(names, [output[name] for name in reversed(names)], strict=True))
     response_cut = chosen.response_cut or rejected.response_cut
     outcome = _DROPPED if equal else _RESPONSE_CUT if response_cut else _TRUNCATED if cut else _KEPT
     return {
@@ -406,7 +416,7 @@ def _prepare_row(
         "chosen_start": chosen.start,
         "rejected_start": rejected.start,
         **output,
-        "outcome": outcome + sum(_UNREAD[what] for what in unread),
+        "outcome": outcome + sum(_UNREAD[what] for what in unread) + _SWAPPED * swapped,
     }
 
 
@@ -464,7 +474,23 @@ def _split_texts(chosen: str, rejected: str) -> dict[str, str]:
     return {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
 
 
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _is_swapped(label: float = 1.0, margin: float | None = None, **_) -> bool:
+    """Whether a row's label says that its rejected response is the better one."""
+    if label < 0.5 and margin is not None:
+        raise ValueError(
+            f"`label` is {label:g}, so `rejected` is preferred, and `margin` says how much better `chosen` is. "
+            "Exchange the two responses, or remove one of the columns."
+        )
+    return label < 0.5
+
+
+def _number(name: str, value: Any) -> float:
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "label" and not (finite and 0 <= value <= 1):
+        raise ValueError(
+            f"`label` is {value!r}; beside `chosen` and `rejected` it is the share of annotators who preferred "
+            "`chosen`, from 0 to 1. Rename the column if it means something else."
+        )
+    if not finite:
         raise ValueError(f"`{name}` is {value!r}; it must be a finite number. Correct it, or remove the row.")
     return float(value)

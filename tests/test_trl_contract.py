@@ -330,6 +330,8 @@ def test_earlier_names_of_columns_are_taken_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         trainer(tmp_path, data=old)
+    difference(12, "`label`")
+    assert trainer(tmp_path, data=pairs(label=[0.75] * 16)).train_dataset["label"][:] == [0.75] * 16
 
 
 def test_a_base_with_code_of_its_own_is_refused(tmp_path):

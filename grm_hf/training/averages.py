@@ -11,7 +11,8 @@ EXTREMES: dict[str, tuple[Callable, Callable]] = {
     "min_reward": (torch.amin, torch.minimum),
     "max_reward": (torch.amax, torch.maximum),
 }
-MEANS = ("accuracy", "margin", "pair_loss", "text_loss", "aux_loss", "implicit_accuracy")  # over pairs
+MEANS = ("margin", "pair_loss", "text_loss", "aux_loss")  # over pairs
+ACCURACIES = ("accuracy", "implicit_accuracy")  # over pairs whose soft label is no tie
 
 
 class Averages:
@@ -44,7 +45,7 @@ class Averages:
         Args:
             columns (`dict[str, torch.Tensor]`):
                 One value for each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`,
-                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`.
+                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`.
             gather (`Callable`, *optional*):
                 Gives the rows of all processes, without those that a sampler repeats. Without it, [`~Averages.take`]
                 combines the processes.
@@ -52,14 +53,16 @@ class Averages:
         chosen, rejected, *_ = (columns[name] for name in ("chosen", "rejected"))
         rows = {
             "pairs": torch.ones_like(chosen),
+            "decided": (columns["label"] != 0.5) if "label" in columns else torch.ones_like(chosen),
             "accuracy": (chosen > rejected).to(chosen.dtype),
             "margin": chosen - rejected,
             "reward": chosen + rejected,
             "reward_squared": chosen**2 + rejected**2,
             "min_reward": torch.minimum(chosen, rejected),
             "max_reward": torch.maximum(chosen, rejected),
-            **{name: column for name, column in columns.items() if name not in ("chosen", "rejected")},
+            **{name: column for name, column in columns.items() if name not in ("chosen", "rejected", "label")},
         }
+        rows |= {name: rows[name] * rows["decided"] for name in ACCURACIES if name in rows}
         table = torch.stack([column.double() for column in rows.values()], dim=1)
         if gather is not None:
             table = gather(table)
@@ -95,7 +98,8 @@ class Averages:
         total = dict(zip(names, values.tolist(), strict=True))
         pairs = total["pairs"]
         mean = total["reward"] / (2 * pairs)
-        averages = {name: total[name] / pairs for name in (*MEANS, "loss") if name in total}
+        averages = {name: total[name] / total["decided"] for name in ACCURACIES if name in total and total["decided"]}
+        averages |= {name: total[name] / pairs for name in (*MEANS, "loss") if name in total}
         averages |= {"min_reward": total["min_reward"], "mean_reward": mean, "max_reward": total["max_reward"]}
         averages["std_reward"] = max(total["reward_squared"] / (2 * pairs) - mean**2, 0.0) ** 0.5
         if total.get("nll_tokens"):

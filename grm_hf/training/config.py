@@ -1,5 +1,6 @@
 """Settings of a GRM training run: TRL's reward settings and those of the text loss."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 
@@ -47,6 +48,12 @@ class GRMRewardConfig(RewardConfig):
             margins is measured with `"bt"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Assumed share of wrong labels, in `[0, 0.5)`.
+        batch_sum_to_zero (`float`, *optional*, defaults to `0.0`):
+            Weight `c` of `c * m^2`, where `m` is the mean reward of all responses of an optimiser step (2505.07271).
+            It
+            keeps the rewards of a step around zero. `center_rewards_coefficient` does so for each pair. The mean is
+            exact over ranks. With gradient accumulation or `max_tokens_per_batch` it costs one more forward of the
+            step, without gradients. Evaluation leaves the term out. The paper's code uses 0.001 times the batch size.
         reference (`str`, *optional*):
             Source of the reference log-probabilities of `"dpo"`: `"adapter_off"` (the same model with its adapter
             switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
@@ -99,6 +106,9 @@ class GRMRewardConfig(RewardConfig):
         },
     )
     label_smoothing: float = field(default=0.0, metadata={"help": "Assumed share of wrong labels, in [0, 0.5)."})
+    batch_sum_to_zero: float = field(
+        default=0.0, metadata={"help": "Weight of the squared mean reward of all responses of an optimiser step."}
+    )
     reference: str | None = field(
         default=None,
         metadata={
@@ -146,6 +156,10 @@ class GRMRewardConfig(RewardConfig):
             raise ValueError(f"`beta` is {self.beta}; it must be above 0. To switch the text loss off, set alpha=0.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it must be in [0, 0.5).")
+        if not 0 <= self.batch_sum_to_zero < math.inf:
+            raise ValueError(
+                f"`batch_sum_to_zero` is {self.batch_sum_to_zero}; it is a weight and must be at least 0."
+            )
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(
                 f"`max_tokens_per_batch` is {self.max_tokens_per_batch}; it must be at least 1, or None for no limit."

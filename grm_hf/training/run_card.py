@@ -225,9 +225,12 @@ def _formula(trainer):
     args = trainer.args
     pair = PAIR_LOSSES[trainer.pair_loss].formula
     if args.center_rewards_coefficient is not None:
-        pair = f"({pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2)"
+        pair = f"{pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2"
+    if args.batch_sum_to_zero:
+        pair += f" + {args.batch_sum_to_zero:g} * (mean reward of a step)^2"
     if args.text_loss == "none":
         return pair
+    pair = f"({pair})" if " + " in pair else pair
     return f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
 
 

@@ -164,6 +164,7 @@ class GRMRewardTrainer(RewardTrainer):
         self.pair_loss = self._choose_pair_loss()
         self._averages = {"train": Averages(), "eval": Averages()}
         self._mode = "train"  # or "eval". Not the mode of the model: a scorer in another thread may have set that
+        self._step, self._pairs_at_once = None, None  # for `batch_sum_to_zero`
         self._tokens_since, self._log_time = 0, time.perf_counter()
         if args.eval_suites:
             self.add_callback(SuiteCallback(self, args.eval_suites, args.eval_suite_limit))
@@ -303,7 +304,7 @@ class GRMRewardTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [*reference.COLUMNS, "margin", "ref_chosen_logps", "ref_rejected_logps"]
+            self._signature_columns = [*reference.COLUMNS, "margin", "label", "ref_chosen_logps", "ref_rejected_logps"]
             if self._groups_by_length:
                 self._signature_columns.append(self.args.length_column_name)
 
@@ -320,11 +321,46 @@ class GRMRewardTrainer(RewardTrainer):
             kwargs.pop("output_rows", None)  # the auxiliary loss is an average over all tokens of every layer
         return model(**kwargs, use_cache=False, lm_fn=lm_fn)
 
+    def get_batch_samples(self, *args, **kwargs):
+        batches, number = super().get_batch_samples(*args, **kwargs)
+        args, self._step = self.args, None
+        several = args.gradient_accumulation_steps > 1 or args.max_tokens_per_batch is not None  # on every rank alike
+        if args.batch_sum_to_zero and several and batches:
+            rewards = self._rewards_beforehand(batches)
+            self._step = self._step_of(rewards, len(batches))
+        return batches, number
+
+    @torch.no_grad()
+    def _rewards_beforehand(self, batches):
+        """All rewards of an optimiser step, `(n,)`, with the dropout that its forwards will have."""
+        device = self.accelerator.device
+        here = [device] if device.type == "cuda" else []
+        model, rewards = self.model_wrapped, []
+        with alone(self.model), torch.random.fork_rng(here), self.compute_loss_context_manager():
+            model.train()
+            for batch in batches:
+                for part in _parts(self._prepare_inputs(batch)):
+                    rewards.append(self._forward(model, part, None).logits.flatten())
+        return torch.cat(rewards)
+
+    def _step_of(self, rewards, batches):
+        """Of an optimiser step on all ranks: its mean reward, its pairs, and the batches that its gradient is the mean
+        of."""
+        own = torch.stack([rewards.detach().sum(), torch.full_like(rewards[0], len(rewards))])
+        total, count = self.accelerator.gather(own[None]).sum(0)
+        return total / count, count / 2, batches * self.accelerator.num_processes
+
+    def _sum_to_zero(self, chosen, rejected):
+        """The term over an optimiser step, a share for each of these pairs, `(B,)`."""
+        mean, pairs, batches = self._step or self._step_of(torch.cat([chosen, rejected]), 1)
+        share = batches * self._pairs_at_once / pairs  # a batch of fewer pairs counts less in this mean
+        return share * losses.sum_to_zero(chosen, rejected, mean)
+
     def training_step(self, model, inputs, *args, **kwargs):
         parts = _parts(inputs)
         pairs = sum(map(num_sequences, parts))
         loss = 0.0
-        self._mode = "train"
+        self._mode, self._pairs_at_once = "train", pairs / 2
         with alone(self.model):  # a scorer in another thread waits, and sets evaluation mode afterwards
             for i, part in enumerate(parts, 1):
                 with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
@@ -374,12 +410,17 @@ class GRMRewardTrainer(RewardTrainer):
         outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
-        pair = losses.pair_loss(chosen, rejected, inputs.get("margin"), self._pair_loss(inputs), args.label_smoothing)
+        label = inputs.get("label")
+        name = self._pair_loss(inputs)
+        pair = losses.pair_loss(chosen, rejected, inputs.get("margin"), name, args.label_smoothing, label)
         loss = pair.mean()
         if args.center_rewards_coefficient is not None:
             centering = losses.centering(chosen, rejected)
             pair = pair + args.center_rewards_coefficient * centering
             loss = loss + args.center_rewards_coefficient * centering.mean()
+        if args.batch_sum_to_zero and self._mode == "train":
+            term = args.batch_sum_to_zero * self._sum_to_zero(chosen, rejected)
+            pair, loss = pair + term, loss + term.mean()
         text, columns = None, {}
         if responses_of is not None:
             responses = responses_of(outputs.lm_output)
@@ -395,6 +436,8 @@ class GRMRewardTrainer(RewardTrainer):
         chosen_tokens, rejected_tokens = sequence_lengths(inputs).chunk(2)
         columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
         columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
+        if label is not None:
+            columns["label"] = label
         return loss, columns | {"loss": total}
 
     def _pair_loss(self, inputs):
@@ -424,7 +467,8 @@ class GRMRewardTrainer(RewardTrainer):
             ref_chosen, ref_rejected = (None, None) if reference is None else reference.to(sums.dtype).chunk(2)
             if self.args.text_side == "chosen":
                 rejected = None
-            return losses.Responses(chosen, tokens.to(sums.dtype), rejected, ref_chosen, ref_rejected)
+            label = inputs.get("label")
+            return losses.Responses(chosen, tokens.to(sums.dtype), rejected, ref_chosen, ref_rejected, label)
 
         return responses_of
 
@@ -439,8 +483,10 @@ class GRMRewardTrainer(RewardTrainer):
         gather = self.accelerator.gather_for_metrics if mode == "eval" else None
         self._averages[mode].add(columns, gather)
         if mode == "eval":
-            seen = torch.stack([columns["chosen"], columns["rejected"], *lengths], dim=1).double()
-            self._eval_rows.append(gather(seen).cpu())
+            label = columns.get("label", torch.ones_like(columns["chosen"]))
+            seen = torch.stack([columns["chosen"], columns["rejected"], *lengths, label], dim=1).double()
+            seen = gather(seen).cpu()
+            self._eval_rows.append(seen[seen[:, 4] != 0.5, :4])  # a tie is no pair to be right about
         else:
             self._tokens_since = self._tokens_since + sum(lengths).sum()
 
