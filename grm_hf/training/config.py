@@ -50,8 +50,7 @@ class GRMRewardConfig(RewardConfig):
             Assumed share of wrong labels, in `[0, 0.5)`.
         batch_sum_to_zero (`float`, *optional*, defaults to `0.0`):
             Weight `c` of `c * m^2`, where `m` is the mean reward of all responses of an optimiser step (2505.07271).
-            It
-            keeps the rewards of a step around zero. `center_rewards_coefficient` does so for each pair. The mean is
+            It keeps the rewards of a step around zero. `center_rewards_coefficient` does so for each pair. The mean is
             exact over ranks. With gradient accumulation or `max_tokens_per_batch` it costs one more forward of the
             step, without gradients. Evaluation leaves the term out. The paper's code uses 0.001 times the batch size.
         reference (`str`, *optional*):
