@@ -39,11 +39,12 @@ def place(tmp_path_factory):
 def hub(place, monkeypatch):
     """The Hub, whose data sets are the files here."""
 
-    def download(sources, revision=None):
+    def download(sources, revisions):
         suite = next(name for name, suite in SUITES.items() if suite.hub == tuple(sources))
         return read_rows(place / "data" / suite)
 
     monkeypatch.setattr("grm_hf.evaluation.run.download_rows", download)
+    monkeypatch.setattr("grm_hf.evaluation.run.commits_of", lambda sources, revision: {})
     monkeypatch.chdir(place)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import official_files
 import pytest
@@ -256,6 +257,38 @@ def test_results_are_taken_up_again_from_any_byte_to_the_same_bytes(folder, data
         again = evaluate(folder, "rm-bench", data / "rm-bench", output=tmp_path, window=12)
         assert path.read_bytes() == content
         assert again.summary == whole.summary and again.rows == whole.rows
+
+
+def test_results_name_the_commit_of_their_data_and_go_on_with_it(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="needs the extra `eval`")
+    hub = pytest.importorskip("huggingface_hub")
+    (rows,) = FILES["judgebench"]().values()
+    commits, asked = {"main": "a" * 40, "v1": "b" * 40}, []
+
+    def load_dataset(repo, config, split, revision):
+        asked.append((repo, revision))
+        return rows
+
+    monkeypatch.setattr(
+        hub.HfApi, "dataset_info", lambda self, repo, revision=None: SimpleNamespace(sha=commits[revision or "main"])
+    )
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    repo = "ScalerLab/JudgeBench"
+    found = evaluate(folder, "judgebench", output=tmp_path / "main")
+    assert found.revisions == {repo: "a" * 40} == json.loads(found.to_json())["revisions"]
+    commits["main"] = "c" * 40  # the data goes on; this evaluation does not
+    assert evaluate(folder, "judgebench", output=tmp_path / "main").revisions == {repo: "a" * 40}
+    assert evaluate(folder, "judgebench", revision="v1", output=tmp_path / "v1").revisions == {repo: "b" * 40}
+    assert evaluate(folder, "judgebench", "lab/copy").revisions == {"lab/copy": "c" * 40}
+    assert asked == [(repo, "a" * 40), (repo, "a" * 40), (repo, "b" * 40), ("lab/copy", "c" * 40)]
+
+    def offline(self, repo, revision=None):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", offline)
+    with pytest.warns(UserWarning, match=f"cannot be asked for the commit of {repo} .ConnectionError."):
+        assert evaluate(folder, "judgebench", revision="v1").revisions == {}
+    assert asked[-1] == (repo, "v1")
 
 
 def test_finished_results_are_read_and_not_computed(folder, data, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "spaces" / "pairwise_comparison"
 DOCS = (ROOT / "docs" / "space.md").read_text(encoding="utf-8")
 SCREENSHOTS = os.environ.get("GRM_SCREENSHOTS")
+NAME = Path(os.environ.get("GRM_SCREENSHOT_MODEL") or "demo").name  # of the model, in the list
 TOKEN = "hf_" + "a" * 34
 PROMPT, A, B = "What is 17 times 3?", "51.", "It is 41."
 EVIL = "<img src=x onerror='window.hacked=1'>"
@@ -82,7 +83,7 @@ def site(tmp_path_factory):
     (push,) = commands("grm")
     revision = re.search("revision ([0-9a-f]{40})", run(push))[1]
     shutil.copytree(SPACE, root / "spaces/pairwise_comparison", ignore=shutil.ignore_patterns("__pycache__"))
-    entries = [{"id": "ann/demo", "revision": revision, "name": "demo"}, {"id": "ann/demo", "revision": "main"}]
+    entries = [{"id": "ann/demo", "revision": revision, "name": NAME}, {"id": "ann/demo", "revision": "main"}]
     (root / "spaces/pairwise_comparison/models.json").write_text(json.dumps(entries))
     for command in commands("hf"):
         run(command)
@@ -187,7 +188,7 @@ def signed(value):
 
 
 def query(**fields):
-    return urlencode({"model": "demo", "kind": "prompt", "prompt": PROMPT, "a": A, "b": B, **fields})
+    return urlencode({"model": NAME, "kind": "prompt", "prompt": PROMPT, "a": A, "b": B, **fields})
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
@@ -204,7 +205,7 @@ def test_a_result_at_first_sight(site, visit, size):
     example = [box(page, name).input_value() for name in ("prompt", "answer-a", "answer-b")]
     assert example[0] == PROMPT and f"“{example[1]}”" in page.locator("#verdict").inner_text()
     expect(page.locator("#verdict"), "A reward is one number for how good the model finds an answer")
-    assert box(page, "model").input_value() == "demo"
+    assert box(page, "model").input_value() == NAME
     page.wait_for_function("document.querySelector('#link input').value.startsWith('http')")
     page.wait_for_timeout(500)
     assert posts == [] and page.evaluate("location.search") == "?__theme=light"  # nobody was waited for
@@ -350,7 +351,7 @@ def test_every_mistake_gets_a_sentence(visit):
         box(page, "model").press("Enter")
         page.locator("#compare-button").click()
         expect(said, words)
-    box(page, "model").fill("demo")
+    box(page, "model").fill(NAME)
     box(page, "model").press("Enter")
     page.get_by_role("tab", name="Best of n").click()
     box(page, "answers").fill("only one")
@@ -531,7 +532,7 @@ def test_the_api_and_ids_that_are_not_on_the_list(site, scorer, tmp_path):
     assert said[0][2]["A"] == pytest.approx(scorer.score([{"prompt": PROMPT, "response": "51."}])[0], rel=1e-5)
     assert said[1][0] in ("51.", "41.") and said[1][1][0]["revision"] == site.revision
     messages = [*({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("user", PROMPT)))]
-    result = client.predict("", A, B, "demo", 2.0, messages, api_name="/compare")
+    result = client.predict("", A, B, NAME, 2.0, messages, api_name="/compare")
     expected = scorer.score([{"prompt": messages, "response": answer} for answer in (A, B)])
     assert list(result["rewards"].values()) == pytest.approx(expected, rel=1e-5)
     assert result["probability_a"] == pytest.approx(

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -289,14 +290,34 @@ class Source(NamedTuple):
     name: str
 
 
-def download_rows(sources: Iterable[Source], revision: str | None = None) -> Iterator[Row]:
-    """The rows of parts on the Hub."""
+def commits_of(sources: Iterable[Source], revision: str | None = None) -> dict[str, str]:
+    """The commit that a revision names now, for each repository of the parts."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    commits = {}
+    for repo in dict.fromkeys(source.repo for source in sources):
+        try:
+            commits[repo] = HfApi().dataset_info(repo, revision=revision).sha
+        except HfHubHTTPError:
+            raise
+        except Exception as problem:  # each release of huggingface_hub has its own class for "offline"
+            warnings.warn(
+                f"The Hub cannot be asked for the commit of {repo} ({type(problem).__name__}): the results will not "
+                "name the revision of their data.",
+                stacklevel=2,
+            )
+    return commits
+
+
+def download_rows(sources: Iterable[Source], revisions: Mapping[str, str | None]) -> Iterator[Row]:
+    """The rows of parts on the Hub, each repository at its revision."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError("Data from the Hub needs datasets: pip install 'grm-hf[eval]'.") from error
     for source in sources:
-        dataset = load_dataset(source.repo, source.config, split=source.split, revision=revision)
+        dataset = load_dataset(source.repo, source.config, split=source.split, revision=revisions.get(source.repo))
         for number, values in enumerate(dataset, 1):
             yield Row(values, source.name, number)
 

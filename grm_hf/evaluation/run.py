@@ -3,7 +3,7 @@ interrupted run continues from any byte, for the same model and the same rows on
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,18 @@ from tqdm.auto import tqdm
 
 from ..scoring import Score, files
 from . import scorers
-from .examples import Example, Row, Skipped, digest_of, download_rows, is_hub_id, read_rows, spread
+from .examples import (
+    Example,
+    Row,
+    Skipped,
+    Source,
+    commits_of,
+    digest_of,
+    download_rows,
+    is_hub_id,
+    read_rows,
+    spread,
+)
 from .suite import Suite, aggregate_with, check_row, headline, interval
 from .suites import SUITES
 
@@ -39,6 +50,7 @@ class Results:
         model_digest (`str`): Digest of the model's weights, configuration and tokenizer. Empty: not computed.
         rows_digest (`str`): Digest of the rows.
         skipped (`dict[str, int]`): Rows that the suite's rules leave out, by reason.
+        revisions (`dict[str, str]`): The commit of each repository of the Hub that the rows come from.
     """
 
     suite: str
@@ -49,6 +61,7 @@ class Results:
     model_digest: str = ""
     rows_digest: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
 
     @property
     def scores(self) -> list[list[float]]:
@@ -72,6 +85,7 @@ class Results:
                 "model": self.model,
                 "model_digest": self.model_digest,
                 "rows_digest": self.rows_digest,
+                "revisions": self.revisions,
                 "skipped": self.skipped,
                 "versions": {name: version(name) for name in ("grm-hf", "torch", "transformers")},
                 "summary": self.summary,
@@ -130,7 +144,7 @@ def load_examples(
     data: str | os.PathLike | Iterable[dict] | None = None,
     subset: Sequence[str] | None = None,
     limit: int | None = None,
-    revision: str | None = None,
+    revision: str | Mapping[str, str] | None = None,
 ) -> tuple[list[Example], dict[str, int]]:
     """
     The examples of a suite.
@@ -145,8 +159,8 @@ def load_examples(
             Names of subsets to keep, or beginnings of them that end before a `/`.
         limit (`int`, *optional*):
             Largest number of examples, spread over the suite: see [`spread`].
-        revision (`str`, *optional*):
-            Branch, tag or commit of the data on the Hub.
+        revision (`str` or `dict[str, str]`, *optional*):
+            Branch, tag or commit of the data on the Hub; or the commit of each repository.
 
     Returns:
         `tuple[list[Example], dict[str, int]]`: the examples, and the rows left out by the suite's rules, by reason.
@@ -197,20 +211,27 @@ def _said(skipped: dict[str, int]) -> str:
     return "".join(f"; {count} rows left out: {reason}" for reason, count in skipped.items())
 
 
-def _rows(suite: Suite, data, revision) -> Iterable[Row]:
+def _sources(suite: Suite, data) -> tuple[Source, ...]:
+    """The parts on the Hub that the data is in; none if it is here."""
     if data is None:
         if not suite.hub:
             raise ValueError(
                 f"the data of {suite.name} is not on the Hub. Get the files from {suite.url or 'where you have them'} "
                 "and name their folder (`--data`)."
             )
-        return download_rows(suite.hub, revision)
+        return suite.hub
+    if not isinstance(data, str) or not is_hub_id(data):
+        return ()
+    if not suite.hub:
+        raise ValueError(f"{data} is no file, and {suite.name} has no form on the Hub. Name a file or folder.")
+    return tuple(source._replace(repo=data) for source in suite.hub)
+
+
+def _rows(suite: Suite, data, revision) -> Iterable[Row]:
+    if sources := _sources(suite, data):
+        same = {source.repo: revision for source in sources}
+        return download_rows(sources, revision if isinstance(revision, Mapping) else same)
     if isinstance(data, (str, os.PathLike)):
-        if isinstance(data, str) and is_hub_id(data):
-            sources = [source._replace(repo=data) for source in suite.hub] or []
-            if not sources:
-                raise ValueError(f"{data} is no file, and {suite.name} has no form on the Hub. Name a file or folder.")
-            return download_rows(sources, revision)
         return read_rows(data)
     return (Row(dict(values), "data", number) for number, values in enumerate(data, 1))
 
@@ -253,7 +274,8 @@ def evaluate(
         suite (`str`):
             A name in `SUITES`.
         data, subset, limit, revision:
-            See [`load_examples`].
+            See [`load_examples`]. A revision of the Hub is taken as the commit that it is at the start. An interrupted
+            evaluation goes on with the commits that its file names.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of a live model that was made in memory.
         output (`str` or path, *optional*):
@@ -276,9 +298,13 @@ def evaluate(
     """
     if window < 1:
         raise ValueError(f"`window` is {window}; at least one response at a time is required.")
-    examples, skipped = load_examples(suite, data, subset, limit, revision)
+    revisions: dict[str, str] = {}
+    if sources := _sources(suite_of(suite), data):
+        before = _read(Path(output) / f"{suite}.jsonl")[0] if output is not None and revision is None else None
+        revisions = (before or {}).get("revisions") or commits_of(sources, revision)
+    examples, skipped = load_examples(suite, data, subset, limit, revisions or revision)
     scorer = scorers.as_scorer(model, tokenizer, accelerator, trust_remote_code)
-    results = Results(suite, scorers.name_of(scorer), {}, examples, [], "", digest_of(examples), skipped)
+    results = Results(suite, scorers.name_of(scorer), {}, examples, [], "", digest_of(examples), skipped, revisions)
     windows, shown = _windows(examples, window), progress and (accelerator is None or accelerator.is_main_process)
     rows: dict[int, dict] = {}
     if output is None:
@@ -370,6 +396,7 @@ def _file_of(path: Path, results: Results, accelerator) -> files.Results:
         "model": results.model,
         "model_digest": results.model_digest,
         "rows_digest": results.rows_digest,
+        "revisions": results.revisions,
     }
     kept, _ = _read(path)
     for name, what in (("suite", "another suite"), ("model_digest", "another model"), ("rows_digest", "other rows")):
