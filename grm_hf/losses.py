@@ -77,7 +77,7 @@ def _target(label: Any, label_smoothing: float = 0.0) -> tuple:
 def _bradley_terry(logits: torch.Tensor, target: tuple) -> torch.Tensor:
     right, wrong = target
     loss = -logsigmoid(logits)
-    if isinstance(wrong, float) and wrong == 0:
+    if not torch.is_tensor(wrong) and wrong == 0:
         return loss
     return right * loss - wrong * logsigmoid(-logits)
 
