@@ -295,10 +295,10 @@ def commits_of(sources: Iterable[Source], revision: str | None = None) -> dict[s
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    commits = {}
+    commits: dict[str, str] = {}
     for repo in dict.fromkeys(source.repo for source in sources):
         try:
-            commits[repo] = HfApi().dataset_info(repo, revision=revision).sha
+            commits[repo] = str(HfApi().dataset_info(repo, revision=revision).sha)
         except HfHubHTTPError:
             raise
         except Exception as problem:  # each release of huggingface_hub has its own class for "offline"

@@ -391,7 +391,7 @@ def _key(chat) -> str:
 
 def _file_of(path: Path, results: Results, accelerator) -> files.Results:
     """The file of these results, with what it holds already; refused if it is of others."""
-    header = {
+    header: dict[str, Any] = {
         "suite": results.suite,
         "model": results.model,
         "model_digest": results.model_digest,
