@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grm_hf import GRMScorer
 from grm_hf.evaluation import Example, Results, signal_report
-from grm_hf.evaluation.signals import terminal
+from grm_hf.evaluation.report import signals_text
 from grm_hf.metrics import selective_accuracy
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict:
         for name, part in (("first half", examples[:half]), ("second half", examples[half:]))
     )
     choice = first.choice()
-    print(terminal(first.summary()))
+    print(signals_text(first.summary()))
     print(f"\nfrom the first half: signals {choice['names']}, threshold {choice['threshold']}")
     if choice["threshold"] is not None:
         agreement = second.agreement(choice["names"])

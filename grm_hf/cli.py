@@ -620,7 +620,6 @@ def _eval(args):
     from .evaluation import compare, evaluate, read_results, signal_report, store_choice
     from .evaluation.report import terminal, write_report
     from .evaluation.scorers import as_scorer
-    from .evaluation.signals import terminal as signals_table
     from .rewards import RewardEnsemble
 
     names, settings = _signals(args)
@@ -651,14 +650,10 @@ def _eval(args):
             reports.append(signal_report(scorer, results, names, **settings))
     if accelerator is not None and not accelerator.is_main_process:
         return
-    if args.output:
-        write_report(args.output, runs, comparisons)
-    print(terminal(runs, comparisons))
     summaries = [report.summary(args.threshold) for report in reports]
-    for summary in summaries:
-        print(f"\n{signals_table(summary)}")
-    if summaries and args.output:
-        (Path(args.output) / "signals.json").write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
+    if args.output:
+        write_report(args.output, runs, comparisons, summaries)
+    print(terminal(runs, comparisons, summaries))
     if args.choose:
         (report,) = reports
         chosen = store_choice(args.model, report, args.data)

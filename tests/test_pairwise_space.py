@@ -36,6 +36,7 @@ from tokenizers import decoders
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from grm_hf import GRMForSequenceClassification, GRMScorer, metrics
+from grm_hf.evaluation import Example, aggregate
 from grm_hf.hub import export
 from grm_hf.signals import SIGNALS, Wording
 
@@ -368,6 +369,7 @@ def test_a_ranking_and_a_table_are_the_librarys(space):
     ]
     rows[0]["prompt"] = CONVERSATION
     rows.append({"chosen": [*CONVERSATION, say(A)], "rejected": [*CONVERSATION, say(B)], "subset": "x"})
+    rows.append({"prompt": PROMPT, "chosen": A, "rejected": A, "subset": "y"})  # a tie is wrong, as in `grm eval`
     lines = "\n".join(json.dumps(row) for row in rows)
     page, saved = space.page.show_batch("tiny", lines, None, progress=Quiet())
     written = [json.loads(line) for line in Path(saved.value["path"] if isinstance(saved.value, dict) else saved.value)
@@ -380,11 +382,14 @@ def test_a_ranking_and_a_table_are_the_librarys(space):
     scores = scorer.score(chats)
     assert [r for row in written for r in (row["chosen_reward"], row["rejected_reward"])] == close(scores)
     assert [{k: v for k, v in row.items() if k in rows[0]} for row in written] == rows
-    reported = metrics.pairwise_metrics(
-        scores[::2], scores[1::2], temperature=2.0, subsets=[row["subset"] for row in rows]
-    )
-    assert f"Accuracy {100 * reported['accuracy']:.1f} % on 10 pairs" in page
-    for name in ("log_loss", "brier", "ece", "accuracy/x", "accuracy/y"):
+    pairs = list(zip(scores[::2], scores[1::2], strict=True))
+    examples = [Example("", ["chosen", "rejected"], [0], subset=row["subset"]) for row in rows]
+    evaluated = aggregate("own", examples, pairs)
+    assert f"Accuracy {100 * evaluated['score']:.1f} % on 11 pairs" in page
+    for subset in "xy":
+        assert f"{evaluated[f'subset/{subset}']:.4f}" in page
+    reported = metrics.pairwise_metrics(*zip(*pairs, strict=True), temperature=2.0)
+    for name in ("log_loss", "brier", "ece"):
         assert f"{reported[name]:.4f}" in page
     for plot in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         minidom.parseString(plot)

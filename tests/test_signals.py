@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tiny import assistant, bare_tokenizer, chatml_tokenizer, llama_tokenizer, t
 from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
 from grm_hf.evaluation import SignalReport, store_choice
-from grm_hf.evaluation.signals import terminal
+from grm_hf.evaluation.report import signals_text
 from grm_hf.metrics import compare_confidences, fit_temperature, risk_coverage, selective_accuracy
 from grm_hf.scoring import GRMScorer
 from grm_hf.signals import FOLLOW_UPS, SIGNALS, Settings, Wording, divergence
@@ -547,7 +548,8 @@ def test_the_report_is_what_is_counted_by_hand():
     order = np.argsort(-np.abs(margins["head"]))
     by_hand = np.mean((~right[order]).cumsum() / np.arange(1, 61))
     assert found["risk_coverage"]["margin"]["area"] == pytest.approx(by_hand)
-    assert "worse than chance" in terminal(found) and "60 pairs of 30 prompts" in terminal(found)
+    printed = signals_text(found)
+    assert "worse than chance" in printed and "60 pairs of 30 prompts" in printed
 
 
 def test_only_what_helped_on_the_file_is_chosen():
@@ -688,6 +690,14 @@ def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys
     out = capsys.readouterr().out
     assert "12 pairs of 12 prompts" in out and "area under the risk-coverage curve by agreement" in out
     (summary,) = json.loads((tmp_path / "out" / "signals.json").read_text())
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert f"<td>likelihood</td><td>{100 * summary['signals']['likelihood']['accuracy']:.2f}</td>" in report
+    (chart,) = re.findall(r"<svg[^>]*Wrong pairs among those answered.*?</svg>", report)
+    lines = {line.get("stroke"): line.get("points").split() for line in ElementTree.fromstring(chart).iter("polyline")}
+    assert [len(points) for points in lines.values()] == [
+        len(curve["risk"]) for curve in summary["risk_coverage"].values()
+    ]
+    assert all(points[-1].startswith("470.0,") for points in lines.values())  # all pairs, at the right edge
     stored = GRMForSequenceClassification.from_pretrained(model).config.signals
     helped = [n for n, row in summary["signals"].items() if row["verdict"] == "better than chance" and n != "head"]
     assert stored["names"] == helped and f"chosen: {', '.join(helped) or 'no signal'}" in out

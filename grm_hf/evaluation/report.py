@@ -12,6 +12,8 @@ from ..metrics import reliability
 from .examples import text_of
 from .rmbench import STYLES
 from .run import Results
+from .signals import about, sentences
+from .signals import table as signals_table
 from .suites import SUITES
 
 
@@ -45,8 +47,11 @@ def _detail_names(results: Results) -> list[str]:
     return [name for name in names if name.count("/") < 2]
 
 
-def terminal(runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = ()) -> str:
-    """The output of `grm eval`: for each suite the headline and its interval, then the suite's own figures."""
+def terminal(
+    runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = (), signals: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The output of `grm eval`: for each suite the headline and its interval, then the suite's own figures, then what
+    signals said ([`SignalReport.summary`])."""
     lines = [["suite", "model", "score", "95 % interval", "rows", "tied pairs", ""]]
     for results in runs:
         summary = results.summary
@@ -72,7 +77,12 @@ def terminal(runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = ()
         if results.truncated:
             blocks.append(f"{results.suite}: {results.truncated} responses were longer than {results.model} can read.")
     blocks += [sentence(comparison) for comparison in comparisons]
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *map(signals_text, signals)])
+
+
+def signals_text(summary: dict[str, Any]) -> str:
+    """A summary of signals ([`SignalReport.summary`]) in words."""
+    return "\n".join([about(summary), _table(signals_table(summary)), *sentences(summary)])
 
 
 def sentence(comparison: dict[str, Any]) -> str:
@@ -110,15 +120,23 @@ def as_csv(runs: Sequence[Results]) -> str:
     return text.getvalue()
 
 
-def write_report(folder: str | Path, runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = ()) -> None:
-    """Write `report.html`, `results.csv`, `results.json` and, for each suite of the first model, `<suite>.json`."""
+def write_report(
+    folder: str | Path,
+    runs: Sequence[Results],
+    comparisons: Sequence[dict[str, Any]] = (),
+    signals: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write `report.html`, `results.csv`, `results.json`, for each suite of the first model `<suite>.json`, and
+    `signals.json` if there are any."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.csv").write_text(as_csv(runs), encoding="utf-8")
     summaries = [{"suite": r.suite, "model": r.model, "summary": r.summary, "skipped": r.skipped} for r in runs]
     content = {"results": summaries, "comparisons": list(comparisons)}
     (folder / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page(runs, comparisons), encoding="utf-8")
+    (folder / "report.html").write_text(page(runs, comparisons, signals), encoding="utf-8")
+    if signals:
+        (folder / "signals.json").write_text(json.dumps(list(signals), indent=1) + "\n", encoding="utf-8")
     done: set[str] = set()
     for results in runs:
         if results.suite not in done:
@@ -156,13 +174,17 @@ figure { margin: 1rem 0 } figcaption { color: #4a5568 }
 """
 
 
-def page(runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = ()) -> str:
+def page(
+    runs: Sequence[Results], comparisons: Sequence[dict[str, Any]] = (), signals: Sequence[dict[str, Any]] = ()
+) -> str:
     """`report.html`."""
     models = list(dict.fromkeys(results.model for results in runs))
     body = [f"<h1>{_e(', '.join(models))}</h1>", bars(runs), _overview(runs)]
     if comparisons:
         body.append("<h2>Comparison</h2>" + "".join(f"<p>{_e(sentence(c))}.</p>" for c in comparisons))
     body += [_suite(results) for results in runs]
+    if signals:
+        body.append("<h2>What the LM head says</h2>" + "".join(map(_signals, signals)))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Evaluation of reward models</title>'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -205,6 +227,13 @@ def _suite(results: Results) -> str:
         worst(results),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _signals(summary: dict[str, Any]) -> str:
+    """The signals on the pairs of a suite."""
+    paragraphs = "".join(f"<p>{_e(line)}.</p>" for line in sentences(summary))
+    curves = risk_coverage(summary) if "risk_coverage" in summary else ""
+    return f"<p>{_e(about(summary))}.</p>{_rows(signals_table(summary))}{paragraphs}{curves}"
 
 
 def _svg(width: int, height: int, parts: Sequence[str], caption: str) -> str:
@@ -300,6 +329,31 @@ def curve(results: Results) -> str:
         "confidence and accuracy are equal; a larger point stands for more pairs"
     )
     return _svg(left + size + 30, top + size + 24, parts, caption)
+
+
+def risk_coverage(summary: dict[str, Any]) -> str:
+    """The share of wrong pairs among the most certain ones, by each confidence."""
+    left, top, width, height = 50, 10, 420, 240
+    curves = summary["risk_coverage"]
+    highest = max(0.01, *(risk for curve in curves.values() for risk in curve["risk"]))
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#718096"/>',
+        _text(left + width / 2, top + height + 16, "pairs that are answered, the most certain first", "middle"),
+        _text(left + width, top + height + 16, "all", "end"),
+        _text(left - 6, top + 12, f"{100 * highest:.0f} %", "end"),
+        _text(left - 6, top + height, "0", "end"),
+    ]
+    for number, (name, curve) in enumerate(curves.items()):
+        points = " ".join(
+            f"{left + width * coverage:.1f},{top + height * (1 - risk / highest):.1f}"
+            for coverage, risk in zip(curve["coverage"], curve["risk"], strict=True)
+        )
+        colour, dash = COLOURS[number], "" if number == 0 else f' stroke-dasharray="{8 // number} 4"'
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
+        y = top + 14 + 18 * number
+        line = f'<line x1="{left + width + 15}" y1="{y}" x2="{left + width + 45}" y2="{y}" stroke="{colour}"'
+        parts += [f'{line} stroke-width="2"{dash}/>', _text(left + width + 52, y + 4, name)]
+    return _svg(left + width + 140, top + height + 24, parts, "Wrong pairs among those answered, by each confidence")
 
 
 def scatter(results: Results) -> str:

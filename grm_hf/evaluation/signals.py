@@ -213,8 +213,8 @@ def store_choice(folder: str | os.PathLike, report: SignalReport, data: str | os
     return values["signals"]
 
 
-def terminal(summary: dict[str, Any]) -> str:
-    """What `grm eval --signals` prints."""
+def table(summary: dict[str, Any]) -> list[list[str]]:
+    """The accuracy of each signal and its verdict, beneath a head line."""
     rows = [["signal", "accuracy", "95 % interval", "against the head", "95 % interval", ""]]
     for name, found in summary["signals"].items():
         rows.append(
@@ -227,12 +227,20 @@ def terminal(summary: dict[str, Any]) -> str:
                 found["verdict"],
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    about = f"{summary['suite']}: {summary['pairs']} pairs of {summary['prompts']} prompts"
+    return rows
+
+
+def about(summary: dict[str, Any]) -> str:
+    """The pairs that a summary is of."""
+    pairs = f"{summary['suite']}: {summary['pairs']} pairs of {summary['prompts']} prompts"
     if summary["left_out"]:
-        about += f"; {summary['left_out']} pairs with an answer without text are left out"
-    lines = [about, *lines]
+        pairs += f"; {summary['left_out']} pairs with an answer without text are left out"
+    return pairs
+
+
+def sentences(summary: dict[str, Any]) -> list[str]:
+    """The pairs that signals agree on, and the areas under the risk-coverage curves."""
+    lines = []
     if agreed := summary.get("agreed"):
         share = f"agreement of at least {agreed['threshold']:.2f}: {_percent(agreed['coverage'])} % of the pairs"
         if math.isnan(agreed["accuracy"]):
@@ -247,7 +255,7 @@ def terminal(summary: dict[str, Any]) -> str:
             if name != "margin":
                 against = f" ({100 * found['difference']:+.2f} against the margin, {_points(found)})"
             lines.append(f"area under the risk-coverage curve by {name}: {_percent(found['area'])}{against}")
-    return "\n".join(lines)
+    return lines
 
 
 def _percent(share: float) -> str:

@@ -346,7 +346,7 @@ async def show_batch(name, text, upload, progress=gr.Progress(), request: gr.Req
         subsets = None
         if any(row.get("subset") for row in rows):
             subsets = [str(row.get("subset") or "(none)") for row in rows]
-        result = metrics.pairwise_metrics(chosen, rejected, temperature=temperature, subsets=subsets)
+        result = metrics.pairwise_metrics(chosen, rejected, ties=0, temperature=temperature, subsets=subsets)
         reliability = metrics.reliability(metrics.pair_margins(chosen, rejected), temperature)
         file = download(tables.write_pairs(rows, scores, form), form)
         return drawing.batch(rows, scores, result, reliability, unknown), gr.DownloadButton(value=file, visible=True)

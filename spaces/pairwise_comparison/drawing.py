@@ -644,7 +644,7 @@ def ranking(result: dict, answers: list[str]) -> str:
 
 
 MEANING = {
-    "accuracy": "the chosen answer has the higher reward",
+    "accuracy": "the chosen answer has the higher reward; a tie counts as wrong",
     "tie_rate": "two equal rewards",
     "mean_margin": "chosen minus rejected",
     "median_margin": "the same, less moved by a few large ones",
