@@ -1,15 +1,18 @@
 """Configuration of a Generalizable Reward Model: the base's text configuration, the reward head, and every policy that
 a score depends on (beginning and end tokens, maximum length, scale). One folder thus gives one number.
 
-This file is shipped to the Hub as it is, so it imports only transformers.
+This file is shipped to the Hub as it is, so it imports only transformers and the heads.
 """
 
 import copy
+import math
 import os
 
 import transformers
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+
+from .heads_grm import COMBINERS
 
 
 AUTO_MAP = {
@@ -71,6 +74,39 @@ def as_in_transformers_4(fields):
     return fields
 
 
+def check_attributes(names, weights, combiner):
+    """`ValueError` for settings of attributes that do not fit together."""
+    if combiner not in COMBINERS:
+        raise ValueError(f"`attribute_combiner` is {combiner!r}; it must be one of {tuple(COMBINERS)}.")
+    if names is None:
+        if weights is not None or combiner != "sum":
+            raise ValueError("`attribute_weights` and `attribute_combiner` combine attributes: set `attribute_names`.")
+        return
+    strings = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
+    if not strings or not names or len(set(names)) < len(names):
+        raise ValueError(f"`attribute_names` is {names!r}; it must be a list of different names, at least one.")
+    if weights is None and combiner != "sum":
+        raise ValueError(
+            f"attribute_combiner={combiner!r} has no weights, so the reward is not made of attributes. Set "
+            "`attribute_weights` to a number for each attribute, or to 'gate'."
+        )
+    if weights is None or weights == "gate":
+        return
+    numbers = isinstance(weights, (list, tuple)) and all(
+        isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+        for weight in weights
+    )
+    if not numbers or len(weights) != len(names):
+        raise ValueError(
+            f"`attribute_weights` is {weights!r}; it must be None, 'gate', or a finite number for each of "
+            f"{len(names)} attributes."
+        )
+    if not COMBINERS[combiner].negative and (min(weights) < 0 or not sum(weights) > 0):
+        raise ValueError(
+            f"`attribute_weights` is {weights!r}; a {combiner} mean takes weights of at least 0, and one above 0."
+        )
+
+
 class GRMConfig(PretrainedConfig):
     r"""
     Configuration of [`GRMForSequenceClassification`].
@@ -88,6 +124,14 @@ class GRMConfig(PretrainedConfig):
         head_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the hidden state before the head, while training. TRL's trainers set every dropout to 0 unless
             `disable_dropout=False`; the original used 0.1.
+        attribute_names (`list[str]`, *optional*):
+            Attributes that the model rates beside the reward, such as `["helpfulness", "verbosity"]`, by a head of the
+            same type. `GRMOutput.attributes` has them in this order.
+        attribute_weights (`list[float]` or `str`, *optional*):
+            What the reward is made of: `None`, a head of its own; numbers in the order of the names, the attributes
+            combined by these; `"gate"`, by a softmax that a further head computes from the same hidden state.
+        attribute_combiner (`str`, *optional*, defaults to `"sum"`):
+            How weights combine attributes: a row of `heads_grm.COMBINERS`, `"sum"`, `"geometric"` or `"harmonic"`.
         bos_policy (`str`, *optional*, defaults to `"single"`):
             `"single"` never doubles the beginning-of-sequence token. `"double"` is for checkpoints trained as the
             original: rendered chat text is tokenised with special tokens.
@@ -126,7 +170,7 @@ class GRMConfig(PretrainedConfig):
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = [
         *("cache", "past_key_values", "cache_params", "hidden_states", "attentions"),
-        *("lm_logits", "lm_output", "aux_loss", "router_logits"),
+        *("lm_logits", "lm_output", "aux_loss", "router_logits", "attributes"),
     ]
 
     # What rewardbench, TRL, PEFT and DeepSpeed read (and write) on a model's top-level configuration. Explicit
@@ -157,6 +201,9 @@ class GRMConfig(PretrainedConfig):
         head_hidden_size=1024,
         head_num_layers=1,
         head_dropout=0.0,
+        attribute_names=None,
+        attribute_weights=None,
+        attribute_combiner="sum",
         bos_policy="single",
         max_sequence_length=None,
         overlength="truncate_left",
@@ -178,6 +225,7 @@ class GRMConfig(PretrainedConfig):
                 f"An MLP head needs at least one layer of at least one unit, found `head_num_layers={head_num_layers}`"
                 f" and `head_hidden_size={head_hidden_size}`. For a head without hidden layer use head_type='linear'."
             )
+        check_attributes(attribute_names, attribute_weights, attribute_combiner)
         if text_config is None:
             text_config = AutoConfig.for_model("llama")
         elif isinstance(text_config, dict):
@@ -214,6 +262,11 @@ class GRMConfig(PretrainedConfig):
         self.head_hidden_size = head_hidden_size
         self.head_num_layers = head_num_layers
         self.head_dropout = head_dropout
+        self.attribute_names = None if attribute_names is None else list(attribute_names)
+        self.attribute_weights = attribute_weights
+        if isinstance(attribute_weights, (list, tuple)):
+            self.attribute_weights = [float(weight) for weight in attribute_weights]
+        self.attribute_combiner = attribute_combiner
         self.bos_policy = bos_policy
         self.max_sequence_length = max_sequence_length
         self.overlength = overlength

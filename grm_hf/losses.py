@@ -248,6 +248,25 @@ def sum_to_zero(chosen: torch.Tensor, rejected: torch.Tensor, mean: torch.Tensor
     return 2 * mean * own - mean**2
 
 
+def attribute_loss(attributes: torch.Tensor, ratings: torch.Tensor) -> torch.Tensor:
+    r"""
+    Squared error of attributes, the mean over the ratings that a row has (2406.08673).
+
+    Args:
+        attributes (`torch.Tensor` of shape `(2B, K)`):
+            Attributes of the chosen above those of the rejected responses.
+        ratings (`torch.Tensor` of shape `(2B, K)`):
+            What they should be; NaN where there is no rating.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: over both responses of a row; 0 for a row without ratings.
+    """
+    rated = ~ratings.isnan()
+    error = torch.where(rated, attributes - torch.where(rated, ratings, 0.0), 0.0) ** 2
+    of_row, count = (values.unflatten(0, (2, -1)).sum((0, 2)) for values in (error, rated))
+    return of_row / count.clamp(min=1)
+
+
 def total_loss(pair: torch.Tensor, text: torch.Tensor | None, alpha: float) -> torch.Tensor:
     """`(1 - alpha) * pair + alpha * text`; exactly `pair` if there is no text loss or alpha is 0."""
     if text is None or alpha == 0:

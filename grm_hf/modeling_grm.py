@@ -31,8 +31,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, find_adapter_config_file
 
-from .configuration_grm import TRANSFORMERS_4, GRMConfig
-from .heads_grm import build_head
+from .configuration_grm import TRANSFORMERS_4, GRMConfig, check_attributes
+from .heads_grm import GRMAttributeHead, build_head
 
 
 # Names of the cache in releases of transformers and in families, the newest first; and its name in outputs here.
@@ -65,12 +65,15 @@ class GRMOutput(SequenceClassifierOutputWithPast):
             `output_router_logits=True`.
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
             Router logits of each layer, with `output_router_logits=True`.
+        attributes (`torch.FloatTensor` of shape `(batch_size, num_attributes)`, *optional*):
+            Ratings in the order of `config.attribute_names`, if the model has attributes.
     """
 
     lm_logits: torch.FloatTensor | None = None
     lm_output: object | None = None
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple | None = None
+    attributes: torch.FloatTensor | None = None
 
 
 def last_token_positions(attention_mask):
@@ -138,7 +141,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     Attributes:
         lm: the base's complete causal language model.
         model: its decoder (the name that `base_model_prefix` gives, for TRL's PPO and PEFT).
-        score: the reward head, `(..., hidden_size)` to `(..., 1)`, in float32 whatever the dtype of `lm`.
+        score: the reward head, `(..., hidden_size)` to `(..., 1)`, in float32 whatever the dtype of `lm`. Attributes
+            are in it: `score(hidden_states, return_attributes=True)`.
         hub_arguments: what it was loaded with beside its name (`revision`, `subfolder`, ...), for its tokenizer.
     """
 
@@ -231,6 +235,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         head_hidden_size=1024,
         head_num_layers=1,
         head_dropout=0.0,
+        attribute_names=None,
+        attribute_weights=None,
+        attribute_combiner="sum",
         **load_kwargs,
     ):
         r"""
@@ -242,7 +249,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
                 Hub id or folder of a causal language model of any decoder family, or a live one (which the reward
                 model then owns).
             head_type (`str`, *optional*, defaults to `"mlp"`):
-                See [`GRMConfig`], also for `head_hidden_size`, `head_num_layers` and `head_dropout`.
+                See [`GRMConfig`], also for `head_hidden_size`, `head_num_layers`, `head_dropout`, `attribute_names`,
+                `attribute_weights` and `attribute_combiner`.
             **load_kwargs:
                 Passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `revision`, `device_map`,
                 `quantization_config`, `attn_implementation`, ...).
@@ -285,6 +293,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             head_hidden_size=head_hidden_size,
             head_num_layers=head_num_layers,
             head_dropout=head_dropout,
+            attribute_names=attribute_names,
+            attribute_weights=attribute_weights,
+            attribute_combiner=attribute_combiner,
             dtype=lm.dtype,
             base_model=base_model,
         )
@@ -516,7 +527,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         if given is None:
             raise ValueError("Pass `input_ids` or `inputs_embeds`.")
         if given.shape[0] == 0:
-            return GRMOutput(logits=self.score.forward(given.new_zeros(0, self._read_width(), dtype=torch.float32)))
+            none, names = given.new_zeros(0, self._read_width(), dtype=torch.float32), self.config.attribute_names
+            attributes = None if names is None else given.new_zeros(0, len(names), dtype=torch.float32)
+            return GRMOutput(logits=self.score.forward(none), attributes=attributes)
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names of one argument. Pass one of them.")
         cache = cache if cache is not None else past_key_values
@@ -549,7 +562,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             length = hidden.shape[1]
             at = length - 1 if attention_mask is None else last_token_positions(attention_mask[:, -length:])
             read = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
-        rewards = self.score(read)
+        rewards, attributes = self._heads(read)
         lm_logits = aux_loss = None
         if return_lm_logits or router_logits is not None:
             mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
@@ -575,7 +588,32 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             attentions=getattr(out, "attentions", None),
             aux_loss=aux_loss,
             router_logits=router_logits,
+            attributes=attributes,
         )
+
+    def _heads(self, read):
+        """Rewards `(n, 1)` of hidden states, and attributes `(n, K)` if the model has some."""
+        if self.config.attribute_names is None:
+            return self.score(read), None
+        return self.score(read, return_attributes=True)
+
+    def fix_attribute_weights(self, weights):
+        """
+        Make the reward the sum of the attributes by these weights, in the model and its configuration. A reward head
+        beside the attributes, or a gate, is dropped.
+
+        Args:
+            weights (`list[float]`):
+                A number for each attribute, in the order of `config.attribute_names`.
+        """
+        if not isinstance(self.score, GRMAttributeHead):
+            raise ValueError(
+                "The model has no attributes, or an adapter that carries its head. Merge an adapter first (`grm merge`): "
+                "its base keeps the configuration."
+            )
+        check_attributes(self.config.attribute_names, weights := [*map(float, weights)], "sum")
+        self.score.fix(weights)
+        self.config.attribute_weights, self.config.attribute_combiner = weights, "sum"
 
     def _read_width(self):
         return self.get_output_embeddings().weight.shape[-1]

@@ -8,7 +8,7 @@ import os.path
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,7 +40,7 @@ __all__ = ["Counts", "Encoded", "Encoder", "OverlengthError", "prepare_pairs"]
 _WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]+$")
 # What became of a row; and, added to it, what the chat template left out of the row.
 _KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED, _BAD, _TOO_LONG = range(6)
-_OUTCOME, _UNREAD, _SWAPPED = 7, {"thinking": 8, "tools": 16}, 32
+_OUTCOME, _UNREAD, _SWAPPED, _RATED = 7, {"thinking": 8, "tools": 16}, 32, 64
 NAMED = 20  # bad rows that an error names
 _SLOTS = 257  # of counts: this process, and as many workers of a data loader
 
@@ -58,9 +58,10 @@ class Counts:
         response_cut (`int`): Rows among those where the cut reached into a response.
         thinking, tools (`int`): Rows seen in which the chat template leaves out thinking or tools.
         swapped (`int`): Rows seen whose label says that rejected is the better one, and that were turned round.
+        rated (`int`): Rows kept that have ratings of one completion, and are no pair.
     """
 
-    FIELDS = ("rows", "dropped", "truncated", "response_cut", "thinking", "tools", "swapped")
+    FIELDS = ("rows", "dropped", "truncated", "response_cut", "thinking", "tools", "swapped", "rated")
 
     def __init__(self, name: str, **numbers: int):
         self.name = name
@@ -83,10 +84,15 @@ class Counts:
     def kept(self) -> int:
         return self.rows - self.dropped
 
+    @property
+    def pairs(self) -> int:
+        """Pairs kept."""
+        return self.kept - self.rated
+
     def add(self, outcome: int, rows: int = 1) -> None:
         what = outcome & _OUTCOME
         flags = [True, what == _DROPPED, what in (_TRUNCATED, _RESPONSE_CUT), what == _RESPONSE_CUT]
-        flags += [bool(outcome & bit) for bit in (*_UNREAD.values(), _SWAPPED)]
+        flags += [bool(outcome & bit) for bit in (*_UNREAD.values(), _SWAPPED, _RATED)]
         self._table[_slot(), 0] += rows * torch.tensor(flags, dtype=torch.int64)
 
     def begin(self) -> None:
@@ -111,12 +117,16 @@ class Counts:
                 text += f", {count} {left_out(what)}"
         if self.swapped:
             text += f", {self.swapped} with chosen and rejected exchanged, since their label is below 0.5"
+        if self.rated:
+            text += f", {self.rated} kept as rated completions"
         return text
 
     @property
     def changed(self) -> bool:
         """Whether any row was changed."""
-        return any(self.numbers()[1:])
+        return any(
+            number for field, number in zip(self.FIELDS[1:], self.numbers()[1:], strict=True) if field != "rated"
+        )
 
 
 def _slot() -> int:
@@ -133,6 +143,7 @@ def prepare_pairs(
     embeddings: int | None = None,
     positions: int | None = None,
     whole: bool = False,
+    attributes: Sequence[str] | None = None,
 ) -> "tuple[Dataset | IterableDataset, Counts]":
     """
     Tokenises a dataset of preference pairs.
@@ -142,6 +153,10 @@ def prepare_pairs(
     share of annotators who preferred `chosen`; 0.5 is a tie; below 0.5 the two sides are exchanged). Rows that are
     already tokenised have `chosen_ids`, `rejected_ids` (with BOS and terminator), `chosen_start` and `rejected_start`.
     All rows must have the same format. Other columns are left out of the result.
+
+    With `attributes` a pair may have ratings, `chosen_NAME` and `rejected_NAME`, and a row may be a rated completion
+    in place of a pair: `prompt`, `completion`, and ratings `NAME`. A rating is a finite number, or `None` (NaN) for a
+    gap. A rated completion becomes a pair whose rejected response is the first token of its text.
 
     If two texts have their prompt only as a common beginning, the response begins with the first word that differs (a
     character, in scripts written without spaces) and the white space before it.
@@ -162,10 +177,13 @@ def prepare_pairs(
             Numbers of tokens and positions that the model has embeddings for: rows with others are refused.
         whole (`bool`, *optional*, defaults to `False`):
             Read a streaming dataset to its end now, which gives a [`~datasets.Dataset`] (in memory).
+        attributes (`Sequence[str]`, *optional*):
+            Names of the model's attributes.
 
     Returns:
         The dataset with columns `chosen_ids`, `rejected_ids` (lists of ints), `chosen_start`, `rejected_start` (see
-        [`Encoded`]) and, where given, `margin` and `label`, and [`Counts`]. A streaming dataset is prepared while it
+        [`Encoded`]), where given `margin` and `label`, with `attributes` also `is_pair` and the lists `chosen_ratings`
+        and `rejected_ratings` (NaN for a gap), and [`Counts`]. A streaming dataset is prepared while it
         is read: its counts grow with it, and a bad row raises when it is reached.
 
     Raises:
@@ -182,14 +200,15 @@ def prepare_pairs(
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset has no rows.")
-    with _naming(name, 0):
-        row_format = _format_of(first)
-    _warn_of_texts(first, row_format, name)
+    formats = _formats(dataset, first, name, attributes)
+    of_pairs = formats[True][1].numbers if True in formats else ()
     prepare = partial(
         _prepare_row,
         encoder=encoder,
         name=name,
-        row_format=row_format,
+        formats=formats,
+        numbers=of_pairs,
+        attributes=attributes,
         starts_required=starts_required,
         embeddings=embeddings,
         positions=positions,
@@ -197,7 +216,10 @@ def prepare_pairs(
 
     ids, number = datasets.List(datasets.Value("int32")), datasets.Value("int32")
     columns = {"chosen_ids": ids, "rejected_ids": ids, "chosen_start": number, "rejected_start": number}
-    columns |= {column: datasets.Value("float64") for column in row_format.numbers}
+    columns |= {column: datasets.Value("float64") for column in of_pairs}
+    if attributes is not None:
+        ratings = datasets.List(datasets.Value("float64"))
+        columns |= {"is_pair": datasets.Value("bool"), "chosen_ratings": ratings, "rejected_ratings": ratings}
     features = datasets.Features({**columns, "outcome": datasets.Value("int8")})
     counts = Counts(name)
     streaming = isinstance(dataset, datasets.IterableDataset)
@@ -243,6 +265,55 @@ def prepare_pairs(
     return prepared.select_columns(list(columns)), counts
 
 
+def _formats(dataset, first: dict, name: str, attributes: Sequence[str] | None) -> "dict[bool, tuple]":
+    """For pairs (`True`) and rated completions (`False`): the index of the first one, and the format that it gives."""
+    kinds = {not _is_rated(first): (0, first)}
+    other = "completion" if True in kinds else "chosen"
+    columns = dataset.column_names
+    if attributes is not None and (columns is None or {other, f"{other}_ids"} & set(columns)):
+        found = ((i, row) for i, row in enumerate(dataset) if (not _is_rated(row)) not in kinds)
+        if (pair := next(found, None)) is not None:
+            kinds[not _is_rated(pair[1])] = pair
+    formats = {}
+    for is_pair, (index, row) in kinds.items():
+        with _naming(name, index):
+            formats[is_pair] = index, _format_of(row, attributes)
+        _warn_of_texts(row, formats[is_pair][1], name)
+    if attributes is not None:
+        _warn_of_ratings([row for _, row in kinds.values()], name, attributes)
+    return formats
+
+
+def _is_rated(row: dict) -> bool:
+    """Whether a row is a completion with ratings, not a pair."""
+    sides = ("chosen", "rejected", "chosen_ids", "rejected_ids")
+    return row.get("completion") is not None and all(row.get(side) is None for side in sides)
+
+
+def _warn_of_ratings(rows: list[dict], name: str, attributes: Sequence[str]) -> None:
+    """Warns of columns that look like ratings and are not those of an attribute, judged by one row of each kind."""
+    ignored = set()
+    for row in rows:
+        if _is_rated(row):
+            ignored |= {column for column, value in row.items() if _is_number(value) and column not in attributes}
+            continue
+        for column, value in row.items():
+            side, _, rest = column.partition("_")
+            known = {*attributes, "ids", "start", "logps"}
+            if side in ("chosen", "rejected") and _is_number(value) and rest not in known:
+                ignored.add(column)
+    if ignored:
+        warnings.warn(
+            f"The {name} dataset has columns of numbers that are ignored: {', '.join(sorted(ignored))}. The model's "
+            f"attributes are {', '.join(attributes)}.",
+            stacklevel=4,
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
 def _read(stream: "IterableDataset", features) -> "Dataset":
     import datasets
 
@@ -254,20 +325,21 @@ def _warn_of_texts(first: dict, row_format: "_RowFormat", name: str) -> None:
     """Warns of a probable mistake in a dataset of texts, judged by its first row."""
     if row_format.form != "text":
         return
-    sides = [first["chosen"], first["rejected"]]
+    sides = [first["completion"]] if _is_rated(first) else [first["chosen"], first["rejected"]]
+    fields, verb = ("`completion`", "begins") if _is_rated(first) else ("`chosen` and `rejected`", "begin")
     prompt = first["prompt"] if row_format.prompt else ""
     if any(map(_is_json_messages, [prompt, *sides])):
         warnings.warn(
             f"The {name} dataset has messages written as JSON text, and trains on that text, without the chat "
             "template. If messages are meant, read them first: "
             "`dataset.map(lambda row: {name: json.loads(row[name]) for name in ('chosen', 'rejected')})`.",
-            stacklevel=3,
+            stacklevel=4,
         )
     if prompt.strip() and all(side.startswith(prompt) for side in sides):
         warnings.warn(
-            f"In the {name} dataset, `chosen` and `rejected` begin with the text of `prompt`, which is put before "
+            f"In the {name} dataset, {fields} {verb} with the text of `prompt`, which is put before "
             "them once more. If they are whole texts, remove the column `prompt`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -304,7 +376,9 @@ def _naming(name: str, index: int, side: str = "") -> Iterator[None]:
         raise (OverlengthError if isinstance(error, OverlengthError) else ValueError)(f"{where}: {error}") from error
 
 
-def _format_of(row: dict) -> _RowFormat:
+def _format_of(row: dict, attributes: Sequence[str] | None = None) -> _RowFormat:
+    if _is_rated(row):
+        return _format_of_rated(row, attributes)
     numbers = tuple(n for n in ("margin", "label") if row.get(n) is not None)
     if "chosen_ids" in row and "rejected_ids" in row:
         numbers += tuple(n for n in ("ref_chosen_logps", "ref_rejected_logps") if row.get(n) is not None)
@@ -329,6 +403,20 @@ def _format_of(row: dict) -> _RowFormat:
     return _RowFormat(forms["chosen"], prompt is not None, numbers)
 
 
+def _format_of_rated(row: dict, attributes: Sequence[str] | None) -> _RowFormat:
+    if attributes is None:
+        raise ValueError(
+            "it has a `completion` and no `chosen` and `rejected`, so it is a rated one, and the model has no "
+            "attributes. Make the model with `attribute_names`, the columns of the ratings, or give pairs."
+        )
+    if row.get("prompt") is None:
+        raise ValueError(f"a rated `completion` needs its `prompt`; found {keys_found(row)}.")
+    forms = {_form(field, row[field]) for field in ("prompt", "completion")}
+    if len(forms) > 1:
+        raise ValueError("text and messages are mixed in `prompt` and `completion`. Write both the same way.")
+    return _RowFormat(forms.pop(), True, ())
+
+
 def _form(field: str, value: Any) -> str:
     if isinstance(value, str):
         return "text"
@@ -343,18 +431,24 @@ def _prepare_row(
     *,
     encoder: Encoder,
     name: str,
-    row_format: _RowFormat,
+    formats: dict[bool, tuple[int, _RowFormat]],
+    numbers: Sequence[str],
+    attributes: Sequence[str] | None,
     starts_required: bool,
     embeddings: int | None,
     positions: int | None,
 ) -> dict:
     with _naming(name, index):
-        own = _format_of(row)
+        own = _format_of(row, attributes)
+        first, row_format = formats.get(not _is_rated(row)) or next(iter(formats.values()))
         if own != row_format:
             raise ValueError(
-                f"this row is {own}; row 0 is {row_format}. All rows of a dataset must be of one kind: fill in what "
-                "is missing, or remove the column or the rows."
+                f"this row is {own}; row {first} is {row_format}. All rows of a dataset must be of one kind: fill in "
+                "what is missing, or remove the column or the rows."
             )
+        if _is_rated(row):
+            rated = _prepare_rated(row, encoder, row_format.form, attributes or (), embeddings, positions)
+            return {**rated, **dict.fromkeys(numbers, 0.0)}
         output: dict[str, Any] = {number: _number(number, row[number]) for number in row_format.numbers}
         swapped = _is_swapped(**output)
         texts = row
@@ -363,6 +457,12 @@ def _prepare_row(
                 raise ValueError("`chosen` and `rejected` are equal, so nothing is preferred. Remove the row.")
             if row_format.form == "text" and not row_format.prompt:
                 texts = _split_texts(row["chosen"], row["rejected"])
+        ratings = {}
+        if attributes is not None:
+            ratings = {
+                f"{side}_ratings": [_rating(f"{side}_{attribute}", row) for attribute in attributes]
+                for side in ("chosen", "rejected")
+            }
         prompt = row["prompt"] if row_format.prompt else []
         tools, template_kwargs = row.get("tools"), template_kwargs_of(row)
 
@@ -381,6 +481,8 @@ def _prepare_row(
                     raise
                 continue
             require_embedded(encoded[side].ids, embeddings, positions, encoder.tokenizer)
+    if attributes is not None:
+        output |= {"is_pair": True, **ratings}
     if len(encoded) < 2:
         empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
         return {**empty, **output, "outcome": _DROPPED}
@@ -406,8 +508,9 @@ def _prepare_row(
     if swapped:
         chosen, rejected = rejected, chosen
         output["label"] = 1 - output["label"]
-        names = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in output]
-        output |= dict(zip(names, [output[name] for name in reversed(names)], strict=True))
+        for names in (("ref_chosen_logps", "ref_rejected_logps"), ("chosen_ratings", "rejected_ratings")):
+            if names[0] in output:
+                output |= dict(zip(names, [output[name] for name in reversed(names)], strict=True))
     response_cut = chosen.response_cut or rejected.response_cut
     outcome = _DROPPED if equal else _RESPONSE_CUT if response_cut else _TRUNCATED if cut else _KEPT
     return {
@@ -420,12 +523,50 @@ def _prepare_row(
     }
 
 
+def _prepare_rated(row, encoder, form, attributes, embeddings, positions) -> dict:
+    """A rated completion as a pair whose rejected side is one token. Nothing of it is a response to the text loss."""
+    ratings = [_rating(attribute, row) for attribute in attributes]
+    if all(map(math.isnan, ratings)):
+        raise ValueError(
+            f"it has none of the ratings {', '.join(f'`{attribute}`' for attribute in attributes)}; found "
+            f"{keys_found(row)}. Rename the columns, or remove the row."
+        )
+    gaps = [math.nan] * len(ratings)
+    columns: dict[str, Any] = {"is_pair": False, "chosen_ratings": ratings, "rejected_ratings": gaps}
+    prompt, completion = row["prompt"], row["completion"]
+    try:
+        if form == "text":
+            text = encoder.encode(prompt, completion)
+        else:
+            text = encoder.encode(prompt, completion, row.get("tools"), **template_kwargs_of(row))
+    except OverlengthError:
+        if encoder.overlength != "drop":
+            raise
+        empty = {"chosen_ids": [], "rejected_ids": [], "chosen_start": 0, "rejected_start": 0}
+        return {**empty, **columns, "outcome": _DROPPED}
+    require_embedded(text.ids, embeddings, positions, encoder.tokenizer)
+    outcome = _RESPONSE_CUT if text.response_cut else _TRUNCATED if text.truncated else _KEPT
+    sides = {"chosen_ids": text.ids, "rejected_ids": text.ids[:1]}
+    return {
+        **sides,
+        **{f"{side.removesuffix('_ids')}_start": len(ids) for side, ids in sides.items()},
+        **columns,
+        "outcome": outcome + sum(_UNREAD[what] for what in text.unread) + _RATED,
+    }
+
+
+def _rating(column: str, row: dict) -> float:
+    """A number, or NaN for a gap."""
+    value = row.get(column)
+    return math.nan if value is None or value != value else _number(column, value)
+
+
 def _prepare_or_say(row: dict, index: int, *, prepare, columns: tuple[str, ...]) -> dict:
     """The prepared row, or an empty row with the reason."""
     try:
         return {**prepare(row, index), "error": ""}
     except ValueError as error:
-        empty: dict[str, Any] = {column: [] if column.endswith("_ids") else 0 for column in columns}
+        empty: dict[str, Any] = {column: [] if column.endswith(("_ids", "_ratings")) else 0 for column in columns}
         outcome = _TOO_LONG if isinstance(error, OverlengthError) else _BAD
         return {**empty, "outcome": outcome, "error": str(error)}
 

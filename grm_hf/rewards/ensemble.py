@@ -231,6 +231,8 @@ def ensemble_heads(
     _check_members(len(heads), how, k, weight)
     _refuse_identical([dict(head.state_dict(keep_vars=True)) for head in heads])
     model.score = EnsembleHead(heads, (how, k, weight), statistics).to(model.device)
+    model.config.attribute_names = model.config.attribute_weights = None  # an ensemble has a reward alone
+    model.config.attribute_combiner = "sum"
     return model
 
 
