@@ -284,14 +284,14 @@ class PairCollator:
 
     A pair is a `dict` with `chosen_ids`, `rejected_ids` (`list[int]`), `chosen_start`, `rejected_start` (`int`, index
     of the first response token; needed with a text loss), and optionally `margin`, `label`, `ref_chosen_logps`,
-    `ref_rejected_logps` (`float`). If a response starts at index 0, no hidden state predicts its first token, and the
-    text loss leaves this token out.
+    `ref_rejected_logps` (`float`), `is_pair` (`bool`), `chosen_ratings`, `rejected_ratings` (`list[float]`). If a
+    response starts at index 0, no hidden state predicts its first token, and the text loss leaves this token out.
 
     Returns:
         `dict` of tensors: `input_ids`; `attention_mask` (padded), or `position_ids`, `segments` (see [`Forest`]),
         `read_index` `(2B,)` and `output_rows` (every index whose hidden state is read); with a text loss `text_index`,
-        `text_targets`, `text_owner` `(num_tokens,)`; `margin` and `label` `(B,)` and `ref_logps` `(2B,)` if the pairs
-        have them.
+        `text_targets`, `text_owner` `(num_tokens,)`; `margin`, `label` and `is_pair` `(B,)`, `ref_logps` `(2B,)` and
+        `ratings` `(2B, num_attributes)` if the pairs have them.
     """
 
     pad_token_id: int
@@ -328,9 +328,12 @@ class PairCollator:
             if self.text == "both":
                 starts += [pair["rejected_start"] for pair in pairs]
             batch |= text_tokens(sequences, starts, paths)
-        for name in ("margin", "label"):
+        for name in ("margin", "label", "is_pair"):
             if name in pairs[0]:
                 batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float)
+        if "chosen_ratings" in pairs[0]:
+            names = ("chosen_ratings", "rejected_ratings")
+            batch["ratings"] = torch.tensor([pair[name] for name in names for pair in pairs], dtype=torch.float)
         if "ref_chosen_logps" in pairs[0]:
             names = ("ref_chosen_logps", "ref_rejected_logps")
             batch["ref_logps"] = torch.tensor([pair[name] for name in names for pair in pairs], dtype=torch.float)

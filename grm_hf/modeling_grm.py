@@ -608,8 +608,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         """
         if not isinstance(self.score, GRMAttributeHead):
             raise ValueError(
-                "The model has no attributes, or an adapter that carries its head. Merge an adapter first (`grm merge`): "
-                "its base keeps the configuration."
+                "The model has no attributes, or an adapter that carries its head. Merge an adapter first (`grm "
+                "merge`): its base keeps the configuration."
             )
         check_attributes(self.config.attribute_names, weights := [*map(float, weights)], "sum")
         self.score.fix(weights)

@@ -11,7 +11,8 @@ EXTREMES: dict[str, tuple[Callable, Callable]] = {
     "min_reward": (torch.amin, torch.minimum),
     "max_reward": (torch.amax, torch.maximum),
 }
-MEANS = ("margin", "pair_loss", "text_loss", "aux_loss")  # over pairs
+MEANS = ("margin", "pair_loss", "text_loss")  # over pairs
+ROW_MEANS = ("attribute_loss", "aux_loss", "loss")  # over pairs and rated completions
 ACCURACIES = ("accuracy", "implicit_accuracy")  # over pairs whose soft label is no tie
 
 
@@ -45,14 +46,18 @@ class Averages:
         Args:
             columns (`dict[str, torch.Tensor]`):
                 One value for each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`,
-                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`.
+                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`; `is_pair`,
+                which is 0 for a rated completion; for an attribute `mse_NAME`, the sum of its squared errors, and
+                `ratings_NAME`, their number.
             gather (`Callable`, *optional*):
                 Gives the rows of all processes, without those that a sampler repeats. Without it, [`~Averages.take`]
                 combines the processes.
         """
         chosen, rejected, *_ = (columns[name] for name in ("chosen", "rejected"))
+        pairs = columns.get("is_pair", torch.ones_like(chosen))
         rows = {
-            "pairs": torch.ones_like(chosen),
+            "rows": torch.ones_like(chosen),
+            "pairs": pairs,
             "decided": (columns["label"] != 0.5) if "label" in columns else torch.ones_like(chosen),
             "accuracy": (chosen > rejected).to(chosen.dtype),
             "margin": chosen - rejected,
@@ -60,8 +65,13 @@ class Averages:
             "reward_squared": chosen**2 + rejected**2,
             "min_reward": torch.minimum(chosen, rejected),
             "max_reward": torch.maximum(chosen, rejected),
-            **{name: column for name, column in columns.items() if name not in ("chosen", "rejected", "label")},
+            **{n: column for n, column in columns.items() if n not in ("chosen", "rejected", "label", "is_pair")},
         }
+        if "is_pair" in columns:
+            of_rows = [name for name in rows if name in ROW_MEANS or name.startswith(("mse_", "ratings_"))]
+            for name in rows.keys() - {"rows", *of_rows}:
+                nothing = {"min_reward": torch.inf, "max_reward": -torch.inf}.get(name, 0.0)
+                rows[name] = torch.where(pairs > 0, rows[name].double(), nothing)
         rows |= {name: rows[name] * rows["decided"] for name in ACCURACIES if name in rows}
         table = torch.stack([column.double() for column in rows.values()], dim=1)
         if gather is not None:
@@ -84,7 +94,8 @@ class Averages:
 
         Returns:
             `dict[str, float]`: means over pairs, `min_reward`, `mean_reward`, `max_reward`, `std_reward`, and
-            `perplexity` of the chosen responses. Empty if nothing was added.
+            `perplexity` of the chosen responses; over ratings `mse_NAME` of each attribute. Empty if nothing was
+            added. What had no pair or no rating is left out.
         """
         sums, self._sums = self._sums, {}
         if not sums:
@@ -96,10 +107,15 @@ class Averages:
             of_all = [EXTREMES[name][0] if name in EXTREMES else torch.sum for name in names]
             values = torch.stack([reduce(column) for reduce, column in zip(of_all, columns, strict=True)])
         total = dict(zip(names, values.tolist(), strict=True))
-        pairs = total["pairs"]
+        averages = {name: total[name] / total["rows"] for name in ROW_MEANS if name in total}
+        for name in (name.removeprefix("ratings_") for name in total if name.startswith("ratings_")):
+            if total[f"ratings_{name}"]:
+                averages[f"mse_{name}"] = total[f"mse_{name}"] / total[f"ratings_{name}"]
+        if not (pairs := total["pairs"]):
+            return averages
         mean = total["reward"] / (2 * pairs)
-        averages = {name: total[name] / total["decided"] for name in ACCURACIES if name in total and total["decided"]}
-        averages |= {name: total[name] / pairs for name in (*MEANS, "loss") if name in total}
+        averages |= {name: total[name] / total["decided"] for name in ACCURACIES if name in total and total["decided"]}
+        averages |= {name: total[name] / pairs for name in MEANS if name in total}
         averages |= {"min_reward": total["min_reward"], "mean_reward": mean, "max_reward": total["max_reward"]}
         averages["std_reward"] = max(total["reward_squared"] / (2 * pairs) - mean**2, 0.0) ** 0.5
         if total.get("nll_tokens"):

@@ -62,7 +62,7 @@ def _load(path, kwargs, trust):
         return PeftModel.from_pretrained(_load(base, place, trust), path, is_trainable=True, **hub)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **hub)
     if config.model_type == GRMConfig.model_type:
-        ignored = sorted(k for k in kwargs if k.startswith("head_"))
+        ignored = sorted(k for k in kwargs if k.startswith(("head_", "attribute_")))
         if ignored:
             logger.warning(f"'{path}' is a reward model already: {ignored} are ignored, its own head is kept.")
         kwargs = {k: v for k, v in kwargs.items() if k not in ignored}

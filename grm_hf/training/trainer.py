@@ -42,7 +42,7 @@ from ..layouts import (
 from ..logprobs import sequence_logps
 from ..pairs import Counts, prepare_pairs
 from ..scoring import golden
-from . import adapters, loading, reference, run_card
+from . import adapters, attributes, loading, reference, run_card
 from .averages import Averages
 from .config import GRMRewardConfig
 from .suites import SuiteCallback
@@ -64,15 +64,18 @@ class GRMRewardTrainer(RewardTrainer):
         model (`str` or `Path` or [`GRMForSequenceClassification`] or [`~peft.PeftModel`]):
             A reward model, or one wrapped by PEFT; or the Hub id or folder of a reward model, of its adapter (which is
             trained further) or of a causal language model, from which a reward model is made (`args.model_init_kwargs`
-            may hold `head_type`, `head_hidden_size`, `head_num_layers`, `head_dropout`; its `revision`, `subfolder`,
-            `token`, ... hold for the tokenizer, too).
+            may hold the settings of its head: `head_type`, `head_hidden_size`, `head_num_layers`, `head_dropout`,
+            `attribute_names`, `attribute_weights`, `attribute_combiner`; its `revision`, `subfolder`, `token`, ...
+            hold for the tokenizer, too).
         args ([`GRMRewardConfig`], *optional*):
             Settings. If `None`, the defaults.
         train_dataset, eval_dataset:
             Preference data in any of TRL's formats: explicit or implicit prompt, text or messages, `tools`,
-            `chat_template_kwargs`, `margin`. Rows are checked before training starts.
+            `chat_template_kwargs`, `margin`. Rows are checked before training starts. For a model with attributes a
+            row may have ratings, or be a rated completion: see [`~grm_hf.pairs.prepare_pairs`].
         compute_metrics (`Callable`, *optional*):
-            Gets predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses.
+            Gets predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses. A
+            rated completion is a row whose second number is NaN.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Settings of an adapter. The reward head is always trained and saved in full with it
             (`modules_to_save=["score"]`). If targets are left out or name experts, they are those that peft knows for
@@ -141,6 +144,7 @@ class GRMRewardTrainer(RewardTrainer):
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
         self._bos_policy, self._folder_was_loaded = config.bos_policy, False
+        self._attribute_names = config.attribute_names
         self._given = base  # whose embedding grows with the tokens of `chat_template_path`
 
         super().__init__(
@@ -272,7 +276,10 @@ class GRMRewardTrainer(RewardTrainer):
                 embeddings=self._given.get_input_embeddings().weight.shape[0] or None,  # 0: sharded
                 positions=embedded_positions(self._given),
                 whole=bool(self.data_counts),  # all but the first: an evaluation has an end, each row counts once
+                attributes=self._attribute_names,
             )
+            if dataset_name == "train":
+                attributes.check_ratings(dataset, self._attribute_names, args.attribute_loss_weight)
         self.data_counts[dataset_name] = counts
         if not isinstance(dataset, IterableDataset):  # the counts of a stream are reported when it was read
             (logger.warning if counts.changed else logger.info)(str(counts))
@@ -305,6 +312,7 @@ class GRMRewardTrainer(RewardTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [*reference.COLUMNS, "margin", "label", "ref_chosen_logps", "ref_rejected_logps"]
+            self._signature_columns += attributes.COLUMNS
             if self._groups_by_length:
                 self._signature_columns.append(self.args.length_column_name)
 
@@ -340,14 +348,16 @@ class GRMRewardTrainer(RewardTrainer):
             model.train()
             for batch in batches:
                 for part in _parts(self._prepare_inputs(batch)):
-                    rewards.append(self._forward(model, part, None).logits.flatten())
+                    sides = self._forward(model, part, None).logits.flatten().chunk(2)
+                    rewards += [attributes.of_pairs(side, part) for side in sides]
         return torch.cat(rewards)
 
     def _step_of(self, rewards, batches):
         """Of an optimiser step on all ranks: its mean reward, its pairs, and the batches that its gradient is the mean
         of."""
-        own = torch.stack([rewards.detach().sum(), torch.full_like(rewards[0], len(rewards))])
+        own = torch.stack([rewards.detach().sum(), rewards.new_tensor(len(rewards))])
         total, count = self.accelerator.gather(own[None]).sum(0)
+        count = count.clamp(min=1)  # a step without pairs has no term
         return total / count, count / 2, batches * self.accelerator.num_processes
 
     def _sum_to_zero(self, chosen, rejected):
@@ -395,7 +405,10 @@ class GRMRewardTrainer(RewardTrainer):
         columns = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         pairs = len(columns["chosen"])
         loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in parts) * inputs.get("share", 1.0)
-        rewards = torch.stack([columns["chosen"], columns["rejected"]], dim=1)
+        rejected = columns["rejected"]
+        if "is_pair" in columns:
+            rejected = torch.where(columns["is_pair"] > 0, rejected, torch.nan)
+        rewards = torch.stack([columns["chosen"], rejected], dim=1)
         with torch.no_grad():
             self._record(self._mode, columns)
         return (loss, {"logits": rewards}) if return_outputs else loss
@@ -406,38 +419,49 @@ class GRMRewardTrainer(RewardTrainer):
         lm_fn, responses_of = None, self._responses_of(model, inputs)
         if responses_of is not None:
             text_loss = losses.TEXT_LOSSES[args.text_loss].function
-            lm_fn = self._lm_fn(inputs, lambda sums: args.alpha * text_loss(responses_of(sums), args.beta).mean())
+
+            def text_of(sums):
+                return attributes.only_pairs(text_loss(responses_of(sums), args.beta), inputs)
+
+            lm_fn = self._lm_fn(inputs, lambda sums: args.alpha * text_of(sums).mean())
         outputs = self._forward(model, inputs, lm_fn)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
 
         label = inputs.get("label")
         name = self._pair_loss(inputs)
         pair = losses.pair_loss(chosen, rejected, inputs.get("margin"), name, args.label_smoothing, label)
+        pair = attributes.only_pairs(pair, inputs)
         loss = pair.mean()
         if args.center_rewards_coefficient is not None:
-            centering = losses.centering(chosen, rejected)
+            centering = attributes.only_pairs(losses.centering(chosen, rejected), inputs)
             pair = pair + args.center_rewards_coefficient * centering
             loss = loss + args.center_rewards_coefficient * centering.mean()
         if args.batch_sum_to_zero and self._mode == "train":
-            term = args.batch_sum_to_zero * self._sum_to_zero(chosen, rejected)
+            term = args.batch_sum_to_zero * attributes.over_pairs(self._sum_to_zero, chosen, rejected, inputs)
             pair, loss = pair + term, loss + term.mean()
         text, columns = None, {}
         if responses_of is not None:
-            responses = responses_of(outputs.lm_output)
-            text = text_loss(responses, args.beta)
-            columns = {"text_loss": text, **_text_columns(responses)}
+            text = text_of(outputs.lm_output)
+            columns = {"text_loss": text, **_text_columns(responses_of(outputs.lm_output))}
             loss = losses.total_loss(loss, text.mean(), args.alpha)
         total = losses.total_loss(pair, text, args.alpha)
+        if outputs.attributes is not None:
+            error, of_attributes = attributes.error(outputs.attributes, inputs, self._attribute_names)
+            loss = loss + args.attribute_loss_weight * error.mean()
+            total = total + args.attribute_loss_weight * error
+            columns |= of_attributes
         if outputs.aux_loss is not None:  # of experts, if the configuration says `output_router_logits`
             aux = self._router_weight * outputs.aux_loss.to(loss.device)
             loss, total = loss + aux, total + aux
             columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
 
         chosen_tokens, rejected_tokens = sequence_lengths(inputs).chunk(2)
-        columns |= {"chosen_tokens": chosen_tokens, "rejected_tokens": rejected_tokens}
+        columns |= {
+            "chosen_tokens": chosen_tokens,
+            "rejected_tokens": attributes.only_pairs(rejected_tokens, inputs),
+        }
         columns |= {"chosen": chosen, "rejected": rejected, "pair_loss": pair}
-        if label is not None:
-            columns["label"] = label
+        columns |= {name: inputs[name] for name in ("label", "is_pair") if name in inputs}
         return loss, columns | {"loss": total}
 
     def _pair_loss(self, inputs):
@@ -484,6 +508,7 @@ class GRMRewardTrainer(RewardTrainer):
         self._averages[mode].add(columns, gather)
         if mode == "eval":
             label = columns.get("label", torch.ones_like(columns["chosen"]))
+            label = torch.where(columns.get("is_pair", torch.ones_like(label)) > 0, label, 0.5)
             seen = torch.stack([columns["chosen"], columns["rejected"], *lengths, label], dim=1).double()
             seen = gather(seen).cpu()
             self._eval_rows.append(seen[seen[:, 4] != 0.5, :4])  # a tie is no pair to be right about
@@ -500,7 +525,7 @@ class GRMRewardTrainer(RewardTrainer):
         spread = averages.pop("std_reward", None)
         if mode == "train":
             averages.pop("loss", None)  # transformers logs its own
-        elif averages:
+        elif "mean_reward" in averages:
             config = _unwrapped(self.model).config
             config.reward_mean, config.reward_std = averages["mean_reward"], spread
         return averages
