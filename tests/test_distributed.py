@@ -45,6 +45,10 @@ RUNS = {
     "sft-tokens": ("sft", "full", "shared_prefix"),
     "sft-zero": ("sft", "full", "padded"),
     "sft-tokens-zero": ("sft", "full", "shared_prefix"),
+    "none-attributes": ("none", "full", "padded"),
+    "sft-attributes-zero": ("sft", "full", "packed"),
+    "sft-tokens-attributes-zero": ("sft", "full", "shared_prefix"),
+    "dpo-lora-attributes": ("dpo", "lora", "shared_prefix"),
     "sft-stream": ("sft", "full", "shared_prefix"),
     "sft-dispatch": ("sft", "full", "packed"),
     "dpo": ("dpo", "full", "padded"),
@@ -59,11 +63,15 @@ TRAIN = f"""
     folder, processes = sys.argv[1], int(sys.argv[2])
     results = {{}}
     for key, (text_loss, adapter, layout) in {RUNS!r}.items():
-        tested, many = t.pairs(7, seed=1), processes > 1
+        tested, many, model = t.pairs(7, seed=1), processes > 1, t.grm()
+        trained = t.pairs(16, label=[1.0, 0.5, 0.75, 0.9] * 4) if key.endswith("zero") else t.pairs(16)
+        if "attributes" in key:  # among them batches of ranks that have no pair, and an evaluation of 7 rows
+            model = t.grm(attribute_names=["help", "short"], attribute_weights="gate")
+            trained, tested = t.rated_between(trained), t.rated_between(tested)
         run = t.trainer(
             f"{{folder}}/{{key}}",
-            t.grm().double(),
-            t.pairs(16, label=[1.0, 0.5, 0.75, 0.9] * 4) if key.endswith("zero") else t.pairs(16),
+            model.double(),
+            trained,
             tested.to_iterable_dataset() if key.endswith("stream") and many else tested,
             regularizer=text_loss,
             accelerator_config={{"dispatch_batches": True}} if key.endswith("dispatch") and many else {{}},
@@ -76,6 +84,7 @@ TRAIN = f"""
             per_device_train_batch_size=4 // processes,
             per_device_eval_batch_size=2,
             gradient_checkpointing=True,
+            attribute_loss_weight=0.5,
             max_tokens_per_batch=100 if "tokens" in key and processes > 1 else None,
             ddp_backend="gloo" if processes > 1 else None,
             peft_config=t.lora() if adapter == "lora" else None,
@@ -103,6 +112,7 @@ def test_ddp_on_two_processes_equals_one(one_and_two, key):
     lines = [(one["eval"], two["eval"]), *zip(one["logged"], two["logged"], strict=True)]
     assert len(lines) == 4
     assert ("text_loss" in lines[1][0]) == (not key.startswith("none")) and "accuracy" in lines[1][0]
+    assert ("mse_short" in lines[1][0]) == ("eval_mse_help" in lines[0][0]) == ("attributes" in key)
     for expected, found in lines:
         assert expected.keys() == found.keys()
         for name in expected.keys() - set(TIMES):

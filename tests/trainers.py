@@ -41,12 +41,27 @@ def pairs(count=16, seed=0, **columns):
     return dataset
 
 
+def rated_between(dataset):
+    """The same rows, some of them as rated completions (the fifth to the eighth among them), some with ratings."""
+    made = []
+    for number, row in enumerate(dataset):
+        ratings = {"help": float(number % 3), "short": None if number % 4 == 1 else -1.0}
+        if number % 3 == 1 or 4 <= number < 8:
+            row = {"prompt": row["prompt"], "completion": row["chosen"], **ratings}
+        elif number % 2:
+            row = {**row, **{f"rejected_{name}": rating for name, rating in ratings.items()}}
+        made.append(row)
+    columns = dict.fromkeys(name for row in made for name in row)
+    return Dataset.from_list([{**columns, **row} for row in made])
+
+
 def base(seed=0, **config):
     return tiny_llama(TOKENIZER, seed, **config)
 
 
 def grm(seed=0, **config):
-    return GRMForSequenceClassification.from_base(base(seed, **config), head_hidden_size=8)
+    attributes = {name: config.pop(name) for name in list(config) if name.startswith("attribute_")}
+    return GRMForSequenceClassification.from_base(base(seed, **config), head_hidden_size=8, **attributes)
 
 
 def settings(folder, kind=GRMRewardConfig, **kwargs):
