@@ -480,7 +480,8 @@ def _score(args):
 def _line(result, names, transform):
     """A line of output from a score, or from the record of signals."""
     if not names:
-        return {"score": transform([result.score]).item(), "tokens": result.tokens, "truncated": result.truncated}
+        line = {"score": transform([result.score]).item(), "tokens": result.tokens, "truncated": result.truncated}
+        return line if result.attributes is None else {**line, "attributes": result.attributes}
     signals = {name: value for name, value in result.items() if name.split("/")[0] in names}
     line = {name: result[name] for name in ("tokens", "truncated")}
     return {"score": transform([result["head"]]).item(), **line, "signals": signals}

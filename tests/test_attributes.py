@@ -99,7 +99,10 @@ def test_means_do_not_depend_on_the_scale_of_weights_nor_on_attributes_without_w
 @pytest.mark.parametrize("head_type", ["mlp", "linear"])
 @pytest.mark.parametrize(
     ("weights", "combiner"),
-    [(None, "sum"), ([0.7, -0.3], "sum"), ([0.7, 0.3], "geometric"), ([1, 2], "harmonic"), *(("gate", c) for c in COMBINERS)],
+    [
+        *((None, "sum"), ([0.7, -0.3], "sum"), ([0.7, 0.3], "geometric"), ([1, 2], "harmonic")),
+        *(("gate", combiner) for combiner in COMBINERS),
+    ],
 )
 def test_logits_are_the_combination_of_the_attributes(head_type, weights, combiner, tmp_path):
     model = model_of(head_type, attribute_weights=weights, attribute_combiner=combiner)
@@ -186,7 +189,7 @@ def test_the_loss_is_the_mean_over_the_ratings_of_a_row(rows):
             if not np.isnan(r)
         ]
         assert loss == pytest.approx(np.mean(errors) if errors else 0.0, rel=1e-9, abs=1e-12)
-    swapped = losses.attribute_loss(tensor(attributes[::-1].reshape(-1, 2).copy()), tensor(given_[::-1].reshape(-1, 2).copy()))
+    swapped = losses.attribute_loss(*(tensor(v[::-1].reshape(-1, 2).copy()) for v in (attributes, given_)))
     shifted = losses.attribute_loss(tensor(attributes.reshape(-1, 2)) + 3, tensor(given_.reshape(-1, 2)) + 3)
     torch.testing.assert_close(swapped, found, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(shifted, found, rtol=1e-7, atol=1e-7)
@@ -198,7 +201,7 @@ def test_a_gap_has_no_gradient():
     assert attributes.grad.tolist() == [[0.0, -2.0], [0.0, 0.0], [0.0, 0.0], [-8.0, 0.0]]
 
 
-# ------------------------------------------------------------------------------------------------------ rows of ratings
+# ----------------------------------------------------------------------------------------------------- rows of ratings
 
 
 USER = [{"role": "user", "content": "one"}]
@@ -273,7 +276,7 @@ def test_rated_texts_and_cut_and_dropped_ones():
     [
         ([pair(), rated(help=1)], "row 1: .*so it is a rated one.*Make the model with `attribute_names`", None),
         ([rated(help=1)], "row 0: .*so it is a rated one", None),
-        ([rated(help=1, short=2), rated(help=None, short=GAP)], "row 1: it has none of the ratings `help`, `short`", NAMES),
+        ([rated(help=1, short=2), rated(help=None, short=GAP)], "row 1: it has none of the ratings `help`", NAMES),
         ([rated(helpful=1)], "row 0: it has none of the ratings `help`, `short`; found .*`helpful`", NAMES),
         ([rated(help="high")], "row 0: `help` is 'high'; it must be a finite number", NAMES),
         ([pair(chosen_help=True)], "row 0: `chosen_help` is True; it must be a finite", NAMES),
@@ -310,10 +313,10 @@ def double(monkeypatch):
 
 CONSTANT = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
 # For each of 14 rows: a rated completion, or a pair with or without ratings; the second batch of four has no pair.
-KINDS = [*"PRPQ", *"RRRR", *"QPRP", *"RP"]
+KINDS = "PRPQRRRRQPRPRP"
 
 
-def mixed_rows(kinds="".join(KINDS), label=True, mean=0.0):
+def mixed_rows(kinds=KINDS, label=True, mean=0.0):
     from trainers import rows
 
     generator, made = np.random.default_rng(3), []
@@ -546,7 +549,8 @@ def test_a_run_on_rated_completions_alone(tmp_path):
     from trainers import trainer
 
     rows = mixed_rows("R" * 8, label=False)
-    run = trainer(tmp_path, model_of(attribute_weights=[1, 0]), dataset(rows), dataset(rows[:3]), batch_sum_to_zero=1.0)
+    model = model_of(attribute_weights=[1, 0])
+    run = trainer(tmp_path, model, dataset(rows), dataset(rows[:3]), batch_sum_to_zero=1.0)
     run.train()
     found = run.evaluate()
     assert found["eval_loss"] == pytest.approx(found["eval_attribute_loss"], rel=1e-5)
@@ -622,3 +626,240 @@ def test_adapters_train_save_load_and_merge_attributes(tmp_path, weights):
     for model in (loaded, merged.eval()):
         for name in ("logits", "attributes"):
             torch.testing.assert_close(outputs(model)[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ scoring, golden rows
+
+CHATS = [
+    {"prompt": f"Say {word}.", "response": " ".join([word] * count)}
+    for count, word in enumerate(["a", "bee", "sea"], 1)
+]
+
+
+def by_forward(model, chats=CHATS):
+    """Reward and attributes of each chat, one at a time."""
+    encoder, found = Encoder.from_config(TOKENIZER, model.config), []
+    for chat in chats:
+        ids = torch.tensor([encoder.encode([{"role": "user", "content": chat["prompt"]}], chat["response"]).ids])
+        with torch.no_grad():
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        found.append([out.logits.item(), dict(zip(NAMES, out.attributes[0].tolist(), strict=True))])
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [{"deterministic": True}, *({"layout": n} for n in ("padded", "packed", "shared_prefix"))]
+)
+def test_the_scorer_gives_attributes_by_their_names(settings):
+    from grm_hf import GRMScorer
+
+    model = model_of(attribute_weights="gate")
+    scorer = GRMScorer(model, TOKENIZER, **settings)
+    exact = {"rel": 0, "abs": 0} if "deterministic" in settings else {"rel": 1e-4, "abs": 1e-5}
+    expected = by_forward(model)
+    for found, (_, attributes) in zip(scorer.attributes([*CHATS, CHATS[0]]), [*expected, expected[0]], strict=True):
+        assert found == pytest.approx(attributes, **exact)
+    for result, (reward, attributes) in zip(scorer.stream(CHATS), expected, strict=True):
+        assert (result.score, result.attributes) == (
+            pytest.approx(reward, **exact),
+            pytest.approx(attributes, **exact),
+        )
+    row = {"prompt": USER, "chosen": said("two"), "rejected": said("three four")}
+    sides = by_forward(model, [{"prompt": "one", "response": text} for text in ("two", "three four")])
+    (found,) = scorer.attributes_of_pairs([row])
+    for side, (_, attributes) in zip(found, sides, strict=True):
+        assert side == pytest.approx(attributes, **exact)
+
+
+def test_a_scorer_without_attributes_says_so():
+    from grm_hf import GRMScorer
+
+    scorer = GRMScorer(GRMForSequenceClassification.from_base(tiny_llama(TOKENIZER, 0)).eval(), TOKENIZER)
+    with pytest.raises(ValueError, match="no attributes: its configuration has no `attribute_names`"):
+        scorer.attributes(CHATS)
+    assert [result.attributes for result in scorer.stream(CHATS)] == [None] * 3
+
+
+def test_golden_rows_hold_attributes_and_notice_their_change(tmp_path):
+    from grm_hf.scoring import GoldenError, save_golden, verify
+
+    model = model_of(attribute_weights=None)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    save_golden(model, TOKENIZER, tmp_path, CHATS)
+    verify(tmp_path)
+    with torch.no_grad():
+        model.score.attributes.out.bias[1] += 0.5  # no reward changes
+    model.save_pretrained(tmp_path)
+    with pytest.raises(GoldenError, match=r"DIFFERS: attributes \['short'\]"):
+        verify(tmp_path)
+
+
+def test_grm_score_prints_attributes(tmp_path, capsys):
+    import json
+
+    from grm_hf.cli import main
+
+    model = model_of(attribute_weights=[1.0, 2.0])
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    main(["score", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model")])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line, (reward, attributes) in zip(lines, by_forward(model), strict=True):
+        assert line["score"] == pytest.approx(reward, abs=1e-4)
+        assert line["attributes"] == pytest.approx(attributes, abs=1e-4)
+
+
+def test_several_heads_as_one_leave_the_attributes_out():
+    from grm_hf.rewards import ensemble_heads
+
+    members = [model_of(attribute_weights="gate") for _ in range(2)]
+    with torch.no_grad():
+        members[1].score.attributes.out.bias += 1
+    expected = sum(outputs(model).logits for model in members) / 2
+    found = outputs(ensemble_heads(members[0], [model.score for model in members]))
+    torch.testing.assert_close(found.logits, expected)
+    assert found.attributes is None
+
+
+# ------------------------------------------------------------------------------------------------------ fitted weights
+
+
+class Rated:
+    """What [`fit_attribute_weights`] asks of a scorer, over attributes that are given."""
+
+    def __init__(self, model, table):
+        self.model, self.table = model, table
+
+    def attributes_of_pairs(self, pairs):
+        return [tuple(dict(zip(NAMES, side, strict=True)) for side in row) for row in self.table]
+
+
+def test_fitted_weights_are_those_of_logistic_regression():
+    """Against gradient descent in numpy, on 300 pairs with soft labels among them."""
+    from grm_hf.scoring import fit_attribute_weights
+
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=(300, 2, 2)) * [1.0, 30.0]
+    x = table[:, 0] - table[:, 1]
+    better = generator.random(300) < 1 / (1 + np.exp(-x @ [1.0, -0.02]))
+    labels = np.where(generator.random(300) < 0.3, generator.random(300), better)
+    model = model_of(attribute_weights="gate")
+    pairs = [{} if label == 1.0 else {"label": label} for label in labels]
+    fitted = fit_attribute_weights(Rated(model, table), pairs)
+    weights = np.zeros(2)
+    for _ in range(20000):
+        gradient = x.T @ (1 / (1 + np.exp(-x @ weights)) - labels)
+        weights -= gradient * [1e-2, 1e-5]
+    assert np.abs(x.T @ (1 / (1 + np.exp(-x @ weights)) - labels)).max() < 1e-6
+    assert list(fitted.values()) == pytest.approx(weights.tolist(), rel=1e-6)
+    assert model.config.attribute_weights == list(fitted.values()) and list(fitted) == NAMES
+    out = outputs(model)
+    torch.testing.assert_close(out.logits[:, 0], out.attributes @ torch.tensor(weights, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("weights", [None, [0.3, 0.3], "gate"])
+def test_a_model_with_fitted_weights_saves_and_scores(tmp_path, weights):
+    from grm_hf import GRMScorer
+    from grm_hf.scoring import fit_attribute_weights, save_golden, verify
+
+    model = model_of(attribute_weights=weights)
+    rows = [
+        {"prompt": USER, "chosen": said(f"two {'x' * (i % 5)}"), "rejected": said(f"{'three ' * (i % 3)} y{i}")}
+        for i in range(12)
+    ]
+    rows += [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:5]]  # contradictions
+    fitted = fit_attribute_weights(GRMScorer(model, TOKENIZER), rows)
+    for before, (chosen, rejected) in zip(rows, GRMScorer(model, TOKENIZER).score_pairs(rows), strict=True):
+        ((a, b),) = GRMScorer(model, TOKENIZER).attributes_of_pairs([before])
+        difference = sum(weight * (a[name] - b[name]) for name, weight in fitted.items())
+        assert chosen - rejected == pytest.approx(difference, rel=1e-3, abs=1e-4)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    save_golden(model, TOKENIZER, tmp_path)
+    verify(tmp_path)
+    again = GRMForSequenceClassification.from_pretrained(tmp_path)
+    assert again.config.attribute_weights == list(fitted.values())
+
+
+def test_fitting_warns_of_pairs_that_separate_and_refuses_what_it_cannot_fit():
+    from grm_hf.scoring import fit_attribute_weights
+
+    table = np.array([[[1.0, 5.0], [0.0, 4.0]], [[2.0, 1.0], [1.5, 3.0]]])
+    model = model_of(attribute_weights=None)
+    with pytest.warns(UserWarning, match="separate chosen from rejected"):
+        fitted = fit_attribute_weights(Rated(model, table), [{}, {}])
+    assert fitted["help"] > 0 and all(map(math.isfinite, fitted.values()))
+    with pytest.raises(ValueError, match="the same in every pair"):
+        fit_attribute_weights(Rated(model, table[:, [0, 0]]), [{}, {}])
+    with pytest.raises(ValueError, match="no pairs"):
+        fit_attribute_weights(Rated(model, table[:0]), [])
+    with pytest.raises(ValueError, match="fitted for attribute_combiner='sum'.*'harmonic'"):
+        fit_attribute_weights(
+            Rated(model_of(attribute_weights="gate", attribute_combiner="harmonic"), table), [{}, {}]
+        )
+
+
+def test_weights_of_an_adapter_are_not_fitted():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        model_of(), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    )
+    with pytest.raises(ValueError, match="Merge an adapter first"):
+        adapted.fix_attribute_weights([1.0, 1.0])
+    with pytest.raises(ValueError, match="finite number for each of 2"):
+        model_of().fix_attribute_weights([1.0])
+
+
+# ------------------------------------------------------------------------------------------------------ other programs
+
+
+@pytest.mark.parametrize("weights", [None, [0.7, -0.3]])
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+def test_an_export_has_the_rewards_and_leaves_the_attributes_behind(tmp_path, head_type, weights, caplog):
+    from grm_hf.hub import export
+    from grm_hf.scoring import save_golden, verify
+
+    model = model_of(head_type, attribute_weights=weights)
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    save_golden(model, TOKENIZER, tmp_path / "model")
+    exported = export(tmp_path / "model", tmp_path / "export")
+    assert (
+        exported.architecture == {"linear": "LlamaForSequenceClassification", "mlp": "Qwen2ForRewardModel"}[head_type]
+    )
+    assert exported.difference < 1e-5
+    verify(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("weights", "combiner"), [("gate", "sum"), ([1.0, 2.0], "harmonic"), ([1.0, 2.0], "geometric")]
+)
+def test_no_export_of_what_no_engine_computes(tmp_path, weights, combiner):
+    from grm_hf.hub import export
+
+    model_of("linear", attribute_weights=weights, attribute_combiner=combiner).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no fixed sum of the attributes .*; or fix the weights by"):
+        export(tmp_path / "model", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.trainer
+def test_the_card_states_the_objective_and_the_attributes(tmp_path):
+    from trainers import trainer
+
+    run = trainer(
+        tmp_path, model_of(attribute_weights=[0.7, -0.3]), dataset(mixed_rows(label=False)),
+        dataset(mixed_rows("PRQ", label=False)), regularizer="sft", attribute_loss_weight=0.5,
+    )  # fmt: skip
+    run.train()
+    run.evaluate()
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        "0.99 * -log sigmoid(r_c - r_r) + 0.01 * -log sigmoid(beta * s_c) + 0.5 * mean_i (a_i - rating_i)^2`" in text
+    )
+    assert "help, short; the reward is `sum_i w_i a_i` with weights 0.7, -0.3" in text
+    assert "squared error of short" in text and "2 pairs" in text

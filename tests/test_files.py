@@ -362,7 +362,7 @@ def test_rewards_that_are_no_numbers_are_refused_everywhere(broken, tmp_path, ca
 def test_after_the_work_has_begun_an_error_has_its_traceback_and_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "in.jsonl").write_bytes(jsonl(CHATS))
     command = ["score", str(tmp_path / "in.jsonl"), "--model", str(folder), "--output", str(tmp_path / "out.jsonl")]
-    right = GRMScorer.rewards_of_ids
+    right = GRMScorer.in_batches
     calls = []
 
     def fails(self, *args):
@@ -377,7 +377,7 @@ def test_after_the_work_has_begun_an_error_has_its_traceback_and_how_to_go_on(fo
         calls.clear()
         (tmp_path / "out.jsonl").unlink(missing_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(GRMScorer, "rewards_of_ids", fails)
+            patch.setattr(GRMScorer, "in_batches", fails)
             assert main(command) == 1
         err = capsys.readouterr().err
         assert words in err and "run the same command again" in err.splitlines()[-1]

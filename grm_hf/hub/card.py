@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..configuration_grm import GRMConfig
 from ..encoding import Encoder
+from ..heads_grm import COMBINERS
 from ..version import __version__
 
 
@@ -171,6 +172,7 @@ def facts_of_model(config, tokenizer, name, model=None, step=None, example=(QUES
         "model": [
             ("body", f"{body.model_type}, {body.num_hidden_layers} layers, width {body.hidden_size}"),
             ("reward head", head),
+            *_attributes(config),
             ("chat template", template.replace("\n", " ")),
             ("maximum length", f"{limit} tokens; longer texts: {config.overlength}" if limit else "not limited"),
             ("read at", "the last token of the text, its end of turn or EOS"),
@@ -178,6 +180,22 @@ def facts_of_model(config, tokenizer, name, model=None, step=None, example=(QUES
         "code": CODE_LINE,
         "versions": ", ".join(_versions()),
     }
+
+
+def _attributes(config):
+    """The row of a model with attributes."""
+    names, weights = config.attribute_names, config.attribute_weights
+    if names is None:
+        return []
+    combined = COMBINERS[config.attribute_combiner]
+    if weights is None:
+        how = "beside the reward"
+    elif weights == "gate":
+        how = f"the reward is `{combined.formula}`, the weights those of a gate"
+    else:
+        shares = weights if combined.negative else [weight / sum(weights) for weight in weights]
+        how = f"the reward is `{combined.formula}` with weights {', '.join(f'{share:g}' for share in shares)}"
+    return [("attributes", f"{', '.join(names)}; {how}")]
 
 
 def _rendered(tokenizer):

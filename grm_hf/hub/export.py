@@ -104,6 +104,7 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
             raise ValueError(f"'{source}' is quantised. Export the model it was made from, and quantise that.")
         if (tokenizer := load_tokenizer(source, **hub)) is None:
             raise ValueError(f"'{source}' has no tokenizer, without which nobody can serve it.")
+        head = _plain_head(model)
         save_golden(model, tokenizer, out)
         probe = tokenizer(PROBE)["input_ids"]
         linear = model.config.head_type == "linear"
@@ -111,7 +112,7 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         if linear:
             _require_pad(tokenizer, out, config)
         served = _serving(tokenizer, model.config, config)
-        native = _classifier(model, config) if linear else _reward_model(model, config)
+        native = _classifier(model, head, config) if linear else _reward_model(model, head, config)
         state = native.state_dict()
         if linear and config.model_type in SGLANG_BIAS:
             state[ZERO_BIAS] = torch.zeros(1, dtype=torch.float32)
@@ -121,7 +122,7 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
         tokenizer.padding_side = "right"  # native classes with absolute positions know no other side
         tokenizer.save_pretrained(out)
         temperature = model.config.reward_temperature
-        del model, native, state
+        del model, head, native, state
         difference = _check(out, probe)
         text = _card(Path(output).name, config, tokenizer, out, served, temperature, difference)
         (out / "README.md").write_text(text, encoding="utf-8")
@@ -129,6 +130,29 @@ def export(source: str | Path, output: str | Path, *, revision: str | None = Non
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
+
+
+def _plain_head(model):
+    """The reward head without attributes, which is the same function; `ValueError` if there is none."""
+    config, score = model.config, model.score
+    if config.attribute_names is None:
+        return score
+    logger.warning(f"An export gives the reward alone: {', '.join(config.attribute_names)} stay behind.")
+    if config.attribute_weights is None:
+        return score.reward
+    if config.attribute_weights == "gate" or config.attribute_combiner != "sum":
+        raise ValueError(
+            "The reward is no fixed sum of the attributes (attribute_weights="
+            f"{config.attribute_weights!r}, attribute_combiner={config.attribute_combiner!r}), which engines have no "
+            "head for. vLLM serves the model as it is with the plugin of grm_hf (docs/serving.md); or fix the weights "
+            "by `grm_hf.scoring.fit_attribute_weights`."
+        )
+    head = copy.deepcopy(score.attributes)
+    last = head if config.head_type == "linear" else head.out
+    weights = torch.tensor(config.attribute_weights, dtype=torch.float64)
+    for name, part in list(last.named_parameters()):
+        setattr(last, name, nn.Parameter((weights @ part.double())[None].to(part.dtype)))
+    return head
 
 
 def _config(model, tokenizer):
@@ -155,7 +179,7 @@ def _config(model, tokenizer):
     return config
 
 
-def _classifier(model, config):
+def _classifier(model, score, config):
     """The native classifier around the live body: no weight is copied."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(
@@ -165,7 +189,7 @@ def _classifier(model, config):
     with torch.device("meta"):
         native = AutoModelForSequenceClassification.from_config(config)
     prefix, head = native.base_model_prefix, getattr(native, "score", None)
-    weight = model.score.weight
+    weight = score.weight
     fits = isinstance(head, nn.Linear) and head.weight.shape == weight.shape and head.bias is None
     if not fits or type(getattr(native, prefix, None)) is not type(model.model):
         raise ValueError(
@@ -216,7 +240,7 @@ def _require_layout(ours, text):
         raise ValueError(f"Qwen2 is not known to rotate as this body does, by {rope}; exact are {ROPES}.")
 
 
-def _reward_model(model, config):
+def _reward_model(model, score, config):
     with torch.device("meta"):
         if config.model_type == "qwen3":
             native = Qwen3ForRewardModel(config)
@@ -226,7 +250,7 @@ def _reward_model(model, config):
     for name, part in native.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and name not in state:
             state[name] = torch.zeros(part.shape, dtype=model.lm.dtype)  # Llama has none
-    first, last = model.score.dense[0], model.score.out
+    first, last = score.dense[0], score.out
     units, width = first.weight.shape
     for name, part in (("0.weight", first.weight), ("0.bias", first.bias), ("2.weight", last.weight)):
         padded = torch.zeros(width if name == "0.bias" else (width if name == "0.weight" else 1, width))

@@ -104,7 +104,8 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
         except (OSError, ValueError) as error:
             logger.warning(f"No tokenizer was found in '{adapter}', so none was saved in '{output_dir}' ({error}).")
         loaded = GRMForSequenceClassification.from_pretrained(folder, dtype=dtype)
-        for what, before, after in zip(("rewards", "LM logits"), expected, _outputs(loaded), strict=True):
+        outputs = zip(("rewards", "LM logits", "attributes"), expected, _outputs(loaded), strict=True)
+        for what, before, after in outputs:
             difference = float((after - before).abs().max() / before.abs().max().clamp(min=1))
             if not difference <= tolerance(loaded):
                 raise _RoundedError(
@@ -120,13 +121,14 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
 
 
 @torch.no_grad()
-def _outputs(model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards and LM logits of two rows of tokens that are spread over the vocabulary."""
+def _outputs(model) -> tuple[torch.Tensor, ...]:
+    """Rewards, LM logits and attributes (rewards again without) of two rows of tokens over the whole vocabulary."""
     embeddings = model.get_input_embeddings().weight
     ids = torch.linspace(0, embeddings.shape[0] - 1, 32, device=embeddings.device).long().view(2, 16)
     with evaluating(model):
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), return_lm_logits=True)
-    return out.logits.float().cpu(), out.lm_logits.float().cpu()
+    attributes = out.logits if out.attributes is None else out.attributes
+    return out.logits.float().cpu(), out.lm_logits.float().cpu(), attributes.float().cpu()
 
 
 def _untie(model: GRMForSequenceClassification) -> None:

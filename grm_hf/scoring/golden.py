@@ -115,8 +115,11 @@ def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None)
         raise ValueError(f"no golden row fits into max_length={scorer.encoder.max_length}. Give shorter `chats`.")
     scorer.forward = _plain_forward(model)
     scores = scorer.rewards_of_ids([row["ids"] for row in rows], names=[f"chat {i}" for i in range(len(rows))])
-    for row, score in zip(rows, scores, strict=True):
+    attributes = scorer.attributes_of_ids([row["ids"] for row in rows])
+    for row, score, rated in zip(rows, scores, attributes, strict=True):
         row["score"] = score
+        if rated:
+            row["attributes"] = rated
         row["text_logp"] = _text_logp(model, row)
     path = Path(folder) / FILE
     content = {"saved_with": _environment(model), "rows": rows}
@@ -186,6 +189,11 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
             now, stored = _text_logp(model, row), row["text_logp"]
             if differs(now, stored, model):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
+        if "attributes" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:
+            now = scorer.attributes_of_ids([ids])[0]
+            moved = [n for n, old in row["attributes"].items() if differs(now.get(n, math.nan), old, model)]
+            if moved or len(now) > len(row["attributes"]):
+                holds, mark = False, f"{mark or '  DIFFERS'}: attributes {moved or [*now]}"
         lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {off:.1e}{mark}")
         if not holds:
             wrong.append(number)

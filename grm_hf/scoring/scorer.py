@@ -41,11 +41,13 @@ class Score:
         score (`float`): The reward.
         tokens (`int`): Number of tokens that were read.
         truncated (`bool`): Whether the text was longer than the model's `max_sequence_length` and lost its beginning.
+        attributes (`dict[str, float]`): Those of the model by their names; `None` if it has none.
     """
 
     score: float
     tokens: int
     truncated: bool
+    attributes: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,15 +204,47 @@ class GRMScorer:
         Returns:
             `list[tuple[float, float]]`: the rewards of the chosen and of the rejected response of each row.
         """
+        flat = [result.score for result in self._stream_pairs(rows)]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def _stream_pairs(self, rows: Iterable[dict]) -> Iterator[Score]:
         rows = rows_of(rows, "row")
         sides = (
             (f"row {number}, `{side}`", self._encode_side, (row, side))
             for number, row in enumerate(rows)
             for side in ("chosen", "rejected")
         )
-        total = 2 * len(rows) if isinstance(rows, Sized) else None
-        flat = [result.score for result in self._stream(sides, None, total)]
+        return self._stream(sides, None, 2 * len(rows) if isinstance(rows, Sized) else None)
+
+    def attributes(self, chats: Iterable) -> list[dict[str, float]]:
+        """
+        Args:
+            chats (`Iterable`):
+                As for [`~GRMScorer.score`].
+
+        Returns:
+            `list[dict[str, float]]`: the model's attributes of each chat by their names, on the scale of the ratings
+            that it learned.
+
+        Raises:
+            `ValueError`: as [`~GRMScorer.score`], or the model has no attributes.
+        """
+        self._require_attributes()
+        return [result.attributes or {} for result in self.stream(chats, window=None)]
+
+    def attributes_of_pairs(self, rows: Iterable[dict]) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """As [`~GRMScorer.score_pairs`], with the attributes of each response."""
+        self._require_attributes()
+        flat = [result.attributes or {} for result in self._stream_pairs(rows)]
         return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def _require_attributes(self):
+        if not self._attribute_names:
+            raise ValueError("The model has no attributes: its configuration has no `attribute_names`.")
+
+    @property
+    def _attribute_names(self) -> list[str]:
+        return getattr(self.model.config, "attribute_names", None) or []  # an export is scored, too
 
     def best_of_n(self, prompt: str | list[dict], answers: list[str]) -> BestOfN:
         """
@@ -389,32 +423,44 @@ class GRMScorer:
                         raise ValueError(f"{name}: {error}") from error
                     texts.append(array("i", encoded.ids))  # an eighth of what a list takes
                     truncated.append(encoded.truncated)
-                rewards = self.rewards_of_ids(texts, bar, [name for name, _, _ in group])
-                results = zip(rewards, texts, truncated, strict=True)
-                yield from (Score(reward, len(ids), cut) for reward, ids, cut in results)
+                found = self._numbers_of_ids(texts, bar, [name for name, _, _ in group])
+                for (reward, *numbers), ids, cut in zip(found, texts, truncated, strict=True):
+                    attributes = dict(zip(self._attribute_names, numbers, strict=True))
+                    yield Score(reward, len(ids), cut, attributes or None)
 
     def rewards_of_ids(self, ids: Sequence[Sequence[int]], bar=None, names: list[str] | None = None) -> list[float]:
         """Rewards of token sequences, in the order given. Equal ones are computed once. `bar` advances with each text;
         errors call the sequences by their `names`. `ValueError` for rewards that are not finite numbers."""
+        return [reward for reward, *_ in self._numbers_of_ids(ids, bar, names)]
+
+    def attributes_of_ids(self, ids: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """Attributes of token sequences, as [`~GRMScorer.rewards_of_ids`]; empty if the model has none."""
+        numbers = self._numbers_of_ids(ids)
+        return [dict(zip(self._attribute_names, attributes, strict=True)) for _, *attributes in numbers]
+
+    def _numbers_of_ids(self, ids, bar=None, names=None) -> list[list[float]]:
+        """For each token sequence its reward and its attributes."""
+        width = 1 + len(self._attribute_names)
         texts = [row if isinstance(row, array) else array("i", row) for row in ids]
         order = sorted(range(len(texts)), key=texts.__getitem__)
         groups = [list(group) for _, group in groupby(order, key=texts.__getitem__)]
 
         def compute(members, batch, _):
             batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            return self.forward(**model_kwargs(batch), use_cache=False).logits
+            out = self.forward(**model_kwargs(batch), use_cache=False)
+            return torch.cat([out.logits, out.attributes], dim=1) if width > 1 else out.logits
 
         def done(members):
             bar.update(sum(len(groups[i]) for i in members))
 
         told = None if bar is None else done
-        rewards = self.in_batches([texts[group[0]] for group in groups], 1, compute, told).squeeze(1).tolist()
-        results = [0.0] * len(texts)
-        for group, reward in zip(groups, rewards, strict=True):
+        table = self.in_batches([texts[group[0]] for group in groups], width, compute, told).tolist()
+        results: list[list[float]] = [[] for _ in texts]
+        for group, numbers in zip(groups, table, strict=True):
             for i in group:
-                results[i] = reward
-        if broken := [i for i, reward in enumerate(results) if not math.isfinite(reward)]:
-            which = ", ".join(f"{names[i] if names else f'text {i}'}: {results[i]}" for i in broken[:3])
+                results[i] = numbers
+        if broken := [i for i, numbers in enumerate(results) if not all(map(math.isfinite, numbers))]:
+            which = ", ".join(f"{names[i] if names else f'text {i}'}: {results[i][0]}" for i in broken[:3])
             raise ValueError(
                 f"{len(broken)} of {len(results)} rewards are not finite numbers ({which}). The model's weights are "
                 "broken, or overflow in its dtype."

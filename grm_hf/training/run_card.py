@@ -129,7 +129,7 @@ def _evaluation(trainer) -> dict[str, Any]:
         metrics += [(before + label, value) for label, value in lines]
         bias += [before + sides] if sides else []
         counts = trainer.data_counts.get(name or "eval")
-        sizes += [f"{before}{counts.kept} pairs"] if counts else []
+        sizes += [f"{before}{counts.pairs} pairs"] if counts else []
     if not accuracy:
         return {}
     which = f"Evaluation set{'s' if several else ''} of the run"
@@ -157,10 +157,12 @@ def _metrics(row, prefix, pairs):
         temperature, at_bound = fit_temperature(margins)
         calibration = f"error {expected_calibration_error(margins):.3f}, Brier score {brier(margins):.3f}"
         metrics.append(("calibration", calibration + ("" if at_bound else f", best temperature {temperature:.2f}")))
+    squares = [key.removeprefix(f"{prefix}_") for key in row if key.startswith(f"{prefix}_mse_")]
     for key, label in (
         ("margin", "mean margin"),
         ("loss", "loss"),
         ("implicit_accuracy", "accuracy of the LM head"),
+        *((key, f"squared error of {key.removeprefix('mse_')}") for key in squares),
         ("perplexity", "perplexity of the chosen responses"),
     ):
         if f"{prefix}_{key}" in row:
@@ -228,10 +230,12 @@ def _formula(trainer):
         pair = f"{pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2"
     if args.batch_sum_to_zero:
         pair += f" + {args.batch_sum_to_zero:g} * (mean reward of a step)^2"
-    if args.text_loss == "none":
-        return pair
-    pair = f"({pair})" if " + " in pair else pair
-    return f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
+    if args.text_loss != "none":
+        pair = f"({pair})" if " + " in pair else pair
+        pair = f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
+    if trainer._attribute_names is not None:
+        pair += f" + {args.attribute_loss_weight:g} * mean_i (a_i - rating_i)^2"
+    return pair
 
 
 def _adapter_settings(model):
@@ -244,6 +248,7 @@ def _adapter_load(config, name):
     if not config.base_model:
         return None
     defaults = {"head_type": "mlp", "head_hidden_size": 1024, "head_num_layers": 1}
+    defaults |= {"attribute_names": None, "attribute_weights": None, "attribute_combiner": "sum"}
     head = "".join(f", {k}={getattr(config, k)!r}" for k, v in defaults.items() if getattr(config, k) != v)
     return (
         "from grm_hf import GRMForSequenceClassification\nfrom peft import PeftModel\n\n"
