@@ -3,6 +3,8 @@ independent computation in float64."""
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -863,3 +865,31 @@ def test_the_card_states_the_objective_and_the_attributes(tmp_path):
     )
     assert "help, short; the reward is `sum_i w_i a_i` with weights 0.7, -0.3" in text
     assert "squared error of short" in text and "2 pairs" in text
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "attributes.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_the_combiners_of_the_code():
+    shown = re.findall(r'^\| `"(\w+)"` \| `(.+)` \| (.+?) \|$', PAGE, re.MULTILINE)
+    assert [(name, formula.replace("\\|", "|"), source) for name, formula, source in shown] == [
+        (name, combiner.formula, combiner.source) for name, combiner in COMBINERS.items()
+    ]
+
+
+@pytest.mark.trainer
+@pytest.mark.filterwarnings("ignore:The attributes separate")
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    from grm_hf.scoring import verify
+
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    tiny_llama(TOKENIZER, 0).save_pretrained(tmp_path / "Qwen/Qwen3-0.6B")
+    TOKENIZER.save_pretrained(tmp_path / "Qwen/Qwen3-0.6B")
+    monkeypatch.chdir(tmp_path)
+    code = code.replace(
+        "attribute_loss_weight=0.5,",
+        "attribute_loss_weight=0.5, max_steps=1, bf16=False, use_cpu=True, report_to='none', save_strategy='no',",
+    )
+    exec(compile(code, "attributes.md", "exec"), {})
+    assert "'helpfulness': " in capsys.readouterr().out
+    verify("qwen3-fitted")
