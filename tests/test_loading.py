@@ -161,8 +161,10 @@ PYTHONS = [
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_process_without_the_package_gives_the_same_scores(python, tmp_path):
     wanted, loads = {}, []
-    for family, head_type in (("llama", "mlp"), ("gpt2", "linear"), ("gemma2", "mlp")):
-        model = tiny_grm(family, head_type)
+    gate = {"attribute_names": ["a", "b"], "attribute_weights": "gate", "attribute_combiner": "geometric"}
+    kinds = [("llama", "mlp", {}), ("gpt2", "linear", {}), ("gemma2", "mlp", {}), ("opt", "mlp", gate)]
+    for family, head_type, settings in kinds:
+        model = tiny_grm(family, head_type, **settings)
         path = tmp_path / family
         model.save_pretrained(path)
         for auto in ("AutoModel", "AutoModelForSequenceClassification"):

@@ -99,6 +99,11 @@ def under_transformers_4(tmp_path, path=None):
     }
     variants |= {
         "old names": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500}),
+        "gate": ("llama", {"attribute_names": ["a", "b"], "attribute_weights": "gate"}),
+        "means": (
+            "qwen2",
+            {"attribute_names": ["a", "b"], "attribute_weights": [1, 2], "attribute_combiner": "harmonic"},
+        ),
         "old gemma": ("gemma3_text", {"num_hidden_layers": 7}),
         "refused layers": (
             "gemma3_text",

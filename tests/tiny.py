@@ -203,8 +203,9 @@ FLOAT32, BFLOAT16 = 1e-6, 1e-2
 
 def tiny_grm(family="llama", head_type="mlp", **overrides):
     torch.manual_seed(1)
+    attributes = {name: overrides.pop(name) for name in list(overrides) if name.startswith("attribute_")}
     return GRMForSequenceClassification.from_base(
-        tiny_lm(family, **overrides), head_type=head_type, head_hidden_size=16
+        tiny_lm(family, **overrides), head_type=head_type, head_hidden_size=16, **attributes
     )
 
 
