@@ -307,8 +307,8 @@ def test_a_wrong_export_does_not_appear(tmp_path, monkeypatch):
     saved(tmp_path / "grm", head_type="mlp")
     real = MODULE._reward_model
 
-    def wrong(model, config):
-        native = real(model, config)
+    def wrong(*args):
+        native = real(*args)
         with torch.no_grad():
             native.score[2].bias += 0.01
         return native

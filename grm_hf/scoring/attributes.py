@@ -61,9 +61,9 @@ def fit_attribute_weights(scorer: GRMScorer, pairs: Iterable[dict]) -> dict[str,
             stacklevel=2,
         )
         weights, _ = _newton(x / scale, share, 1.0)
-    weights = (weights / scale).tolist()
-    scorer.model.fix_attribute_weights(weights)
-    return dict(zip(names, weights, strict=True))
+    fitted = (weights / scale).tolist()
+    scorer.model.fix_attribute_weights(fitted)
+    return dict(zip(names, fitted, strict=True))
 
 
 def _newton(x: torch.Tensor, share: torch.Tensor, penalty: float) -> tuple[torch.Tensor, bool]:

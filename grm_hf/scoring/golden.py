@@ -190,10 +190,10 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
             if differs(now, stored, model):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
         if "attributes" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:
-            now = scorer.attributes_of_ids([ids])[0]
-            moved = [n for n, old in row["attributes"].items() if differs(now.get(n, math.nan), old, model)]
-            if moved or len(now) > len(row["attributes"]):
-                holds, mark = False, f"{mark or '  DIFFERS'}: attributes {moved or [*now]}"
+            rated = scorer.attributes_of_ids([ids])[0]
+            moved = [n for n, old in row["attributes"].items() if differs(rated.get(n, math.nan), old, model)]
+            if moved or len(rated) > len(row["attributes"]):
+                holds, mark = False, f"{mark or '  DIFFERS'}: attributes {moved or [*rated]}"
         lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {off:.1e}{mark}")
         if not holds:
             wrong.append(number)
