@@ -548,7 +548,7 @@ def test_ratings_are_learned_and_logged_in_training_and_evaluation(tmp_path, wei
 @pytest.mark.trainer
 def test_a_run_on_rated_completions_alone(tmp_path):
     """HelpSteer2's regression: no pair, no pair metric."""
-    from trainers import trainer
+    from trainers import lora, trainer
 
     rows = mixed_rows("R" * 8, label=False)
     model = model_of(attribute_weights=[1, 0])
@@ -558,6 +558,8 @@ def test_a_run_on_rated_completions_alone(tmp_path):
     assert found["eval_loss"] == pytest.approx(found["eval_attribute_loss"], rel=1e-5)
     assert "eval_accuracy" not in found and "eval_mean_reward" not in found
     assert run.model.config.reward_std == 1.0 and run.data_counts["train"].pairs == 0
+    again = trainer(tmp_path / "dpo", model_of(), dataset(rows), peft_config=lora(), regularizer="dpo", max_steps=1)
+    again.train()  # a text loss has nothing to do, and does not mind
 
 
 @pytest.mark.trainer

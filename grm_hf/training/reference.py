@@ -87,6 +87,8 @@ def why_adapter_off_is_not_the_start(trainer) -> str | None:
         return None
     pairs = (row for row in trainer.train_dataset if row.get("is_pair", True))
     rows = [dict(row) for row, _ in zip(pairs, range(LIVE_ROWS), strict=False)]
+    if not rows:
+        return None  # rated completions alone: no text loss is computed
     collate = PairCollator(trainer.processing_class.pad_token_id, trainer.layout, text="both")
     batch = send_to_device(collate(rows), trainer.accelerator.device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
