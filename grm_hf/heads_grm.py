@@ -141,7 +141,7 @@ def weibull_kl(mean, shape):
     below 1e-6 counts as 1e-6.
     """
     mean = mean.clamp(min=SMALLEST_MEAN)
-    return mean - mean.log() + torch.lgamma(1 + 1 / shape) + shape.log() + EULER / shape - EULER - 1
+    return (mean - 1 - mean.log()) + (torch.lgamma(1 + 1 / shape) + shape.log() + EULER * (1 / shape - 1))
 
 
 def build_head(config, hidden_size):

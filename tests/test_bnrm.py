@@ -85,8 +85,7 @@ def test_the_gradient_of_a_sample():
 def test_extreme_shapes_means_and_draws_are_finite(monkeypatch, noise):
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.fill_(noise))
     grid = torch.cartesian_prod(torch.tensor([0.0, 1e-30, 1.0, 1e4]), torch.tensor([1.0, 1.5, 1e4, 1e30]))
-    mean, shape = grid.T.clone().requires_grad_()
-    mean, shape = mean.detach().requires_grad_(), shape.detach().requires_grad_()
+    mean, shape = (column.clone().requires_grad_() for column in grid.T)
     for values in (weibull_sample(mean, shape), weibull_kl(mean, shape)):
         slopes = torch.autograd.grad(values.sum(), (mean, shape))
         assert values.isfinite().all() and all(slope.isfinite().all() for slope in slopes)
@@ -420,7 +419,7 @@ def test_the_mean_beforehand_has_the_draws_of_the_step(tmp_path, double, budget)
 
     run._sum_to_zero = watched
     run.train()
-    assert len(seen) == (2 if budget is None else 4) and len(set(map(float, means))) == 1
+    assert len(seen) == (2 if budget is None else 8) and len(set(map(float, means))) == 1
     torch.testing.assert_close(torch.cat(seen).mean(), means[0], rtol=1e-12, atol=1e-14)
 
 
@@ -461,13 +460,13 @@ def test_it_learns_its_training_pairs(tmp_path, adapter):
 
     data = pairs(32)
     run = trainer(
-        tmp_path, grm(head_type="bnrm"), data, data, max_steps=60, peft_config=lora() if adapter else None,
+        tmp_path, grm(2, head_type="bnrm"), data, data, max_steps=60, peft_config=lora() if adapter else None,
         per_device_train_batch_size=8, seed=3,
     )  # fmt: skip
     before = run.evaluate()["eval_accuracy"]
     run.train()
     after = run.evaluate()
-    assert before < 0.75 and after["eval_accuracy"] >= 0.95 and after["eval_margin"] > 1
+    assert before < 0.6 and after["eval_accuracy"] >= 0.95 and after["eval_margin"] > 1
 
 
 @pytest.mark.trainer
