@@ -13,6 +13,7 @@ from torch import nn
 EULER = 0.5772156649015329  # the Euler-Mascheroni constant
 SMALLEST_MEAN = 1e-6  # of a factor in its divergence, which is infinite for a factor that is exactly 0
 
+
 class GRMLinear(nn.Linear):
     """A linear layer that computes in float32 or wider, whatever the dtype of its weights and autocast. Rewards differ
     by little, and bfloat16 would round the difference away."""
@@ -83,12 +84,13 @@ class GRMBNRMHead(GRMMLPHead):
     The head of a Bayesian non-negative reward model (2602.10623): `(..., hidden_size)` to `(..., 1)`.
 
     The reward is `sum_j z_j w_j + bias`, with `width` factors `z_j >= 0` that depend on the hidden state, and weights
-    `w_j >= 0` that do not. Each `z_j` and `w_j` has a Weibull distribution. In training one sample of each is drawn: of
-    the factors for each hidden state, of the weights for each call. In use each is its mean, so the head is then an MLP
-    with one more hidden layer, whose last weights are the positive parts of `out.weight`.
+    `w_j >= 0` that do not. Each `z_j` and `w_j` has a Weibull distribution. In training one sample of each is drawn:
+    of the factors for each hidden state, of the weights for each call. In use each is its mean. The head is then an
+    MLP with one more hidden layer, whose last weights are the positive parts of `out.weight`.
 
-    The mean of a factor is `relu(MLP(hidden))`, and its shape is `1 + softplus(MLP(hidden))`, of another MLP of
-    `num_layers` hidden layers. The paper's bias is positive. This one has any sign, so that the rewards can have mean 0.
+    The mean of a factor is `relu(MLP(hidden))`, and its shape is `1 + softplus(MLP(hidden))`, of another MLP. Both
+    have `num_layers` hidden layers. The bias of the authors' code is not negative. This one has any sign, so that the
+    rewards can have mean 0. Their code makes the shape of a weight from its mean; here it is a parameter of its own.
     """
 
     def __init__(self, hidden_size, width=1024, num_layers=1, dropout=0.0):
@@ -136,9 +138,9 @@ def weibull_kl(mean, shape):
     r"""
     Kullback-Leibler divergence of Weibull distributions from `Gamma(1, 1)`, elementwise.
 
-    With scale `s = mean / Gamma(1 + 1/k)`, `E[log x] = log s - c / k` (`c` is Euler's constant) and `E[(x / s)^k] = 1`:
-    `E[log q] = log k - log s - c (1 - 1/k) - 1` and `E[log p] = -mean`. The divergence is their difference. A mean
-    below 1e-6 counts as 1e-6.
+    The scale is `s = mean / Gamma(1 + 1/k)`. With Euler's constant `c`, `E[log x] = log s - c / k` and
+    `E[(x / s)^k] = 1`, so `E[log q] = log k - log s - c (1 - 1/k) - 1` and `E[log p] = -mean`. The divergence is their
+    difference. A mean below 1e-6 counts as 1e-6.
     """
     mean = mean.clamp(min=SMALLEST_MEAN)
     return (mean - 1 - mean.log()) + (torch.lgamma(1 + 1 / shape) + shape.log() + EULER * (1 / shape - 1))
