@@ -171,6 +171,19 @@ def test_a_head_at_the_prior_has_no_divergence():
     assert torch.equal(kl, torch.zeros(5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("how", ["autocast", "half"])
+def test_training_computes_in_float32_whatever_the_user_does(one_draw, how):
+    ours, hidden = head(), HIDDEN.bfloat16()
+    if how == "half":
+        ours = ours.half()
+    exact = copy.deepcopy(ours).double()(hidden.double(), return_kl=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = ours(hidden, return_kl=True)
+    for value, wanted in zip(found, exact, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def kl_by_hand(weights, hidden):
     """Divergence of each state, and that of the weights, from the state dictionary of a head in float64."""
 

@@ -186,8 +186,8 @@ def _require_layout(ours, text):
     if text.model_type not in ("llama", "qwen2", "qwen3"):
         raise ValueError(
             "An MLP or BNRM head can be exported on Llama, Qwen2 and Qwen3 bodies alone, for which engines have a "
-            f"reward model; this one is '{text.model_type}'. vLLM serves the model as it is with the plugin of grm_hf, "
-            "and `grm serve` does without an engine (docs/serving.md); or train one with head_type='linear'."
+            f"reward model; this one is '{text.model_type}'. vLLM serves the model as it is with the plugin of "
+            "grm_hf, and `grm serve` does without an engine (docs/serving.md); or train one with head_type='linear'."
         )
     bnrm = ours.head_type == "bnrm"
     if (layers := ours.head_num_layers + bnrm) != 1:  # the factors are one more
