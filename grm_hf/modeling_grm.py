@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, find_adapter_config_file
 
 from .configuration_grm import TRANSFORMERS_4, GRMConfig
-from .heads_grm import build_head
+from .heads_grm import GRMFactorWeights, build_head
 
 
 # Names of the cache in releases of transformers and in families, the newest first; and its name in outputs here.
@@ -65,12 +65,16 @@ class GRMOutput(SequenceClassifierOutputWithPast):
             `output_router_logits=True`.
         router_logits (`tuple(torch.FloatTensor)`, *optional*):
             Router logits of each layer, with `output_router_logits=True`.
+        kl (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+            In training, with `head_type="bnrm"`: the divergence of each text's factors and of the weights from
+            `Gamma(1, 1)`. `loss` does not hold it.
     """
 
     lm_logits: torch.FloatTensor | None = None
     lm_output: object | None = None
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple | None = None
+    kl: torch.FloatTensor | None = None
 
 
 def last_token_positions(attention_mask):
@@ -378,7 +382,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         # torch's own defaults, as in the original head. `torch.nn.init` leaves loaded weights alone. Only the reward
         # head gets here: the language model initialises itself.
-        if isinstance(module, nn.Linear):
+        if isinstance(module, GRMFactorWeights):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
@@ -549,8 +555,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             length = hidden.shape[1]
             at = length - 1 if attention_mask is None else last_token_positions(attention_mask[:, -length:])
             read = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
-        rewards = self.score(read)
-        lm_logits = aux_loss = None
+        kl = lm_logits = aux_loss = None
+        if self.training and self.config.head_type == "bnrm":
+            rewards, kl = self.score(read, return_kl=True)
+        else:
+            rewards = self.score(read)
         if return_lm_logits or router_logits is not None:
             mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
             after = self._after_decoder(
@@ -575,6 +584,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             attentions=getattr(out, "attentions", None),
             aux_loss=aux_loss,
             router_logits=router_logits,
+            kl=kl,
         )
 
     def _read_width(self):

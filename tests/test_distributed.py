@@ -45,6 +45,8 @@ RUNS = {
     "sft-tokens": ("sft", "full", "shared_prefix"),
     "sft-zero": ("sft", "full", "padded"),
     "sft-tokens-zero": ("sft", "full", "shared_prefix"),
+    "sft-bnrm": ("sft", "full", "padded"),
+    "sft-tokens-bnrm": ("sft", "lora", "shared_prefix"),
     "sft-stream": ("sft", "full", "shared_prefix"),
     "sft-dispatch": ("sft", "full", "packed"),
     "dpo": ("dpo", "full", "padded"),
@@ -54,7 +56,10 @@ TRAIN = f"""
     import json
 
     import conftest
+    import torch
     import trainers as t
+
+    torch.Tensor.exponential_ = lambda self: self.fill_(0.7)  # what a BNRM head draws, on every process
 
     folder, processes = sys.argv[1], int(sys.argv[2])
     results = {{}}
@@ -62,12 +67,13 @@ TRAIN = f"""
         tested, many = t.pairs(7, seed=1), processes > 1
         run = t.trainer(
             f"{{folder}}/{{key}}",
-            t.grm().double(),
+            t.grm(head_type="bnrm" if key.endswith("bnrm") else "mlp").double(),
             t.pairs(16, label=[1.0, 0.5, 0.75, 0.9] * 4) if key.endswith("zero") else t.pairs(16),
             tested.to_iterable_dataset() if key.endswith("stream") and many else tested,
             regularizer=text_loss,
             accelerator_config={{"dispatch_batches": True}} if key.endswith("dispatch") and many else {{}},
             alpha=0.5,
+            **({{"kl_weight": 0.02}} if key.endswith("bnrm") else {{}}),
             batch_sum_to_zero=2.0 if key.endswith("zero") else 0.0,
             layout=layout,
             optim="sgd",
@@ -103,6 +109,7 @@ def test_ddp_on_two_processes_equals_one(one_and_two, key):
     lines = [(one["eval"], two["eval"]), *zip(one["logged"], two["logged"], strict=True)]
     assert len(lines) == 4
     assert ("text_loss" in lines[1][0]) == (not key.startswith("none")) and "accuracy" in lines[1][0]
+    assert ("kl" in lines[1][0]) == key.endswith("bnrm")
     for expected, found in lines:
         assert expected.keys() == found.keys()
         for name in expected.keys() - set(TIMES):

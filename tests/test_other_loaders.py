@@ -100,6 +100,7 @@ def under_transformers_4(tmp_path, path=None):
     variants |= {
         "old names": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500}),
         "old gemma": ("gemma3_text", {"num_hidden_layers": 7}),
+        "factors": ("gemma2", {"head_type": "bnrm"}),
         "refused layers": (
             "gemma3_text",
             {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},

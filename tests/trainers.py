@@ -45,8 +45,8 @@ def base(seed=0, **config):
     return tiny_llama(TOKENIZER, seed, **config)
 
 
-def grm(seed=0, **config):
-    return GRMForSequenceClassification.from_base(base(seed, **config), head_hidden_size=8)
+def grm(seed=0, head_type="mlp", **config):
+    return GRMForSequenceClassification.from_base(base(seed, **config), head_type, head_hidden_size=8)
 
 
 def settings(folder, kind=GRMRewardConfig, **kwargs):

@@ -11,7 +11,7 @@ EXTREMES: dict[str, tuple[Callable, Callable]] = {
     "min_reward": (torch.amin, torch.minimum),
     "max_reward": (torch.amax, torch.maximum),
 }
-MEANS = ("margin", "pair_loss", "text_loss", "aux_loss")  # over pairs
+MEANS = ("margin", "pair_loss", "text_loss", "aux_loss", "kl")  # over pairs
 ACCURACIES = ("accuracy", "implicit_accuracy")  # over pairs whose soft label is no tie
 
 
@@ -45,7 +45,7 @@ class Averages:
         Args:
             columns (`dict[str, torch.Tensor]`):
                 One value for each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`,
-                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`.
+                `text_loss`, `aux_loss`, `kl`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`.
             gather (`Callable`, *optional*):
                 Gives the rows of all processes, without those that a sampler repeats. Without it, [`~Averages.take`]
                 combines the processes.

@@ -53,6 +53,10 @@ class GRMRewardConfig(RewardConfig):
             It keeps the rewards of a step around zero. `center_rewards_coefficient` does so for each pair. The mean is
             exact over ranks. With gradient accumulation or `max_tokens_per_batch` it costs one more forward of the
             step, without gradients. Evaluation leaves the term out. The paper's code uses 0.001 times the batch size.
+        kl_weight (`float`, *optional*, defaults to `1e-5`):
+            With `head_type="bnrm"`: weight of the divergence of its factors and weights from their prior, which is
+            added to the whole loss (2602.10623). A pair has the mean of its two responses, so the term is a mean over
+            the responses of a step, and once that of the weights. Evaluation leaves it out.
         reference (`str`, *optional*):
             Source of the reference log-probabilities of `"dpo"`: `"adapter_off"` (the same model with its adapter
             switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
@@ -108,6 +112,9 @@ class GRMRewardConfig(RewardConfig):
     batch_sum_to_zero: float = field(
         default=0.0, metadata={"help": "Weight of the squared mean reward of all responses of an optimiser step."}
     )
+    kl_weight: float = field(
+        default=1e-5, metadata={"help": "Weight of the divergence from the prior, for head_type bnrm."}
+    )
     reference: str | None = field(
         default=None,
         metadata={
@@ -155,10 +162,9 @@ class GRMRewardConfig(RewardConfig):
             raise ValueError(f"`beta` is {self.beta}; it must be above 0. To switch the text loss off, set alpha=0.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it must be in [0, 0.5).")
-        if not 0 <= self.batch_sum_to_zero < math.inf:
-            raise ValueError(
-                f"`batch_sum_to_zero` is {self.batch_sum_to_zero}; it is a weight and must be at least 0."
-            )
+        for name in ("batch_sum_to_zero", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a weight and must be at least 0.")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(
                 f"`max_tokens_per_batch` is {self.max_tokens_per_batch}; it must be at least 1, or None for no limit."

@@ -62,7 +62,7 @@ def facts_of_run(
         datasets=datasets,
         adapter=adapter,
         adapter_load=_adapter_load(config, name) if adapter else None,
-        formula=_formula(trainer),
+        formula=_formula(trainer, config),
         training=[
             ("regularizer", args.regularizer),
             ("alpha", args.alpha),
@@ -221,17 +221,19 @@ def _plain(setting):
     return getattr(setting, "value", setting)
 
 
-def _formula(trainer):
+def _formula(trainer, config):
     args = trainer.args
     pair = PAIR_LOSSES[trainer.pair_loss].formula
     if args.center_rewards_coefficient is not None:
         pair = f"{pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2"
     if args.batch_sum_to_zero:
         pair += f" + {args.batch_sum_to_zero:g} * (mean reward of a step)^2"
-    if args.text_loss == "none":
-        return pair
-    pair = f"({pair})" if " + " in pair else pair
-    return f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
+    if args.text_loss != "none":
+        pair = f"({pair})" if " + " in pair else pair
+        pair = f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
+    if config.head_type == "bnrm":
+        pair += f" + {args.kl_weight:g} * KL(factors and weights || Gamma(1, 1))"
+    return pair
 
 
 def _adapter_settings(model):
