@@ -480,8 +480,8 @@ grm_hf: template, end of turn and maximum length are stored in the model.
 ## Words
 - **Reward**: the number that the model gives an answer. Only differences under one prompt mean something.
 - **Token**: a word or a part of one, which is how a model reads text.
-- **Head**: the last layer of a model. A generalizable reward model (GRM) has two: the **reward head** gives the reward,
-  the **LM head** says which token comes next, as in a chat model.
+- **Head**: the last layer of a model. A generalizable reward model (GRM) has two: the **reward head** gives the
+  reward, the **LM head** says which token comes next, as in a chat model.
 - **Likelihood** of a token: how far the LM head expected it. Its mean logarithm over an answer is in nats, and
   **perplexity** is how many tokens seemed possible at each step.
 - **Temperature**: divides a difference of rewards before the sigmoid makes a probability of it. Hot is unsure.
