@@ -349,7 +349,22 @@ def _every_test(runs, about) -> list[str]:
                 found = difference(runs, about, condition, method, [test], level)
                 cells = difference_cells(found, len(of_method)).split("|")
                 lines.append(row + "|" + "|".join(cells[2:]))
-    return lines
+    return [*lines, *_backwards(runs, about)]
+
+
+def _backwards(runs, about) -> list[str]:
+    """Why models may rank hh harmless backwards, if they do."""
+    right = 100 * float(np.mean([run["tests"]["hh_harmless"]["accuracy"] for run in runs.values()]))
+    if right >= 50:
+        return []
+    longer = {test: 100 * accuracy(pair_margins(about[test]["chosen"], about[test]["rejected"])) for test in about}
+    return [
+        "",
+        f"On average the runs rank {right:.1f} % of hh harmless's pairs rightly, less than a coin. Its better response "
+        "is often the one that declines to help, and the training sets prefer the one that helps: the longer response "
+        f"is the better one in {longer['rmb']:.1f} % of RMB's and {longer['pandalm']:.1f} % of PandaLM's pairs, and in "
+        f"{longer['hh_harmless']:.1f} % of hh harmless's.",
+    ]
 
 
 def _language(runs, base) -> list[str]:

@@ -221,6 +221,10 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     assert page.verdicts(tmp_path / "a") == ["better", "better"]
     text = page.markdown(synthetic(tmp_path / "b", better=0))
     assert "| 600 RMB pairs | RMB | 8 | +0.0 | +0.0 to +0.0 | +0.0 to +0.0 | no difference shown |" in text
+    assert "less than a coin" not in text
+    text = page.markdown(synthetic(tmp_path / "d", better=-36))  # 36.875 right of 60 for none, 0.875 for sft
+    assert "On average the runs rank 31.5 % of hh harmless's pairs rightly, less than a coin." in text
+    assert "in 100.0 % of RMB's and 100.0 % of PandaLM's pairs, and in 100.0 % of hh harmless's" in text
 
 
 def test_the_page_on_objectives_says_what_the_intervals_say(tmp_path):
