@@ -52,6 +52,16 @@ METHODS = {  # name: what the trainer is given
     "dpo_noref": {"regularizer": "dpo_noref", "head_type": "mlp"},
     "dpo": {"regularizer": "dpo", "head_type": "mlp"},
 }
+# What goes beyond the paper, for the page on objectives. The sum to zero weighs more than by its authors' rule (0.001
+# for each pair of a step, here 0.008), so that an effect can show.
+OBJECTIVES = {
+    "none_zero": METHODS["none"] | {"batch_sum_to_zero": 0.1},
+    "sft_zero": METHODS["sft"] | {"batch_sum_to_zero": 0.1},
+    "bnrm": {"regularizer": "none", "head_type": "bnrm"},
+    "sft_bnrm": {"regularizer": "sft", "head_type": "bnrm"},
+}
+# Whose learning rate a method has, if not its own.
+RATE_OF = {"none_zero": "none", "sft_zero": "sft", "sft_bnrm": "bnrm"}
 # The same for every run. Weight and temperature of the text loss, schedule, clipping and the head are the paper's.
 RECIPE = {
     "num_train_epochs": 1,
@@ -111,19 +121,31 @@ def plan() -> list[tuple[str, dict]]:
     return runs
 
 
-def common(origin: str) -> dict:
-    """The settings that all units of this study share; they are part of the settings that name a file."""
-    return {"base": origin, "precision": precision(), "recipe": RECIPE, "short": SHORT}
+def objectives_plan() -> list[tuple[str, dict]]:
+    """The runs that the page on objectives has beside those of the study."""
+    runs = []
+    for methods, flipped in ((("none_zero", "sft_zero"), (0.0, 0.25)), (("bnrm", "sft_bnrm"), (0.0,))):
+        for share in flipped:
+            for seed in range(5):
+                runs += [(m, {"train": "rmb", "pairs": 600, "flipped": share, "seed": seed}) for m in methods]
+    return runs
+
+
+def common(origin: str, method: str = "") -> dict:
+    """The settings that all units of a method share; they are part of the settings that name a file."""
+    objective = {"objective": OBJECTIVES[method]} if method in OBJECTIVES else {}
+    return {**objective, "base": origin, "precision": precision(), "recipe": RECIPE, "short": SHORT}
 
 
 def selection_units(method: str, origin: str) -> list[dict]:
     return [
-        {"kind": "select", "method": method, "learning_rate": rate, **SELECTION, **common(origin)} for rate in RATES
+        {"kind": "select", "method": method, "learning_rate": rate, **SELECTION, **common(origin, method)}
+        for rate in RATES
     ]
 
 
 def run_unit(method: str, data: dict, rate: float, origin: str) -> dict:
-    return {"kind": "run", "method": method, "learning_rate": rate, **data, "tests": TESTS, **common(origin)}
+    return {"kind": "run", "method": method, "learning_rate": rate, **data, "tests": TESTS, **common(origin, method)}
 
 
 def base_unit(origin: str) -> dict:
@@ -142,7 +164,7 @@ def file_of(settings: dict, results: Path) -> Path:
 def chosen_rate(method: str, origin: str, results: Path) -> float | None:
     """The rate with the lowest log loss on held-out pairs, or `None` while one of its runs is missing."""
     losses = {}
-    for settings in selection_units(method, origin):
+    for settings in selection_units(RATE_OF.get(method, method), origin):
         path = file_of(settings, results)
         if not path.is_file():
             return None
@@ -153,8 +175,8 @@ def chosen_rate(method: str, origin: str, results: Path) -> float | None:
 def units(origin: str, results: Path) -> list[dict]:
     """Settings of every unit that can be named today, in order: a method's runs appear once its rate is chosen."""
     named, seen = [base_unit(origin)], set()
-    for method, data in plan():
-        if method not in seen:
+    for method, data in [*plan(), *objectives_plan()]:
+        if method not in seen and method not in RATE_OF:
             seen.add(method)
             named += selection_units(method, origin)
         rate = chosen_rate(method, origin, results)
@@ -260,13 +282,14 @@ def autocast():
 
 
 def trained(settings: dict, folder: Path, work: str) -> GRMRewardTrainer:
-    method = METHODS[settings["method"]]
+    method = {**(METHODS | OBJECTIVES)[settings["method"]]}
+    head = method.pop("head_type")
     trainer = GRMRewardTrainer(
         model=str(folder),
         args=GRMRewardConfig(
             work,
-            regularizer=method["regularizer"],
-            model_init_kwargs={"head_type": method["head_type"]},
+            **method,
+            model_init_kwargs={"head_type": head},
             learning_rate=settings["learning_rate"],
             seed=settings["seed"],
             bf16=settings["precision"] == "bf16",
@@ -400,8 +423,8 @@ def show(origin: str, results: Path) -> None:
     for settings in named:
         path = file_of(settings, results)
         print("done" if path.is_file() else "left", path.name, describe(settings))
-    unnamed = {m for m, _ in plan() if chosen_rate(m, origin, results) is None}
-    waiting = sum(method in unnamed for method, _ in plan())
+    planned = [method for method, _ in [*plan(), *objectives_plan()]]
+    waiting = sum(chosen_rate(method, origin, results) is None for method in planned)
     done = sum(file_of(settings, results).is_file() for settings in named)
     print(f"{done} done, {len(named) - done + waiting} left, {waiting} of them behind the choice of a learning rate")
 

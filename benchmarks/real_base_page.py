@@ -43,8 +43,9 @@ PAPER = {
 # ----------------------------------------------------------------------------------------------------------- the units
 
 
-def load(results: Path = RESULTS) -> tuple[dict, dict, dict | None, dict]:
-    """Runs by (condition, method, seed); selection units by (method, rate); the base's unit; the tests."""
+def load(results: Path = RESULTS, methods=METHODS) -> tuple[dict, dict, dict | None, dict]:
+    """Runs by (condition, method, seed); selection units by (method, rate); the base's unit; the tests. All but those
+    of `methods` are passed over."""
     runs, selection, base = {}, {}, None
     for path in sorted(results.glob("*.json")):
         if path.name == "tests.json":
@@ -53,6 +54,8 @@ def load(results: Path = RESULTS) -> tuple[dict, dict, dict | None, dict]:
         settings = unit["settings"]
         if settings["kind"] == "base":
             base = unit
+        elif settings["method"] not in methods:
+            continue
         elif settings["kind"] == "select":
             selection[settings["method"], settings["learning_rate"]] = unit
         else:
@@ -79,17 +82,19 @@ def both(runs: dict, condition, method: str, baseline: str = "none") -> list[int
     return sorted(seeds & {seed for c, m, seed in runs if c == condition and m == baseline})
 
 
-def difference(runs: dict, about: dict, condition, method: str, tests: list[str], level: float) -> dict | None:
-    """Accuracy of a method minus that of `none`, in points, averaged over `tests`: its mean, its interval over seeds
-    (Student's t) and over prompts (bootstrap of the average over seeds); `None` with fewer than two seeds."""
-    seeds = both(runs, condition, method)
+def difference(
+    runs: dict, about: dict, condition, method: str, tests: list[str], level: float, baseline: str = "none"
+) -> dict | None:
+    """Accuracy of a method minus that of a baseline, in points, averaged over `tests`: its mean, its interval over
+    seeds (Student's t) and over prompts (bootstrap of the average over seeds); `None` with fewer than two seeds."""
+    seeds = both(runs, condition, method, baseline)
     if len(seeds) < 2:
         return None
     size = sum(len(about[test]["prompts"]) for test in tests)
     values, groups = [], []
     for test in tests:
         weight = size / (len(tests) * len(about[test]["prompts"]))  # each test set counts the same
-        each = [wins(runs[condition, method, s], test) - wins(runs[condition, "none", s], test) for s in seeds]
+        each = [wins(runs[condition, method, s], test) - wins(runs[condition, baseline, s], test) for s in seeds]
         values.append(weight * np.stack(each))
         groups += [(test, prompt) for prompt in about[test]["prompts"]]
     table = np.concatenate(values, axis=1)  # (seeds, rows)
@@ -174,7 +179,7 @@ def markdown(results: Path = RESULTS) -> str:
     for condition, tests in primary:
         where = NAMES[tests[0]] if len(tests) == 1 else f"the {len(tests)} other test sets, averaged"
         found = difference(runs, about, condition, "sft", tests, level)
-        cells = _difference_cells(found, len(both(runs, condition, "sft")))
+        cells = difference_cells(found, len(both(runs, condition, "sft")))
         lines.append(f"| {CONDITIONS[condition]} | {where} {cells}")
     for part in (_every_test(runs, about), _language(runs, base), _rm_bench(runs, about), _paper(runs)):
         lines += ["", *part]
@@ -195,7 +200,7 @@ def _span(interval) -> str:
     return f"{interval[0]:+.1f} to {interval[1]:+.1f}"
 
 
-def _difference_cells(found: dict | None, seeds: int) -> str:
+def difference_cells(found: dict | None, seeds: int) -> str:
     if found is None:
         return f"| {seeds} | | | | too few seeds yet |"
     return (
@@ -204,7 +209,7 @@ def _difference_cells(found: dict | None, seeds: int) -> str:
     )
 
 
-def _mean(runs, condition, method, value) -> str:
+def mean_over_seeds(runs, condition, method, value) -> str:
     values = [value(run) for (c, m, _), run in runs.items() if (c, m) == (condition, method)]
     if not values:
         return ""
@@ -234,7 +239,7 @@ def _opening(runs, base, about, level, done, planned) -> list[str]:
                 f"{found['mean']:+.1f} points (over seeds {_span(found['over_seeds'])}, over prompts "
                 f"{_span(found['over_prompts'])}): {found['verdict']}."
             )
-    perplexities = [_mean(runs, first, method, lambda run: run["perplexity"]) for method in ("none", "sft")]
+    perplexities = [mean_over_seeds(runs, first, method, lambda run: run["perplexity"]) for method in ("none", "sft")]
     if base and all(perplexities):
         sentences.append(
             f"The LM head's perplexity on HHH's chosen answers is {base['perplexity']:.1f} before training, "
@@ -342,9 +347,24 @@ def _every_test(runs, about) -> list[str]:
                     lines.append(row + "| | | | baseline |")
                     continue
                 found = difference(runs, about, condition, method, [test], level)
-                cells = _difference_cells(found, len(of_method)).split("|")
+                cells = difference_cells(found, len(of_method)).split("|")
                 lines.append(row + "|" + "|".join(cells[2:]))
-    return lines
+    return [*lines, *_backwards(runs, about)]
+
+
+def _backwards(runs, about) -> list[str]:
+    """Why models may rank hh harmless backwards, if they do."""
+    right = 100 * float(np.mean([run["tests"]["hh_harmless"]["accuracy"] for run in runs.values()]))
+    if right >= 50:
+        return []
+    longer = {test: 100 * accuracy(pair_margins(about[test]["chosen"], about[test]["rejected"])) for test in about}
+    return [
+        "",
+        f"On average the runs rank {right:.1f} % of hh harmless's pairs rightly, less than a coin. Its better response "
+        "is often the one that declines to help, and the training sets prefer the one that helps: the longer response "
+        f"is the better one in {longer['rmb']:.1f} % of RMB's and {longer['pandalm']:.1f} % of PandaLM's pairs, and in "
+        f"{longer['hh_harmless']:.1f} % of hh harmless's.",
+    ]
 
 
 def _language(runs, base) -> list[str]:
@@ -359,7 +379,7 @@ def _language(runs, base) -> list[str]:
         "|---" * (1 + len(METHODS)) + "|",
     ]
     for condition, words in CONDITIONS.items():
-        cells = (_mean(runs, condition, method, lambda run: run["perplexity"]) for method in METHODS)
+        cells = (mean_over_seeds(runs, condition, method, lambda run: run["perplexity"]) for method in METHODS)
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     shown = [method for method in ("none", "sft") if (("rmb", 600, 0.0), method, 0) in runs]
     if base and shown:
@@ -418,7 +438,7 @@ def _paper(runs) -> list[str]:
     for condition in (("rmb", 600, 0.0), ("rmb", 1200, 0.0)):
         for method in METHODS:
             cells = [
-                _mean(runs, condition, method, lambda run, test=test: 100 * run["tests"][test]["accuracy"])
+                mean_over_seeds(runs, condition, method, lambda run, test=test: 100 * run["tests"][test]["accuracy"])
                 for test in ("rmb", "hhh")
             ]
             if all(cells):

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import lab
+import objectives
 import real_base_page
 import signals
 import world
@@ -40,6 +41,7 @@ def pages() -> dict[Path, str]:
         DOCS / "results" / "real_base.md": real_base_page.markdown(),
         DOCS / "results" / "world.md": world.markdown(read(world.RESULTS)),
         DOCS / "results" / "lab.md": report.markdown(read(lab.RESULTS)),
+        **({objectives.PAGE: objectives.markdown()} if objectives.has_runs() else {}),
         **({signals.RESULTS.with_suffix(".md"): signals.markdown(read(signals.RESULTS))} if has_signals() else {}),
     }
 
@@ -69,6 +71,9 @@ def front() -> str:
         "`docs/results/`.",
         "",
     ]
+    if objectives.has_runs():
+        said = " ".join(objectives.findings())
+        lines[-3:-3] = ["", f"**[Terms and heads beyond the paper's](results/objectives.md).** {said}"]
     if has_signals():
         said = " ".join(signals.findings(read(signals.RESULTS)))
         lines[-3:-3] = ["", f"**[What the LM head knows about its own reward](results/signals.md).** {said}"]

@@ -25,7 +25,7 @@ CHECKED_ON_4 = (
     *("bloom", "cohere", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
     *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3"),
 )
-HEAD_TYPES = ("mlp", "linear")
+HEAD_TYPES = ("mlp", "linear", "bnrm")
 BOS_POLICIES = ("single", "double")
 
 
@@ -115,12 +115,13 @@ class GRMConfig(PretrainedConfig):
         text_config ([`~transformers.PretrainedConfig`] or `dict`, *optional*):
             Configuration of the base's complete causal language model. It is copied. Defaults to that of `"llama"`.
         head_type (`str`, *optional*, defaults to `"mlp"`):
-            Reward head: `"mlp"` (the paper's: `head_num_layers` of Linear and ReLU, then Linear to one number) or
-            `"linear"` (one bias-free Linear, what stock sequence classifiers have).
+            Reward head: `"mlp"` (the paper's: `head_num_layers` of Linear and ReLU, then Linear to one number),
+            `"linear"` (one bias-free Linear, what stock sequence classifiers have) or `"bnrm"` (2602.10623: a sum of
+            non-negative factors with non-negative weights, which training draws at random; see `GRMBNRMHead`).
         head_hidden_size (`int`, *optional*, defaults to `1024`):
-            Width of the MLP head.
+            Width of the MLP head; the number of factors of `"bnrm"`.
         head_num_layers (`int`, *optional*, defaults to `1`):
-            Number of hidden layers of the MLP head.
+            Number of hidden layers of the MLP head. `"bnrm"` has as many before its factors, and may have none.
         head_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the hidden state before the head, while training. TRL's trainers set every dropout to 0 unless
             `disable_dropout=False`; the original used 0.1.
@@ -170,7 +171,7 @@ class GRMConfig(PretrainedConfig):
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = [
         *("cache", "past_key_values", "cache_params", "hidden_states", "attentions"),
-        *("lm_logits", "lm_output", "aux_loss", "router_logits", "attributes"),
+        *("lm_logits", "lm_output", "aux_loss", "router_logits", "attributes", "kl"),
     ]
 
     # What rewardbench, TRL, PEFT and DeepSpeed read (and write) on a model's top-level configuration. Explicit
@@ -225,6 +226,13 @@ class GRMConfig(PretrainedConfig):
                 f"An MLP head needs at least one layer of at least one unit, found `head_num_layers={head_num_layers}`"
                 f" and `head_hidden_size={head_hidden_size}`. For a head without hidden layer use head_type='linear'."
             )
+        if head_type == "bnrm" and (head_num_layers < 0 or head_hidden_size < 1):
+            raise ValueError(
+                "A BNRM head needs at least one factor and no negative number of layers before it, found "
+                f"`head_hidden_size={head_hidden_size}` and `head_num_layers={head_num_layers}`."
+            )
+        if head_type == "bnrm" and attribute_names is not None:
+            raise ValueError("A BNRM head has no attributes: set head_type='mlp' or 'linear' for `attribute_names`.")
         check_attributes(attribute_names, attribute_weights, attribute_combiner)
         if text_config is None:
             text_config = AutoConfig.for_model("llama")

@@ -1,6 +1,9 @@
 """The reward heads turn a hidden state into one number, and, if the model has attributes, into one number for each of
 them. They always compute in float32.
 
+The head of a Bayesian non-negative reward model (2602.10623) draws from Weibull distributions in training, and takes
+their means in use.
+
 This file is shipped to the Hub as it is, so it imports only torch.
 """
 
@@ -9,6 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+
+
+EULER = 0.5772156649015329  # the Euler-Mascheroni constant
+SMALLEST_MEAN = 1e-6  # of a factor in its divergence, which is infinite for a factor that is exactly 0
 
 
 class GRMLinear(nn.Linear):
@@ -40,7 +47,7 @@ class GRMMLPHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         # Not named `mlp`, `gate` or `experts`: renaming rules for published checkpoints change such names.
-        self.dense = nn.ModuleList(GRMLinear(hidden_size if i == 0 else width, width) for i in range(num_layers))
+        self.dense = _layers(hidden_size, width, num_layers)
         self.out = GRMLinear(width, outputs)
 
     def forward(self, hidden_states):
@@ -48,6 +55,99 @@ class GRMMLPHead(nn.Module):
         for layer in self.dense:
             x = torch.relu(layer(x))
         return self.out(x)
+
+
+class GRMFactorWeights(GRMLinear):
+    """Non-negative weights of `width` factors, and a bias. The mean of a weight is the positive part of `weight`."""
+
+    def __init__(self, width):
+        super().__init__(width, 1)
+        self.shapes = nn.Parameter(torch.empty(1, width))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        if hasattr(self, "shapes"):  # torch's own constructor calls this too
+            bound = self.in_features**-0.5
+            nn.init.uniform_(self.weight, 0, bound)  # a weight that begins below 0 would stay 0
+            nn.init.uniform_(self.bias, -bound, bound)
+            nn.init.zeros_(self.shapes)
+
+    def distribution(self):
+        """Mean and shape of each weight, `(1, width)`."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.to(dtype).relu(), _shape(self.shapes.to(dtype))
+
+    def forward(self, factors, weights=None):
+        with torch.autocast(device_type=factors.device.type, enabled=False):
+            weights = self.distribution()[0] if weights is None else weights
+            return nn.functional.linear(factors, weights, self.bias.to(weights.dtype))
+
+
+class GRMBNRMHead(GRMMLPHead):
+    r"""
+    The head of a Bayesian non-negative reward model (2602.10623): `(..., hidden_size)` to `(..., 1)`.
+
+    The reward is `sum_j z_j w_j + bias`, with `width` factors `z_j >= 0` that depend on the hidden state, and weights
+    `w_j >= 0` that do not. Each `z_j` and `w_j` has a Weibull distribution. In training one sample of each is drawn:
+    of the factors for each hidden state, of the weights for each call. In use each is its mean. The head is then an
+    MLP with one more hidden layer, whose last weights are the positive parts of `out.weight`.
+
+    The mean of a factor is `relu(MLP(hidden))`, and its shape is `1 + softplus(MLP(hidden))`, of another MLP. Both
+    have `num_layers` hidden layers. The bias of the authors' code is not negative. This one has any sign, so that the
+    rewards can have mean 0. Their code makes the shape of a weight from its mean; here it is a parameter of its own.
+    """
+
+    def __init__(self, hidden_size, width=1024, num_layers=1, dropout=0.0):
+        super().__init__(hidden_size, width, num_layers + 1, dropout)
+        self.shapes = _layers(hidden_size, width, num_layers + 1)
+        self.out = GRMFactorWeights(width)
+
+    def forward(self, hidden_states, return_kl=False):
+        """With `return_kl` also the divergence of each hidden state, `(...,)`: of its factors and of the weights from
+        `Gamma(1, 1)`, summed over the factors."""
+        if not self.training and not return_kl:
+            return super().forward(hidden_states)
+        hidden_states = self.dropout(hidden_states)
+        mean = shape = hidden_states
+        for layer in self.dense:
+            mean = torch.relu(layer(mean))
+        for i, layer in enumerate(self.shapes):
+            shape = layer(shape if i == 0 else torch.relu(shape))
+        shape = _shape(shape)
+        of_weights = self.out.distribution()
+        if self.training:
+            rewards = self.out(weibull_sample(mean, shape), weibull_sample(*of_weights))
+        else:
+            rewards = self.out(mean)
+        if not return_kl:
+            return rewards
+        return rewards, weibull_kl(mean, shape).sum(-1) + weibull_kl(*of_weights).sum()
+
+
+def _layers(hidden_size, width, num_layers):
+    return nn.ModuleList(GRMLinear(hidden_size if i == 0 else width, width) for i in range(num_layers))
+
+
+def _shape(x):
+    return 1 + nn.functional.softplus(x)  # at least 1: then a power 1 / shape of small numbers is safe
+
+
+def weibull_sample(mean, shape):
+    """A sample of Weibull distributions with these means and shapes; its gradient is that of the sample."""
+    noise = torch.empty_like(mean).exponential_().clamp(min=torch.finfo(mean.dtype).tiny)
+    return mean * torch.exp(noise.log() / shape - torch.lgamma(1 + 1 / shape))
+
+
+def weibull_kl(mean, shape):
+    r"""
+    Kullback-Leibler divergence of Weibull distributions from `Gamma(1, 1)`, elementwise.
+
+    The scale is `s = mean / Gamma(1 + 1/k)`. With Euler's constant `c`, `E[log x] = log s - c / k` and
+    `E[(x / s)^k] = 1`, so `E[log q] = log k - log s - c (1 - 1/k) - 1` and `E[log p] = -mean`. The divergence is their
+    difference. A mean below 1e-6 counts as 1e-6.
+    """
+    mean = mean.clamp(min=SMALLEST_MEAN)
+    return (mean - 1 - mean.log()) + (torch.lgamma(1 + 1 / shape) + shape.log() + EULER * (1 / shape - 1))
 
 
 class Combiner(NamedTuple):
@@ -148,7 +248,7 @@ def build_head(config, hidden_size):
     def build(outputs=1):
         if config.head_type == "linear":
             return GRMLinearHead(hidden_size, config.head_dropout, outputs)
-        width, layers = config.head_hidden_size, config.head_num_layers
-        return GRMMLPHead(hidden_size, width, layers, config.head_dropout, outputs)
+        settings = hidden_size, config.head_hidden_size, config.head_num_layers, config.head_dropout
+        return GRMBNRMHead(*settings) if config.head_type == "bnrm" else GRMMLPHead(*settings, outputs)
 
     return build() if config.attribute_names is None else GRMAttributeHead(build, config)

@@ -32,7 +32,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, find_adapter_config_file
 
 from .configuration_grm import TRANSFORMERS_4, GRMConfig, check_attributes
-from .heads_grm import GRMAttributeHead, build_head
+from .heads_grm import GRMAttributeHead, GRMFactorWeights, build_head
 
 
 # Names of the cache in releases of transformers and in families, the newest first; and its name in outputs here.
@@ -67,6 +67,9 @@ class GRMOutput(SequenceClassifierOutputWithPast):
             Router logits of each layer, with `output_router_logits=True`.
         attributes (`torch.FloatTensor` of shape `(batch_size, num_attributes)`, *optional*):
             Ratings in the order of `config.attribute_names`, if the model has attributes.
+        kl (`torch.FloatTensor` of shape `(batch_size,)`, *optional*):
+            In training, with `head_type="bnrm"`: the divergence of each text's factors and of the weights from
+            `Gamma(1, 1)`. `loss` does not hold it.
     """
 
     lm_logits: torch.FloatTensor | None = None
@@ -74,6 +77,7 @@ class GRMOutput(SequenceClassifierOutputWithPast):
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple | None = None
     attributes: torch.FloatTensor | None = None
+    kl: torch.FloatTensor | None = None
 
 
 def last_token_positions(attention_mask):
@@ -389,7 +393,9 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         # torch's own defaults, as in the original head. `torch.nn.init` leaves loaded weights alone. Only the reward
         # head gets here: the language model initialises itself.
-        if isinstance(module, nn.Linear):
+        if isinstance(module, GRMFactorWeights):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
@@ -562,7 +568,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             length = hidden.shape[1]
             at = length - 1 if attention_mask is None else last_token_positions(attention_mask[:, -length:])
             read = hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
-        rewards, attributes = self._heads(read)
+        rewards, attributes, kl = self._heads(read)
         lm_logits = aux_loss = None
         if return_lm_logits or router_logits is not None:
             mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
@@ -589,13 +595,17 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             router_logits=router_logits,
             attributes=attributes,
+            kl=kl,
         )
 
     def _heads(self, read):
-        """Rewards `(n, 1)` of hidden states, and attributes `(n, K)` if the model has some."""
-        if self.config.attribute_names is None:
-            return self.score(read), None
-        return self.score(read, return_attributes=True)
+        """Of hidden states the rewards `(n, 1)`, the attributes `(n, K)` and the divergence `(n,)`, if there are."""
+        if self.config.attribute_names is not None:
+            return *self.score(read, return_attributes=True), None
+        if self.training and self.config.head_type == "bnrm":
+            rewards, kl = self.score(read, return_kl=True)
+            return rewards, None, kl
+        return self.score(read), None, None
 
     def fix_attribute_weights(self, weights):
         """

@@ -152,6 +152,7 @@ def test_a_model_without_attributes_is_as_before():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"attribute_names": NAMES, "head_type": "bnrm"}, "A BNRM head has no attributes: set head_type='mlp'"),
         ({"attribute_names": []}, "list of different names, at least one"),
         ({"attribute_names": ["a", "a"]}, "list of different names"),
         ({"attribute_names": "ab"}, "list of different names"),

@@ -16,7 +16,7 @@ from datasets import Dataset  # noqa: E402
 from tiny import read_rows, write_rows  # noqa: E402
 from trainers import TOKENIZER, base, grm, rows  # noqa: E402
 
-from grm_hf import GRMForSequenceClassification, __version__  # noqa: E402
+from grm_hf import GRMConfig, GRMForSequenceClassification, __version__  # noqa: E402
 from grm_hf.cli import main  # noqa: E402
 from grm_hf.scoring import GRMScorer  # noqa: E402
 
@@ -96,14 +96,16 @@ def test_train_from_a_trl_reward_yaml(tmp_path, base_folder, capsys):
     )
 
 
-def test_train_with_an_adapter_then_merge(tmp_path, base_folder, capsys):
+@pytest.mark.parametrize("head_type", ["mlp", "bnrm"])
+def test_train_with_an_adapter_then_merge(tmp_path, base_folder, capsys, head_type):
     data = write_rows(tmp_path / "pairs.jsonl", rows(8))
     lora = {"use_peft": True, "lora_r": 4, "lora_task_type": "SEQ_CLS", "lora_target_modules": "all-linear"}
-    config = yaml(tmp_path, base_folder, data, **lora)
+    config = yaml(tmp_path, base_folder, data, model_init_kwargs={"head_type": head_type}, **lora)
     assert main(["train", "--config", config]) == 0
     merged = str(tmp_path / "merged")
     assert main(["merge", str(tmp_path / "out"), merged]) == 0
     assert f"merged model: {merged}" in capsys.readouterr().out
+    assert GRMConfig.from_pretrained(merged).head_type == head_type
     chat = [CHATS[0]["messages"]]
     assert GRMScorer(merged).score(chat)[0] == pytest.approx(GRMScorer(str(tmp_path / "out")).score(chat)[0], rel=1e-4)
 

@@ -181,6 +181,21 @@ def test_mlp_heads_become_the_reward_model_of_vllm_and_sglang(tmp_path, kind, wi
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_factors_of_the_hidden_state_itself_are_such_a_layer(tmp_path, kind):
+    """A BNRM head in use is an MLP head, and becomes one on the way back."""
+    model = saved(tmp_path / "grm", BODIES[kind](), head_type="bnrm", head_num_layers=0)
+    assert (model.score.out.weight < 0).any()
+    assert export(tmp_path / "grm", tmp_path / "out").architecture == "Qwen2ForRewardModel"
+    theirs = Theirs(tmp_path / "out")
+    with torch.no_grad():
+        found = [theirs(torch.tensor([ids])).item() for ids in ROWS]
+    assert found == pytest.approx(rewards(model), rel=1e-6, abs=2e-6)
+    verify(tmp_path / "out")
+    again = convert(tmp_path / "out", tmp_path / "again", base=str(tmp_path / "grm")).model
+    assert rewards(again.eval()) == pytest.approx(rewards(model), abs=2e-6) and again.config.head_type == "mlp"
+
+
 class TheirsOnQwen3(Theirs):
     """SGLang's, from its description."""
 
@@ -229,6 +244,7 @@ def test_engines_with_transformers_4_rotate_alike(tmp_path, rope):
 REFUSALS = {
     "too wide": (dict(head_type="mlp", head_hidden_size=33), None, "head_hidden_size=33"),
     "too deep": (dict(head_type="mlp", head_num_layers=2), None, "one hidden layer"),
+    "factors and a layer": (dict(head_type="bnrm"), None, "has 2, its factors included.*plugin.*head_num_layers=0"),
     "another body": (dict(head_type="mlp"), lambda: body("gemma2"), "this one is 'gemma2'.*grm serve"),
     "head_dim": (dict(head_type="mlp"), lambda: body(head_dim=16), "head_dim=16"),
     "attention bias": (dict(head_type="mlp"), lambda: body(attention_bias=True), "biases"),

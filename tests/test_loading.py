@@ -162,7 +162,7 @@ PYTHONS = [
 def test_a_process_without_the_package_gives_the_same_scores(python, tmp_path):
     wanted, loads = {}, []
     gate = {"attribute_names": ["a", "b"], "attribute_weights": "gate", "attribute_combiner": "geometric"}
-    kinds = [("llama", "mlp", {}), ("gpt2", "linear", {}), ("gemma2", "mlp", {}), ("opt", "mlp", gate)]
+    kinds = [("llama", "mlp", {}), ("gpt2", "linear", {}), ("gemma2", "bnrm", {}), ("opt", "mlp", gate)]
     for family, head_type, settings in kinds:
         model = tiny_grm(family, head_type, **settings)
         path = tmp_path / family
@@ -243,7 +243,7 @@ def test_folder_says_what_the_auto_classes_and_the_pipeline_need(folder):
     }
 
 
-@pytest.mark.parametrize("head_type", ["mlp", "linear"])
+@pytest.mark.parametrize("head_type", ["mlp", "linear", "bnrm"])
 def test_no_path_of_this_machine_is_written(head_type, tmp_path):
     tiny_lm().save_pretrained(tmp_path / "base")
     model = GRMForSequenceClassification.from_base(tmp_path / "base", head_type, head_hidden_size=8)
@@ -592,7 +592,7 @@ def test_missing_folders_say_so(tmp_path):
 
 
 @pytest.mark.parametrize("auto", [GRMForSequenceClassification, AutoModelForSequenceClassification])
-@pytest.mark.parametrize("head_type", ["mlp", "linear"])
+@pytest.mark.parametrize("head_type", ["mlp", "linear", "bnrm"])
 def test_adapter_folder_loads_with_its_head(auto, head_type, tmp_path):
     tiny_grm(head_type=head_type).save_pretrained(tmp_path / "grm")
     adapted = lora(load(tmp_path / "grm"), tmp_path / "adapter", None, lora_dropout=0.5)
@@ -637,7 +637,7 @@ def test_adapter_that_lacks_weights_is_refused(part, tmp_path):
         load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("head_type", ["mlp", "linear"])
+@pytest.mark.parametrize("head_type", ["mlp", "linear", "bnrm"])
 def test_adapter_on_a_raw_base_is_refused(head_type, tmp_path):
     tiny_lm().save_pretrained(tmp_path / "base")
     model = GRMForSequenceClassification.from_base(tmp_path / "base", head_type, head_hidden_size=8)

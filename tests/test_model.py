@@ -45,7 +45,7 @@ from grm_hf.heads_grm import GRMLinearHead, GRMMLPHead
 from grm_hf.modeling_grm import CACHE, CACHE_NAMES, GRMOutput
 
 
-HEADS = ("mlp", "linear")
+HEADS = ("mlp", "linear", "bnrm")
 
 
 def head_by_hand(model, hidden):
@@ -53,8 +53,10 @@ def head_by_hand(model, hidden):
     hidden = hidden.double()
     if "weight" in weights:
         return linear(hidden, weights["weight"]).squeeze(-1)
-    hidden = linear(hidden, weights["dense.0.weight"], weights["dense.0.bias"]).clamp(min=0)
-    return linear(hidden, weights["out.weight"], weights["out.bias"]).squeeze(-1)
+    for i in range(sum(name.startswith("dense.") for name in weights) // 2):
+        hidden = linear(hidden, weights[f"dense.{i}.weight"], weights[f"dense.{i}.bias"]).clamp(min=0)
+    out = weights["out.weight"].clamp(min=0) if "out.shapes" in weights else weights["out.weight"]
+    return linear(hidden, out, weights["out.bias"]).squeeze(-1)
 
 
 def expected(lm, model, rows):
@@ -696,6 +698,8 @@ def test_top_level_names_that_other_libraries_read_and_write(family):
         (dict(bos_policy="triple"), "bos_policy.*'triple'.*one of"),
         (dict(overlength="drop"), "overlength.*'drop'.*truncate_left"),
         (dict(head_num_layers=0), "head_type='linear'"),
+        (dict(head_type="bnrm", head_num_layers=-1), "no negative number of layers"),
+        (dict(head_type="bnrm", head_hidden_size=0), "at least one factor"),
         (dict(num_labels=2), "one number, found 2 labels"),
         (dict(id2label={0: "a", 1: "b"}), "one number, found 2 labels"),
         (dict(text_config={"hidden_size": 4}), "no `model_type`"),

@@ -105,6 +105,7 @@ def under_transformers_4(tmp_path, path=None):
             {"attribute_names": ["a", "b"], "attribute_weights": [1, 2], "attribute_combiner": "harmonic"},
         ),
         "old gemma": ("gemma3_text", {"num_hidden_layers": 7}),
+        "factors": ("gemma2", {"head_type": "bnrm"}),
         "refused layers": (
             "gemma3_text",
             {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention"] * 2},

@@ -83,7 +83,11 @@ def site(tmp_path_factory):
     (push,) = commands("grm")
     revision = re.search("revision ([0-9a-f]{40})", run(push))[1]
     shutil.copytree(SPACE, root / "spaces/pairwise_comparison", ignore=shutil.ignore_patterns("__pycache__"))
-    entries = [{"id": "ann/demo", "revision": revision, "name": NAME}, {"id": "ann/demo", "revision": "main"}]
+    note = json.loads((SPACE / "models.json").read_text())[0]["note"]
+    entries = [
+        {"id": "ann/demo", "revision": revision, "name": NAME, "note": note},
+        {"id": "ann/demo", "revision": "main"},
+    ]
     (root / "spaces/pairwise_comparison/models.json").write_text(json.dumps(entries))
     for command in commands("hf"):
         run(command)
@@ -205,6 +209,7 @@ def test_a_result_at_first_sight(site, visit, size):
     example = [box(page, name).input_value() for name in ("prompt", "answer-a", "answer-b")]
     assert "Great Wall" in example[0] and f"“{example[1][:40]}" in page.locator("#verdict").inner_text()
     expect(page.locator("#verdict"), "A reward is one number for how good the model finds an answer")
+    expect(page.locator("#verdict"), f"{NAME}: a generalizable reward model of 135 million parameters")
     assert box(page, "model").input_value() == NAME
     page.wait_for_function("document.querySelector('#link input').value.startsWith('http')")
     page.wait_for_timeout(500)
@@ -230,6 +235,9 @@ def test_the_browser_shows_the_librarys_number_and_the_link_restores_it(site, sc
     page.locator("#ask-button").click()
     expect(page.locator("#swap"), "What both heads say")
     expect(page.locator("#swap"), "signals prefer answer")
+    if SCREENSHOTS:
+        page.wait_for_timeout(300)
+        page.locator("#swap").screenshot(path=Path(SCREENSHOTS) / "space_both_heads.png")
 
     page.get_by_text("The text of A", exact=True).click()  # as the model got it
     ids = scorer.encoder.encode_chat({"prompt": [{"role": "user", "content": PROMPT}], "response": A}).ids
@@ -439,6 +447,10 @@ def test_axe_finds_nothing(visit, theme, width):
     page.locator("#swap-button").click()
     page.locator("#swap h3").wait_for()
     page.wait_for_timeout(300)  # gradio fades what it waits for
+    assert violations(page) == []
+    page.locator("#ask-button").click()
+    expect(page.locator("#swap"), "What both heads say")
+    page.wait_for_timeout(300)
     assert violations(page) == []
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((e) => Number(e.tagName[1]))")
     assert levels[0] == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))

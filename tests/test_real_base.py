@@ -16,6 +16,7 @@ pytest.importorskip("trl", reason="training extra")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import objectives  # noqa: E402
 import publish  # noqa: E402
 import published_model  # noqa: E402
 import real_base  # noqa: E402
@@ -55,8 +56,9 @@ def few_pairs(monkeypatch):
 
 
 def test_every_unit_has_a_file_of_its_own():
-    units = [real_base.run_unit(method, data, 1e-5, ORIGIN) for method, data in real_base.plan()]
-    units += [unit for method in real_base.METHODS for unit in real_base.selection_units(method, ORIGIN)]
+    plans = [*real_base.plan(), *real_base.objectives_plan()]
+    units = [real_base.run_unit(method, data, 1e-5, ORIGIN) for method, data in plans]
+    units += [unit for method in [*real_base.METHODS, "bnrm"] for unit in real_base.selection_units(method, ORIGIN)]
     names = {real_base.digest(unit) for unit in [*units, real_base.base_unit(ORIGIN)]}
     assert len(names) == len(units) + 1
     seeds = {}
@@ -81,8 +83,12 @@ def test_a_method_waits_for_its_learning_rate(tmp_path):
     assert real_base.chosen_rate("sft", ORIGIN, tmp_path) == real_base.RATES[1]
     assert real_base.chosen_rate("none", ORIGIN, tmp_path) is None
     named = [unit for unit in real_base.units(ORIGIN, tmp_path) if unit["kind"] == "run"]
-    assert {unit["method"] for unit in named} == {"sft"} and {unit["learning_rate"] for unit in named} == {3e-5}
-    assert len(named) == sum(method == "sft" for method, _ in real_base.plan())
+    assert {unit["method"] for unit in named} == {"sft", "sft_zero"}  # a term has no rate of its own
+    assert {unit["learning_rate"] for unit in named} == {3e-5}
+    plans = [*real_base.plan(), *real_base.objectives_plan()]
+    assert len(named) == sum(method in ("sft", "sft_zero") for method, _ in plans)
+    objectives_of = {json.dumps(unit.get("objective")) for unit in named}
+    assert objectives_of == {"null", json.dumps(real_base.OBJECTIVES["sft_zero"])}
 
 
 def test_pairs_of_a_run(few_pairs):
@@ -128,7 +134,7 @@ def test_units_at_toy_size(few_pairs, tiny_base, tmp_path):
     assert base["perplexity"] > 1 and len(base["written"]) == len(real_base.PROMPTS)
     data = {"train": "rmb", "pairs": 16, "flipped": 0.25, "seed": 0}  # two steps; the first is one of warm-up
     found = {}
-    for method in real_base.METHODS:
+    for method in [*real_base.METHODS, *real_base.OBJECTIVES]:
         unit = real_base.run_unit(method, data, 1e-3, ORIGIN)
         found[method] = real_base.do(unit, tiny_base)
         path = real_base.file_of(unit, tmp_path)
@@ -139,7 +145,7 @@ def test_units_at_toy_size(few_pairs, tiny_base, tmp_path):
             right = np.mean(np.sign(np.array(scores["chosen"]) - scores["rejected"]) / 2 + 0.5)
             assert scores["accuracy"] == pytest.approx(right, abs=0.05)
     rewards = {tuple(result["tests"]["rmb"]["chosen"]) for result in found.values()}
-    assert len(rewards) == len(real_base.METHODS)
+    assert len(rewards) == len(found)
     selected = real_base.do(
         {**real_base.selection_units("none", ORIGIN)[0], "pairs": 8, "learning_rate": 1e-3}, tiny_base
     )
@@ -171,8 +177,9 @@ def test_a_seed_draws_head_and_order_alike_for_every_method(few_pairs, tiny_base
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def synthetic(folder, better, seeds=8):
-    """Results in which sft wins `better` more rows of every test set than none, in each of `seeds` seeds."""
+def synthetic(folder, better, seeds=8, methods=("none", "sft")):
+    """Results in which the last method wins `better` more rows of every test set than the others, in each of `seeds`
+    seeds."""
     count = 60
     rows = {"prompts": list(range(count)), "chosen": [9] * count, "rejected": [5] * count}
     about = {test: dict(rows) for test in real_base.TESTS}
@@ -184,11 +191,11 @@ def synthetic(folder, better, seeds=8):
         real_base.write(real_base.file_of(unit, folder), {"settings": unit, "processor_seconds": 60, **result})
 
     save(real_base.base_unit(ORIGIN), perplexity=14.0, written=["I am"] * 5, versions={"torch": "2"})
-    for method in ("none", "sft"):
+    for method in methods:
         for unit in real_base.selection_units(method, ORIGIN):
             save(unit, held_out={"log_loss": unit["learning_rate"], "pairs": 200})
         for seed in range(seeds):
-            right = 36 + seed % 3 + (better if method == "sft" else 0)
+            right = 36 + seed % 3 + (better if method == methods[-1] else 0)
             scores = {
                 "pairs": count, "accuracy": right / count, "log_loss": 0.6, "length": 0.1,
                 "chosen": [1.0] * right + [0.0] * (count - right), "rejected": [0.0] * right + [1.0] * (count - right),
@@ -214,6 +221,40 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     assert page.verdicts(tmp_path / "a") == ["better", "better"]
     text = page.markdown(synthetic(tmp_path / "b", better=0))
     assert "| 600 RMB pairs | RMB | 8 | +0.0 | +0.0 to +0.0 | +0.0 to +0.0 | no difference shown |" in text
+    assert "less than a coin" not in text
+    text = page.markdown(synthetic(tmp_path / "d", better=-36))  # 36.875 right of 60 for none, 0.875 for sft
+    assert "On average the runs rank 31.5 % of hh harmless's pairs rightly, less than a coin." in text
+    assert "in 100.0 % of RMB's and 100.0 % of PandaLM's pairs, and in 100.0 % of hh harmless's" in text
+
+
+def test_the_page_on_objectives_says_what_the_intervals_say(tmp_path):
+    folder = synthetic(tmp_path / "a", better=12, seeds=5, methods=("none", "sft", "none_zero", "bnrm", "sft_zero"))
+    text = objectives.markdown(folder)
+    assert "15 of 30 runs with a sum-to-zero term" in text and "accuracy is better in 2 of 6 comparisons" in text
+    assert "| 600 RMB pairs | GRM (sft), sum to zero | GRM (sft) | RMB | 5 | +20.0 | +20.0 to +20.0 |" in text
+    assert "| Bradley-Terry, head bnrm | Bradley-Terry | the 6 others, averaged | 5 | +0.0 |" in text
+    assert "| GRM (sft), head bnrm | GRM (sft) | RMB | 0 | | | | too few seeds yet |" in text
+    assert "0.0000 at 1e-05" in text
+    # Every prompt has one right and one wrong answer here: the best is the right one where the pair is won.
+    (line,) = [x for x in text.splitlines() if x.startswith("| 600 RMB pairs | GRM (sft), sum to zero | 8")]
+    cells = [cell.strip().split(" ")[0] for cell in line.split("|")[3:-1]]
+    right = np.mean([48, 49, 50, 48, 49]) / 60
+    expected = (100 * right, 100 * right, 0.5, 0.5, 0.0, 100 * right, 17.0)
+    assert [float(cell) for cell in cells[:4]] == pytest.approx(expected[:4], abs=0.01)
+    assert [float(cell) for cell in cells[5:]] == pytest.approx(expected[5:], abs=0.01)
+    assert page.findings(folder)[1].startswith("10 of")  # the study's own page passes them over
+    assert not objectives.has_runs(synthetic(tmp_path / "b", better=1, seeds=1))
+
+
+def test_what_else_a_run_is_asked_for():
+    scores = {"chosen": [3.0, 1.0, 0.0, 5.0], "rejected": [2.0, 4.0, -1.0, 6.0]}
+    run = {"tests": {"rm_bench": scores, "hhh": scores}}
+    about = {
+        "rm_bench": {"prompts": [0, 0, 1, 2]},  # the best of the first item is a wrong answer
+        "hhh": {"chosen": [3, 1, 0, 5], "rejected": [2, 4, -1, 6]},
+    }
+    assert objectives.best_of(run, about) == pytest.approx(100 / 3)
+    assert objectives.length_bias(run, about) == pytest.approx(1.0)
 
 
 def test_the_page_with_hardly_any_results(tmp_path):

@@ -112,6 +112,7 @@ MODELS = {
     "gemma2, two layers": ("gemma2", dict(head_hidden_size=48, head_num_layers=2)),
     "mistral, narrower": ("mistral", dict(head_hidden_size=24)),
     "gpt2, linear": ("gpt2", dict(head_type="linear")),
+    "llama, factors": ("llama", dict(head_type="bnrm", head_hidden_size=48)),
 }
 
 

@@ -59,9 +59,9 @@ def base(seed=0, **config):
     return tiny_llama(TOKENIZER, seed, **config)
 
 
-def grm(seed=0, **config):
+def grm(seed=0, head_type="mlp", **config):
     attributes = {name: config.pop(name) for name in list(config) if name.startswith("attribute_")}
-    return GRMForSequenceClassification.from_base(base(seed, **config), head_hidden_size=8, **attributes)
+    return GRMForSequenceClassification.from_base(base(seed, **config), head_type, head_hidden_size=8, **attributes)
 
 
 def settings(folder, kind=GRMRewardConfig, **kwargs):

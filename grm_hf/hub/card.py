@@ -155,7 +155,12 @@ def facts_of_model(config, tokenizer, name, model=None, step=None, example=(QUES
         f'model = AutoModelForSequenceClassification.from_pretrained("{name}", trust_remote_code=True)\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)'
     )
-    head = "linear" if config.head_type == "linear" else f"MLP, {config.head_num_layers} x {config.head_hidden_size}"
+    head = {
+        "linear": "linear",
+        "mlp": f"MLP, {config.head_num_layers} x {config.head_hidden_size}",
+        "bnrm": f"BNRM (2602.10623), {config.head_num_layers} x {config.head_hidden_size} before "
+        f"{config.head_hidden_size} non-negative factors",
+    }[config.head_type]
     template = "none: texts are read as they are"
     if tokenizer is not None and tokenizer.chat_template:
         template = "its tokenizer's; a chat reads\n" + _rendered(tokenizer)

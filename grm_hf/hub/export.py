@@ -2,8 +2,9 @@
 
 A linear head becomes the native `...ForSequenceClassification` of the body's family. An MLP head on a Llama or Qwen2
 body becomes `Qwen2ForRewardModel`, which vLLM and SGLang have, on a Qwen3 body SGLang's `Qwen3ForRewardModel`: their
-head is as wide as the body, so ours is padded with zero units. The export is the same function, or it is refused:
-before the folder appears, the export is loaded again and scores the golden rows. The LM head stays behind.
+head is as wide as the body, so ours is padded with zero units. A BNRM head in use is an MLP head, whose first hidden
+layer is its factors if it has no other. The export is the same function, or it is refused: before the folder appears,
+the export is loaded again and scores the golden rows. The LM head stays behind.
 
 The engines choose a class by `architectures` alone. A Llama body therefore keeps `model_type: llama`: for `qwen2`,
 transformers 5.23 loads any tokenizer as a Qwen2Tokenizer, which splits texts differently.
@@ -29,6 +30,7 @@ from ..chats import as_messages
 from ..configuration_grm import as_in_transformers_4
 from ..encoding import Encoder
 from ..folders import new_folder, readable
+from ..heads_grm import GRMFactorWeights
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import (
     POLICIES,
@@ -207,14 +209,17 @@ def _require_layout(ours, text):
     """Refuse models that `Qwen2ForRewardModel` and `Qwen3ForRewardModel` do not compute."""
     if text.model_type not in ("llama", "qwen2", "qwen3"):
         raise ValueError(
-            "An MLP head can be exported on Llama, Qwen2 and Qwen3 bodies alone, for which engines have a reward "
-            f"model; this one is '{text.model_type}'. vLLM serves the model as it is with the plugin of grm_hf, and "
-            "`grm serve` does without an engine (docs/serving.md); or train one with head_type='linear'."
+            "An MLP or BNRM head can be exported on Llama, Qwen2 and Qwen3 bodies alone, for which engines have a "
+            f"reward model; this one is '{text.model_type}'. vLLM serves the model as it is with the plugin of "
+            "grm_hf, and `grm serve` does without an engine (docs/serving.md); or train one with head_type='linear'."
         )
-    if ours.head_num_layers != 1:
+    bnrm = ours.head_type == "bnrm"
+    if (layers := ours.head_num_layers + bnrm) != 1:  # the factors are one more
         raise ValueError(
-            f"The engines' reward models have one hidden layer in their head; this one has {ours.head_num_layers}. "
-            "vLLM serves it as it is with the plugin of grm_hf (docs/serving.md)."
+            f"The engines' reward models have one hidden layer in their head; this one has {layers}"
+            + (", its factors included" if bnrm else "")
+            + ". vLLM serves it as it is with the plugin of grm_hf (docs/serving.md)"
+            + ("; or train one with head_num_layers=0." if bnrm else ".")
         )
     if ours.head_hidden_size > text.hidden_size:
         raise ValueError(
@@ -251,8 +256,9 @@ def _reward_model(model, score, config):
         if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and name not in state:
             state[name] = torch.zeros(part.shape, dtype=model.lm.dtype)  # Llama has none
     first, last = score.dense[0], score.out
+    weights = last.distribution()[0] if isinstance(last, GRMFactorWeights) else last.weight
     units, width = first.weight.shape
-    for name, part in (("0.weight", first.weight), ("0.bias", first.bias), ("2.weight", last.weight)):
+    for name, part in (("0.weight", first.weight), ("0.bias", first.bias), ("2.weight", weights)):
         padded = torch.zeros(width if name == "0.bias" else (width if name == "0.weight" else 1, width))
         padded[(slice(None), slice(units)) if name == "2.weight" else slice(units)] = part.detach()
         state[f"score.{name}"] = padded  # relu(0) * 0 adds nothing

@@ -46,7 +46,7 @@ class GRMForSequenceClassification(nn.Module):
                 architectures=[body_architecture(text)],
             )
         width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size  # OPT projects before its LM head
-        self.score = build_head(config, width).float()
+        self.score = build_head(config, width).float().eval()
         self.pooler = DispatchPooler.for_seq_cls(vllm_config.model_config.pooler_config, classifier=self.score)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:

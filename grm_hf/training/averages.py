@@ -11,7 +11,7 @@ EXTREMES: dict[str, tuple[Callable, Callable]] = {
     "min_reward": (torch.amin, torch.minimum),
     "max_reward": (torch.amax, torch.maximum),
 }
-MEANS = ("margin", "pair_loss", "text_loss")  # over pairs
+MEANS = ("margin", "pair_loss", "text_loss", "kl")  # over pairs
 ROW_MEANS = ("attribute_loss", "aux_loss", "loss")  # over pairs and rated completions
 ACCURACIES = ("accuracy", "implicit_accuracy")  # over pairs whose soft label is no tie
 
@@ -46,9 +46,9 @@ class Averages:
         Args:
             columns (`dict[str, torch.Tensor]`):
                 One value for each pair, `(B,)`: rewards `chosen` and `rejected`, and any of `loss`, `pair_loss`,
-                `text_loss`, `aux_loss`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`; `is_pair`,
-                which is 0 for a rated completion; for an attribute `mse_NAME`, the sum of its squared errors, and
-                `ratings_NAME`, their number.
+                `text_loss`, `aux_loss`, `kl`, `implicit_accuracy`, `nll` and `nll_tokens`; soft labels `label`;
+                `is_pair`, which is 0 for a rated completion; for an attribute `mse_NAME`, the sum of its squared
+                errors, and `ratings_NAME`, their number.
             gather (`Callable`, *optional*):
                 Gives the rows of all processes, without those that a sampler repeats. Without it, [`~Averages.take`]
                 combines the processes.

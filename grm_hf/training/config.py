@@ -56,6 +56,10 @@ class GRMRewardConfig(RewardConfig):
         attribute_loss_weight (`float`, *optional*, defaults to `1.0`):
             Weight `gamma` of the squared error of the attributes, if the model has `attribute_names`: the mean over
             the ratings that a row has. It is added to the loss of a pair, and is the whole loss of a rated completion.
+        kl_weight (`float`, *optional*, defaults to `1e-5`):
+            With `head_type="bnrm"`: weight of the divergence of its factors and weights from their prior, which is
+            added to the whole loss (2602.10623). A pair has the mean of its two responses, so the term is a mean over
+            the responses of a step, and once that of the weights. Evaluation leaves it out.
         reference (`str`, *optional*):
             Source of the reference log-probabilities of `"dpo"`: `"adapter_off"` (the same model with its adapter
             switched off), `"precompute"` (one pass before training, cached in `output_dir`) or `"model"` (a frozen
@@ -114,6 +118,9 @@ class GRMRewardConfig(RewardConfig):
     attribute_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the squared error of the attributes, if the model has some."}
     )
+    kl_weight: float = field(
+        default=1e-5, metadata={"help": "Weight of the divergence from the prior, for head_type bnrm."}
+    )
     reference: str | None = field(
         default=None,
         metadata={
@@ -161,7 +168,7 @@ class GRMRewardConfig(RewardConfig):
             raise ValueError(f"`beta` is {self.beta}; it must be above 0. To switch the text loss off, set alpha=0.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"`label_smoothing` is {self.label_smoothing}; it must be in [0, 0.5).")
-        for name in ("batch_sum_to_zero", "attribute_loss_weight"):
+        for name in ("batch_sum_to_zero", "attribute_loss_weight", "kl_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it is a weight and must be at least 0.")
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:

@@ -62,7 +62,7 @@ def facts_of_run(
         datasets=datasets,
         adapter=adapter,
         adapter_load=_adapter_load(config, name) if adapter else None,
-        formula=_formula(trainer),
+        formula=_formula(trainer, config),
         training=[
             ("regularizer", args.regularizer),
             ("alpha", args.alpha),
@@ -223,7 +223,7 @@ def _plain(setting):
     return getattr(setting, "value", setting)
 
 
-def _formula(trainer):
+def _formula(trainer, config):
     args = trainer.args
     pair = PAIR_LOSSES[trainer.pair_loss].formula
     if args.center_rewards_coefficient is not None:
@@ -235,6 +235,8 @@ def _formula(trainer):
         pair = f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
     if trainer._attribute_names is not None:
         pair += f" + {args.attribute_loss_weight:g} * mean_i (a_i - rating_i)^2"
+    if config.head_type == "bnrm":
+        pair += f" + {args.kl_weight:g} * KL(factors and weights || Gamma(1, 1))"
     return pair
 
 

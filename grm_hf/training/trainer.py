@@ -140,6 +140,8 @@ class GRMRewardTrainer(RewardTrainer):
             elsewhere = bool(hub) or given_args.chat_template_path is not None  # than the model's name says
             adapters.give_a_folder(base, args, processing_class, always=elsewhere)
         _freeze(base, args)
+        if args.kl_weight != GRMRewardConfig.kl_weight and config.head_type != "bnrm":
+            logger.warning(f"`kl_weight` is ignored: the reward head is {config.head_type!r}, not 'bnrm'.")
         _require_what_the_text_loss_needs(base, args, has_adapter=bool(peft_config) or is_peft_model(model))
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
@@ -454,6 +456,9 @@ class GRMRewardTrainer(RewardTrainer):
             aux = self._router_weight * outputs.aux_loss.to(loss.device)
             loss, total = loss + aux, total + aux
             columns["aux_loss"] = outputs.aux_loss.detach().expand_as(pair)
+        if outputs.kl is not None:  # of a BNRM head, in training
+            kl = columns["kl"] = outputs.kl.view(2, -1).mean(0)
+            loss, total = loss + args.kl_weight * kl.mean(), total + args.kl_weight * kl
 
         chosen_tokens, rejected_tokens = sequence_lengths(inputs).chunk(2)
         columns |= {

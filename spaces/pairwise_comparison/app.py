@@ -188,8 +188,14 @@ def compared_of(inputs: list[str], result: dict, pressed: bool = True) -> dict:
     Compare."""
     kept = ("rewards", "verdict", "preferred", "probability_a", "temperature", "model_temperature")
     link = query_of(*inputs, result["temperature"])
-    found = {name: result[name] for name in kept}
-    return {"inputs": inputs, "link": link, "pressed": pressed, "warnings": drawing.warnings(result), **found}
+    found = {name: result[name] for name in kept} | {"warnings": drawing.warnings(result), "note": note_of(inputs[0])}
+    return {"inputs": inputs, "link": link, "pressed": pressed, **found}
+
+
+def note_of(name: str) -> str:
+    """What the list says about a model, for the verdict."""
+    note = MODELS.listed[name].note if name in MODELS.listed else ""
+    return f"{name}: {note}." if note else ""
 
 
 def read_compared(compared) -> dict:
@@ -203,7 +209,8 @@ def read_compared(compared) -> dict:
             raise ValueError
     except (TypeError, KeyError, ValueError, OverflowError):
         raise ValueError("The comparison of this page is lost. Press Compare.") from None
-    return {"inputs": inputs, "rewards": rewards, "model_temperature": own, "warnings": warnings, "pressed": True}
+    known = {"inputs": inputs, "rewards": rewards, "model_temperature": own, "warnings": warnings, "pressed": True}
+    return {**known, "note": note_of(inputs[0])}
 
 
 async def show_at_temperature(compared, temperature):
@@ -466,9 +473,21 @@ def about_models() -> str:
 ABOUT = f"""
 ## What this shows
 A reward model reads a conversation and gives it one number. This page shows where the number comes from: the reward of
-the text up to each token (a decoder is causal, so this is the reward of an answer that ends there), how likely a GRM's
+the text up to each token (the reward of an answer that ends there), how likely a GRM's
 LM head finds each token, and the text and tokens that the model was given. The rewards are those of `GRMScorer` of
 grm_hf: template, end of turn and maximum length are stored in the model.
+
+## Words
+- **Reward**: the number that the model gives an answer. Only differences under one prompt mean something.
+- **Token**: a word or a part of one, which is how a model reads text.
+- **Head**: the last layer of a model. A generalizable reward model (GRM) has two: the **reward head** gives the
+  reward, the **LM head** says which token comes next, as in a chat model.
+- **Likelihood** of a token: how far the LM head expected it. Its mean logarithm over an answer is in nats, and
+  **perplexity** is how many tokens seemed possible at each step.
+- **Temperature**: divides a difference of rewards before the sigmoid makes a probability of it. Hot is unsure.
+- **Best of n**: several answers to one prompt, by reward. **Share**: the same as parts of one (softmax).
+- **Batch**: a table of pairs whose better answer is known. **Log loss**, **Brier** and **ece** say how wrong the
+  probabilities were; **Wilson** is a formula for the interval of a share.
 
 ## Models of the list
 {{models}}

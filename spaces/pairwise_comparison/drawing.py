@@ -185,6 +185,7 @@ def verdict(compared: dict) -> str:
         f'<p class="quiet">A reward is one number for how good the model finds an answer. Only the difference of two '
         f"rewards for one prompt means something: here A − B = {signed(rewards['A'] - rewards['B'])}, which makes "
         f"the probability: its sigmoid at temperature {scale(compared)}.</p>",
+        f'<p class="quiet">{escape(compared["note"])}</p>' if compared["note"] else "",
     )
 
 
@@ -194,7 +195,8 @@ def details(result: dict) -> str:
     as_json = escape(json.dumps(result, ensure_ascii=False))
     return page(
         "<h3>The reward after each token</h3><p>What the model would give if the answer ended there: where it jumps, "
-        f"the model changed its mind.</p>{heat_maps(answers)}{trace(answers)}{token_tables(answers)}",
+        "the model changed its mind. A token is a word or a part of one; the chat template of the model adds the last "
+        f"ones, which close the answer.</p>{heat_maps(answers)}{trace(answers)}{token_tables(answers)}",
         f"<h3>The other head</h3>{other_head(result)}",
         f"<h3>What the model saw</h3>{seen(answers)}",
         standardised(answers),
@@ -243,7 +245,7 @@ def bars(rows: list[tuple[str, str, float, str]]) -> str:
         )
     ends = "".join(
         f'<span style="left:{place}%">{text}</span>'
-        for place, text in ((0, signed(-largest)), (50, "0"), (100, signed(largest)))
+        for place, text in ((0, f"{signed(-largest)}, worse"), (50, "0"), (100, f"better, {signed(largest)}"))
     )
     scale = f'<span></span><div class="scale" aria-hidden="true">{ends}</div><span></span>'
     return f'<div class="bars">{"".join(parts)}{scale}</div>'
@@ -478,7 +480,7 @@ def other_head(result: dict) -> str:
     lists = []
     for name, answer in answers.items():
         items = "".join(
-            f"<li><bdi>“{escape(row['text'].strip())}”</bdi>: the reward {'falls' if row['step'] < 0 else 'rises'} by "
+            f"<li><bdi>{shown(row['text'])}</bdi>: the reward {'falls' if row['step'] < 0 else 'rises'} by "
             f"{abs(row['step']):.3f}, though the LM head was {'less' if row['step'] < 0 else 'more'} surprised "
             f"than on average in this answer ({percent(row['probability'])})</li>"
             for row in answer["disagreements"]
@@ -593,7 +595,8 @@ def opinions(result: dict) -> str:
         f"<h3>What both heads say</h3><p>{said} Small models are often at chance with all but the first.</p><table>"
         f"<thead><tr><th scope='col'>signal</th><th scope='col' class='number'>{letter('A')}</th><th scope='col' "
         f"class='number'>{letter('B')}</th><th scope='col' class='number'>A is better</th></tr></thead><tbody>{rows}"
-        "</tbody></table>"
+        "</tbody></table><p class='quiet'>A judge is asked two things: of one answer whether it is good, in the first "
+        "columns; of both which is better, in either order, in the last.</p>"
     )
 
 
@@ -635,6 +638,7 @@ def ranking(result: dict, answers: list[str]) -> str:
         "<table class='full'><thead><tr><th scope='col' class='number'>rank</th><th scope='col' class='number'>number"
         "</th><th scope='col'>answer</th><th scope='col' class='number'>reward<br>share</th></tr></thead><tbody>"
         f"{''.join(rows)}</tbody></table>",
+        '<p class="quiet">Bars begin at zero: the further right one ends, the better the answer.</p>'
         f'<p class="quiet">Share: softmax of the rewards over the temperature, {scale(result)}. Expected reward of '
         f"the best of so many answers drawn from these: {best_of}.</p>",
     )

@@ -69,7 +69,8 @@ window.page = (() => {
     if (note) {
       root.classList.toggle("old", old);
       note.hidden = !old;
-      note.textContent = old ? "Out of date: the inputs have changed since. Press Compare." : "";
+      const next = busy.compare ? "The new ones are being compared." : "Press Compare.";
+      note.textContent = old ? `Out of date: the inputs have changed since. ${next}` : "";
     }
     const linked = compared.link.startsWith("?");
     if (old || !linked) address("");

@@ -51,7 +51,7 @@ class Listed:
     Attributes:
         source: A folder, or a Hub id.
         revision: The commit that an id is pinned to.
-        note: For the About tab.
+        note: What a visitor should know of it, for the verdict and the About tab.
         trusted: Whether its code may run: a folder, or a pinned id. Another id is only a suggestion, and is loaded
             like an id that a visitor types.
     """

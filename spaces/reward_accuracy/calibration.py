@@ -9,7 +9,7 @@ def reliability_plot(rows: list[dict], n: int) -> str:
     left, right, top, bottom = 46, 408, 14, 292
 
     def x(confidence: float) -> float:
-        return left + (right - left) * (confidence - 0.5) * 2
+        return left + 12 + (right - left - 12) * (confidence - 0.5) * 2  # a dot at the edge hides no number
 
     def y(share: float) -> float:
         return bottom - (bottom - top) * share
