@@ -319,9 +319,10 @@ def _train(args, rest):
     training.model_init_kwargs = {**given, **(training.model_init_kwargs or {})}
     with readable(model.model_name_or_path):
         pass
-    dataset = _dataset(script, mixture)
     train_split, test_split = script.dataset_train_split, script.dataset_test_split
-    for split in [train_split] + ([test_split] if training.eval_strategy != "no" else []):
+    splits = [train_split] + ([test_split] if training.eval_strategy != "no" else [])
+    dataset = _dataset(script, mixture, splits)
+    for split in splits:
         if split not in dataset:
             raise ValueError(f"the data has no split {split!r}; it has {sorted(dataset)}. See --dataset_train_split.")
     trainer = GRMRewardTrainer(
@@ -336,9 +337,10 @@ def _train(args, rest):
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         trainer.save_model(training.output_dir)
     with _work(lambda: f"The model is complete: {training.output_dir}. To push it: grm push {training.output_dir} ID"):
-        trainer.create_model_card(dataset_name=script.dataset_name)
+        data = (script.dataset_name or "").partition("=")[0] or None
+        trainer.create_model_card(dataset_name=data)
         if training.push_to_hub:
-            trainer.push_to_hub(dataset_name=script.dataset_name)
+            trainer.push_to_hub(dataset_name=data)
     if trainer.is_world_process_zero():
         print(summary(trainer))
 
@@ -352,10 +354,12 @@ def _after_checkpoint(output):
     return f"To go on from the last checkpoint, add: --resume_from_checkpoint {checkpoint}"
 
 
-def _dataset(script, mixture):
-    """The data that `trl reward` would load, and local files by their path."""
+def _dataset(script, mixture, splits):
+    """The data that `trl reward` would load, local files by their path, and published data in its official form."""
     from datasets import load_dataset
     from trl import get_dataset
+
+    from .preferences import DATA_SETS, load_preferences
 
     if mixture.datasets:
         if script.dataset_name:
@@ -363,6 +367,11 @@ def _dataset(script, mixture):
         return get_dataset(mixture)
     if not script.dataset_name:
         raise ValueError("no data: pass --dataset_name (a Hub id or a file) or `datasets` in the YAML.")
+    name, _, path = script.dataset_name.partition("=")  # NAME=PATH: a file or folder in the form of NAME
+    if name in DATA_SETS and (path or script.dataset_config or not DATA_SETS[name].trl_rows):
+        if script.dataset_streaming:
+            print("grm train: `dataset_streaming` is ignored: this data is read as a whole", file=sys.stderr)
+        return {split: load_preferences(name, script.dataset_config, split, path or None) for split in splits}
     path = script.dataset_name
     suffix = next((suffix for suffix in FILE_FORMATS if path.endswith(suffix)), None)
     if suffix is not None:
