@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
@@ -21,6 +22,7 @@ from trainers import CHATS, TOKENIZER, base, grm, lora, pairs, rows, trainer  # 
 from grm_hf import GRMForSequenceClassification, GRMScorer  # noqa: E402
 from grm_hf.cli import main  # noqa: E402
 from grm_hf.hub import extrapolate  # noqa: E402
+from grm_hf.preferences import load_preferences  # noqa: E402
 from grm_hf.scoring import verify  # noqa: E402
 from grm_hf.training import GRMRewardTrainer, merge_adapter  # noqa: E402
 from grm_hf.training.stages import Stages  # noqa: E402
@@ -430,3 +432,135 @@ def test_forms_of_a_recipe_that_are_none(recipe, tmp_path, capsys):
     assert main(["train", "--config", recipe(), "--max_steps", "1"]) == 1
     assert "no option is taken beside --config" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------- regression, then preference
+
+
+def helpsteer2(folder):
+    """A copy of the repository with toy rows: the ratings of both splits, and the preferences."""
+    (folder / "preference").mkdir(parents=True)
+    ratings = dict.fromkeys(("correctness", "coherence", "complexity", "verbosity"), 2)
+    preferences = []
+    for split, count, seed in (("train", 12, 0), ("validation", 6, 1)):
+        rated = []
+        for i, row in enumerate(rows(count, seed)):
+            prompt, *responses = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+            for response, helpfulness in zip(responses, (3 + i % 2, i % 3), strict=True):
+                rated.append({"prompt": prompt, "response": response, "helpfulness": helpfulness, **ratings})
+            compared = dict(zip(("response_1", "response_2"), responses, strict=True), preference_strength=-1 - i % 3)
+            preferences.append({"split": split.replace("idation", ""), "prompt": prompt, **compared})
+        write_rows(folder / f"{split}.jsonl", rated)
+    write_rows(folder / "preference" / "preference.jsonl", preferences)
+    return folder
+
+
+def test_the_recipe_of_helpsteer2_preference(tmp_path, capsys):
+    """The file in `examples/recipes`, on toy rows in the official fields."""
+    file = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "helpsteer2_preference.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert "--config examples/recipes/helpsteer2_preference.yaml" in file.read_text(encoding="utf-8")
+    base().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    data = f"nvidia/HelpSteer2={helpsteer2(tmp_path / 'HelpSteer2')}"
+    content |= {"model_name_or_path": str(tmp_path / "base"), "output_dir": str(tmp_path / "out")}
+    content |= {
+        "dataset_name": data,
+        "max_steps": 3,
+        "save_steps": 1,
+        "eval_steps": 2,
+        "warmup_steps": 0,
+        "bf16": False,
+    }
+    content |= {"learning_rate": 1.0e-2, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none"}
+    content["expo"]["dataset_name"] = data
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "24 kept as rated completions" in out and len(re.findall(r"^a = \S+: accuracy", out, re.M)) == 7
+    for name in ("regression", "preference", "expo"):
+        folder = str(tmp_path / "out" / name)
+        assert main(["verify", folder]) == 0
+        model = GRMForSequenceClassification.from_pretrained(folder)
+        inputs = TOKENIZER.apply_chat_template(CHATS[0], return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            found = model(**inputs)
+        assert torch.equal(found.logits, found.attributes)  # the reward is the helpfulness
+    card = (tmp_path / "out" / "expo" / "README.md").read_text()
+    assert "datasets/nvidia/HelpSteer2" in card and "-margin * log sigmoid(r_c - r_r)" in card
+
+
+def test_the_regression_is_least_squares_and_the_preference_begins_with_it(tmp_path):
+    """One step of plain gradient descent on the head, against the gradient of the mean squared error by hand."""
+    base().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    data = f"nvidia/HelpSteer2={helpsteer2(tmp_path / 'HelpSteer2')}"
+    content = {
+        "model_name_or_path": str(tmp_path / "base"),
+        "output_dir": str(tmp_path / "out"),
+        "dataset_name": data,
+        "max_steps": 1,
+        "per_device_train_batch_size": 24,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "regularizer": "none",
+        "freeze_backbone": True,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "stages": [
+            {
+                "name": "regression",
+                "dataset_config": "ratings",
+                "model_init_kwargs": {
+                    "head_type": "linear",
+                    "attribute_names": ["helpfulness"],
+                    "attribute_weights": [1.0],
+                },
+            },
+            {"name": "preference", "dataset_config": "preference", "pair_loss": "scaled", "learning_rate": 0.0},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    begun = []
+    save = GRMRewardTrainer.train
+
+    def train(self, *args, **kwargs):
+        begun.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return save(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRMRewardTrainer, "train", train)
+        assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+    model = GRMForSequenceClassification.from_pretrained(tmp_path / "out" / "regression")
+    (name,) = (name for name in begun[0] if name.startswith("score."))
+    after = model.state_dict()[name].clone()
+    model.load_state_dict(begun[0])
+    rated = load_preferences("nvidia/HelpSteer2", "ratings", path=tmp_path / "HelpSteer2")
+    errors = []
+    for row in rated:
+        inputs = TOKENIZER.apply_chat_template(
+            row["prompt"] + row["completion"], return_tensors="pt", return_dict=True
+        )
+        errors.append((model(**inputs).logits.squeeze() - row["helpfulness"]) ** 2)
+    torch.stack(errors).mean().backward()
+    weight = dict(model.named_parameters())[name]
+    torch.testing.assert_close(after, begun[0][name] - 0.1 * weight.grad, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(after, begun[0][name])
+    assert torch.equal(begun[1][name], after)
+    assert equal(weights(tmp_path / "out" / "regression"), weights(tmp_path / "out" / "preference"))
+
+
+def test_the_recipe_of_the_docs_is_that_of_the_file():
+    """The page has the same stages, in fewer lines."""
+    root = Path(__file__).resolve().parents[1]
+    (text,) = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "staged.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = yaml.safe_load(text)
+    file = yaml.safe_load((root / "examples" / "recipes" / "helpsteer2_preference.yaml").read_text(encoding="utf-8"))
+    assert page["stages"] == file["stages"]
+    assert page["expo"] | {"a": None} == file["expo"] | {"a": None}
+    assert {key: file[key] for key in page if key not in ("stages", "expo", "output_dir")} == {
+        key: page[key] for key in page if key not in ("stages", "expo", "output_dir")
+    }

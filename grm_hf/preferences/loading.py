@@ -43,11 +43,11 @@ def load_preferences(
             `"preference"` (pairs with a margin), `"labels"` (pairs with a soft label; ties stay) or `"ratings"` (rated
             rows), if the data has it. By default the first that it has.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of the data. A folder's files whose names begin with it are read, or all if there are none; a file
-            without splits is `"train"`.
+            Split of the data. Of a folder, the files whose names begin with it are read, or all for `"train"` if there
+            are none. A file is `"train"`. Rows of HelpSteer2's preferences name their split themselves.
         path (`str`, *optional*):
-            File or folder in the data's official form, in place of the Hub: JSON, JSONL, CSV (each also `.gz`) or
-            parquet.
+            File, folder or copy of the repository, in the data's official form, in place of the Hub: JSON, JSONL, CSV
+            (each also `.gz`) or parquet.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub. Defaults to the commit that `DATA_SETS` names, if it names one, else to
             the newest.
@@ -119,7 +119,11 @@ def _of_hub(data: DataSet, reading: Configuration, split: str, revision: str | N
 
 
 def _of_split(path: Path, reading: Configuration, split: str) -> list[Path]:
-    """The files of a split: all, if the rows name their own; else those named after it, or all for `"train"`."""
+    """The files of a split: all, if the rows name their own; else those named after it, or all for `"train"`. In a
+    copy of the repository they lie in the folder that they have there."""
+    source = next(iter(reading.splits.values()))
+    inner = path / (source.folder or source.config or "")
+    path = inner if inner.is_dir() else path
     named = sorted(path.glob(f"{split}*")) if path.is_dir() else []
     if reading.split_of is not None or (split == "train" and not named):
         return [path]
