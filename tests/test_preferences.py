@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -372,8 +373,9 @@ def test_the_hub_is_asked_for_the_pinned_commit_and_folder(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_pairs_are_what_training_takes(tmp_path, name):
-    """Every configuration of pairs goes through the checks of the trainer, and none of its rows is refused."""
+def test_rows_are_what_training_takes(tmp_path, name):
+    """Every configuration goes through the checks of the trainer: no row is refused, and its numbers arrive."""
+    tokenizer = chatml_tokenizer()
     official = {
         "nvidia/HelpSteer2": [preference(1, [1, 0, -1]), preference(2, prompt=TURNS)],
         "nvidia/HelpSteer3": [comparison(1, [1, 0, -1]), comparison(2, [1], response1="other")],
@@ -385,12 +387,25 @@ def test_pairs_are_what_training_takes(tmp_path, name):
     path = write_rows(tmp_path / "rows.jsonl", official.get(name, [{**sides, **scores}]))
     for config, reading in DATA_SETS[name].configurations.items():
         if config == "ratings":
+            if name == "nvidia/HelpSteer2":  # its ratings lie in files of their own
+                path = write_rows(tmp_path / "ratings.jsonl", [rating(), rating(prompt=TURNS, verbosity=None)])
+            data, names = load_preferences(name, config, path=path), reading.numbers
+        else:
+            data, names = load_preferences(name, config, path=path), ()
+            prepared, counts = prepare_pairs(data, Encoder(tokenizer))
+            assert counts.kept == counts.rows == len(data) > 0 and not counts.swapped
+            assert prepared[reading.numbers[0]][:] == data[reading.numbers[0]][:]
+            if name == "openbmb/UltraFeedback":
+                names = [column.removeprefix("chosen_") for column in reading.numbers if column.startswith("chosen_")]
+        if not names:
             continue
-        data = load_preferences(name, config, path=path)
-        prepared, counts = prepare_pairs(data, Encoder(chatml_tokenizer()))
-        assert counts.kept == counts.rows == len(data) > 0 and not counts.swapped
-        number = reading.numbers[0]
-        assert prepared[number][:] == data[number][:]
+        prepared, counts = prepare_pairs(data, Encoder(tokenizer), attributes=names)
+        assert counts.kept == len(data) and counts.rated == (len(data) if config == "ratings" else 0)
+        for row, found in zip(data, prepared, strict=True):
+            for side in ("chosen",) if config == "ratings" else ("chosen", "rejected"):
+                columns = names if config == "ratings" else [f"{side}_{column}" for column in names]
+                expected = [math.nan if row[column] is None else row[column] for column in columns]
+                assert found[f"{side}_ratings"] == pytest.approx(expected, nan_ok=True)
 
 
 @needs_data

@@ -176,6 +176,7 @@ def other_model(folder, **changes):
     [
         ({"head_type": "linear"}, r"are no two models of one architecture: `head_type` is 'linear' and 'mlp'\."),
         ({"head_hidden_size": 16}, r"`head_hidden_size` is 16 and 8\."),
+        ({"attribute_names": ["helpfulness"]}, r"`attribute_names` is \['helpfulness'\] and None\."),
         ({"bos_policy": "double"}, r"`bos_policy` is 'double' and 'single'\."),
         ({"base": {"num_hidden_layers": 3}}, r"`text_config.num_hidden_layers` is 3 and 2\."),
     ],
