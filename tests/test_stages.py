@@ -487,6 +487,7 @@ def test_the_recipe_of_helpsteer2_preference(tmp_path, capsys):
         with torch.no_grad():
             found = model(**inputs)
         assert torch.equal(found.logits, found.attributes)  # the reward is the helpfulness
+    assert "helpfulness" in (tmp_path / "out" / "regression" / "README.md").read_text()
     card = (tmp_path / "out" / "expo" / "README.md").read_text()
     assert "datasets/nvidia/HelpSteer2" in card and "-margin * log sigmoid(r_c - r_r)" in card
 
