@@ -76,7 +76,8 @@ def command_line() -> argparse.ArgumentParser:
         "train",
         help="train a reward model",
         description="Train a reward model. Takes what `trl reward` takes, from a YAML file (--config) or as options, "
-        "and GRM's own settings (--regularizer, --alpha, --beta, ...). `grm train --help-all` lists every option.",
+        "and GRM's own settings (--regularizer, --alpha, --beta, ...). `grm train --help-all` lists every option. A "
+        "YAML with `stages` is a recipe of several trainings (docs/staged.md); run again, it goes on where it was.",
         add_help=True,
         allow_abbrev=False,
     )
@@ -213,6 +214,21 @@ def command_line() -> argparse.ArgumentParser:
     merge.add_argument("output", help="folder to write")
     merge.set_defaults(run=_merge)
 
+    expo = commands.add_parser(
+        "expo",
+        help="extrapolate the weights of a training run",
+        description="Write the reward model END + a (END - START), weight by weight: START is what a run began with, "
+        "END what it ended with (ExPO, docs/staged.md). Adapters are merged first. Of several --a the one with the "
+        "best accuracy on --data is used.",
+    )
+    expo.add_argument("start", help="folder or Hub id of the reward model that the run began with, or its adapter")
+    expo.add_argument("end", help="folder or Hub id of the one that it ended with")
+    expo.add_argument("output", help="folder to write")
+    expo.add_argument("--a", type=float, nargs="+", required=True, help="factor: 0 gives END, -1 gives START")
+    expo.add_argument("--data", help="file of validation pairs, or what dataset_name of `grm train` takes")
+    expo.add_argument("--split", default="validation", help="split of published data (default: validation)")
+    expo.set_defaults(run=_expo)
+
     push = commands.add_parser(
         "push",
         help="push a reward model to the Hub",
@@ -297,16 +313,79 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _train(args, rest):
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+    from .training.stages import Stages, has_stages
+
+    if args.help_all:
+        _parser().print_help()
+    elif "--config" in rest[:-1] and has_stages(path := rest[rest.index("--config") + 1]):
+        if len(rest) > 2:
+            raise ValueError(f"{path} has stages, so all settings are in it, and no option is taken beside --config.")
+        _train_stages(Stages(path))
+    else:
+        _train_once(rest)
+
+
+def _train_stages(stages):
+    from .hub import extrapolate
+
+    main = int(os.environ.get("RANK", 0)) == 0
+    for stage in stages.to_run():
+        if main:
+            print("\n" + f"stage {stage.name}: {stage.folder}" + (f" ({stage.note})" if stage.note else ""))
+        _train_once(stage.arguments, lambda: _SAME)
+    arguments = stages.extrapolation()
+    if arguments is not None and main:
+        with _work(lambda: _SAME):
+            done = extrapolate(**arguments, pairs=_pairs(**stages.expo))
+            stages.extrapolated()
+        print("\n" + _extrapolated(done, arguments["output_dir"]))
+    elif main:
+        print(f"all stages are done: {stages.folder}")
+
+
+def _pairs(a=None, dataset_name=None, dataset_config=None, dataset_test_split="validation"):
+    """Validation pairs by the keys of `expo` in a recipe; `None` if there are none."""
+    if dataset_name is None:
+        return None
+    from trl import DatasetMixtureConfig, ScriptArguments
+
+    script = ScriptArguments(dataset_name, dataset_config=dataset_config, dataset_train_split=dataset_test_split)
+    dataset = _dataset(script, DatasetMixtureConfig(), [dataset_test_split])
+    if dataset_test_split not in dataset:
+        raise ValueError(f"the data has no split {dataset_test_split!r}; it has {sorted(dataset)}.")
+    return dataset[dataset_test_split]
+
+
+def _expo(args):
+    from .hub import extrapolate
+
+    pairs = _pairs(dataset_name=args.data, dataset_test_split=args.split)
+    done = extrapolate(args.start, args.end, args.output, args.a, pairs)
+    print(_extrapolated(done, args.output))
+
+
+def _extrapolated(done, folder):
+    lines = [f"a = {a:g}: accuracy {accuracy:.4f}" for a, accuracy in sorted(done.accuracies.items())]
+    return "\n".join([*lines, f"extrapolated with a = {done.a:g}: {folder}"])
+
+
+def _parser():
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    from .training import GRMRewardConfig
+
+    return TrlParser((ScriptArguments, GRMRewardConfig, ModelConfig, DatasetMixtureConfig), prog="grm train")
+
+
+def _train_once(rest, how_to_go_on=None):
+    """A training run from its arguments to its card."""
+    from trl import get_peft_config
     from trl import get_quantization_config as quantization
 
     from .folders import readable
-    from .training import GRMRewardConfig, GRMRewardTrainer
+    from .training import GRMRewardTrainer
 
-    parser = TrlParser((ScriptArguments, GRMRewardConfig, ModelConfig, DatasetMixtureConfig), prog="grm train")
-    if args.help_all:
-        parser.print_help()
-        return
+    parser = _parser()
     script, training, model, mixture = parser.parse_args_and_config(rest, fail_with_unknown_args=True)
     if not model.model_name_or_path:
         raise ValueError("no model: pass --model_name_or_path (a causal language model or a reward model).")
@@ -319,9 +398,10 @@ def _train(args, rest):
     training.model_init_kwargs = {**given, **(training.model_init_kwargs or {})}
     with readable(model.model_name_or_path):
         pass
-    dataset = _dataset(script, mixture)
     train_split, test_split = script.dataset_train_split, script.dataset_test_split
-    for split in [train_split] + ([test_split] if training.eval_strategy != "no" else []):
+    splits = [train_split] + ([test_split] if training.eval_strategy != "no" else [])
+    dataset = _dataset(script, mixture, splits)
+    for split in splits:
         if split not in dataset:
             raise ValueError(f"the data has no split {split!r}; it has {sorted(dataset)}. See --dataset_train_split.")
     trainer = GRMRewardTrainer(
@@ -332,15 +412,18 @@ def _train(args, rest):
         quantization_config=quantization(model),
         peft_config=get_peft_config(model),
     )
-    with _work(lambda: _after_checkpoint(training.output_dir)):
+    with _work(how_to_go_on or (lambda: _after_checkpoint(training.output_dir))):
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         trainer.save_model(training.output_dir)
     with _work(lambda: f"The model is complete: {training.output_dir}. To push it: grm push {training.output_dir} ID"):
-        trainer.create_model_card(dataset_name=script.dataset_name)
+        data = (script.dataset_name or "").partition("=")[0] or None
+        trainer.create_model_card(dataset_name=data)
         if training.push_to_hub:
-            trainer.push_to_hub(dataset_name=script.dataset_name)
+            trainer.push_to_hub(dataset_name=data)
     if trainer.is_world_process_zero():
         print(summary(trainer))
+    trainer.accelerator.wait_for_everyone()  # the folder is whole when the next stage reads it
+    trainer.accelerator.free_memory()
 
 
 def _after_checkpoint(output):
@@ -352,10 +435,12 @@ def _after_checkpoint(output):
     return f"To go on from the last checkpoint, add: --resume_from_checkpoint {checkpoint}"
 
 
-def _dataset(script, mixture):
-    """The data that `trl reward` would load, and local files by their path."""
+def _dataset(script, mixture, splits):
+    """The data that `trl reward` would load, local files by their path, and published data in its official form."""
     from datasets import load_dataset
     from trl import get_dataset
+
+    from .preferences import DATA_SETS, load_preferences
 
     if mixture.datasets:
         if script.dataset_name:
@@ -363,6 +448,11 @@ def _dataset(script, mixture):
         return get_dataset(mixture)
     if not script.dataset_name:
         raise ValueError("no data: pass --dataset_name (a Hub id or a file) or `datasets` in the YAML.")
+    name, _, path = script.dataset_name.partition("=")  # NAME=PATH: a file or folder in the form of NAME
+    if name in DATA_SETS and (path or script.dataset_config or not DATA_SETS[name].trl_rows):
+        if script.dataset_streaming:
+            print("grm train: `dataset_streaming` is ignored: this data is read as a whole", file=sys.stderr)
+        return {split: load_preferences(name, script.dataset_config, split, path or None) for split in splits}
     path = script.dataset_name
     suffix = next((suffix for suffix in FILE_FORMATS if path.endswith(suffix)), None)
     if suffix is not None:

@@ -16,7 +16,7 @@ FLOORS = (
     *("metrics", "losses", "logprobs", "encoding", "chats", "signals", "pairs", "folders", "devices", "products"),
     *("attention", "layouts"),
     "native",
-    *("base", "scoring", "rewards", "hub", "evaluation", "training", "serving", "lab", "demo"),
+    *("base", "scoring", "rewards", "hub", "evaluation", "preferences", "training", "serving", "lab", "demo"),
     *("cli", "__init__"),
 )
 # Who may import what is no dependency of the core.

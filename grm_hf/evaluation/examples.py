@@ -1,11 +1,15 @@
 """`Example`, the form of every suite's rows, and the reading of official files. Fields are checked row by row, so a
 wrong file gives one sentence with the file, the row and what is expected."""
 
+import csv
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -192,13 +196,17 @@ class Row:
         """The field `name`, which must exist and be a `kind`. `a.b` is the field `b` of the mapping `a`."""
         outer, _, inner = name.partition(".")
         if inner:
-            return Row(self(outer, MAPPING), self.file, self.number)(inner, kind)
+            return self.of(self(outer, MAPPING))(inner, kind)
         if name not in self.values:
             raise self.error(f"there is no field `{name}` ({kind.name}); it has {sorted(map(str, self.values))}")
         value = self.values[name]
         if not kind.holds(value):
             raise self.error(f"`{name}` is {_shown(value)}; {kind.name} is required")
         return value
+
+    def of(self, values: dict) -> "Row":
+        """Fields of a mapping within this row."""
+        return Row(values, self.file, self.number)
 
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -217,17 +225,17 @@ def _shown(value) -> str:
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """
-    The rows of a file (`.json`: a list, or a mapping with one; `.jsonl`, `.parquet`, `.csv`), or of all such files
-    below a folder, in the order of their names. Rows are numbered from 1, as an editor numbers lines.
+    The rows of a file (`.json`: a list, `.jsonl`, `.csv`, each also `.gz`; `.parquet`), or of all such files below a
+    folder, in the order of their names. Rows are numbered from 1, as an editor numbers lines.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"{path} holds no file of data: {', '.join(SUFFIXES)} are read.")
     elif path.is_file():
         files = [path]
-        if path.suffix not in SUFFIXES:
+        if _suffix(path) not in SUFFIXES:
             raise ValueError(f"{path} is no file of data: {', '.join(SUFFIXES)} are read.")
     else:
         raise ValueError(f"no such file or folder: {path}")
@@ -242,20 +250,30 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
             raise ValueError(f"{name} is empty; a file of rows is required.")
 
 
+def _suffix(file: Path) -> str:
+    """The suffix of a file of data, without that of its compression. Parquet has its own."""
+    inner = Path(file.stem).suffix
+    return inner if file.suffix == ".gz" and inner != ".parquet" else file.suffix
+
+
 def _values(file: Path) -> Iterable[Any]:
-    if file.suffix == ".parquet":
+    suffix = _suffix(file)
+    if suffix == ".parquet":
         try:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise ImportError("Parquet files need pyarrow: pip install 'grm-hf[eval]'.") from error
         return parquet.read_table(file).to_pylist()
-    if file.suffix == ".csv":
-        return _csv(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        data = file.read_bytes()
+        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file.name} is not UTF-8 text: {error}") from None
-    if file.suffix == ".jsonl":
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file.name} is no whole gzip file: {error}") from None
+    if suffix == ".csv":
+        return csv.DictReader(io.StringIO(text, newline=""))
+    if suffix == ".jsonl":
         return _lines(text, file.name)
     try:
         content = json.loads(text) if text.strip() else []
@@ -264,13 +282,6 @@ def _values(file: Path) -> Iterable[Any]:
     if isinstance(content, list):
         return content
     raise ValueError(f"{file.name} holds {_shown(content)}; a list of rows is required.")
-
-
-def _csv(file: Path) -> Iterator[dict]:
-    import csv
-
-    with open(file, encoding="utf-8", newline="") as source:
-        yield from csv.DictReader(source)
 
 
 def _lines(text: str, name: str) -> Iterator[Any]:
@@ -282,12 +293,14 @@ def _lines(text: str, name: str) -> Iterator[Any]:
 
 
 class Source(NamedTuple):
-    """A part of a suite on the Hub: repository, configuration and split, and the name of its rows."""
+    """A part of a suite on the Hub: repository, configuration and split, the name of its rows, and the folder of the
+    repository, if the part is no configuration but a folder."""
 
     repo: str
     config: str | None
     split: str
     name: str
+    folder: str | None = None
 
 
 def commits_of(sources: Iterable[Source], revision: str | None = None) -> dict[str, str]:
@@ -317,7 +330,9 @@ def download_rows(sources: Iterable[Source], revisions: Mapping[str, str | None]
     except ImportError as error:
         raise ImportError("Data from the Hub needs datasets: pip install 'grm-hf[eval]'.") from error
     for source in sources:
-        dataset = load_dataset(source.repo, source.config, split=source.split, revision=revisions.get(source.repo))
+        folder = {} if source.folder is None else {"data_dir": source.folder}
+        revision = revisions.get(source.repo)
+        dataset = load_dataset(source.repo, source.config, split=source.split, revision=revision, **folder)
         for number, values in enumerate(dataset, 1):
             yield Row(values, source.name, number)
 
