@@ -360,10 +360,10 @@ def _backwards(runs, about) -> list[str]:
     longer = {test: 100 * accuracy(pair_margins(about[test]["chosen"], about[test]["rejected"])) for test in about}
     return [
         "",
-        f"On average the runs rank {right:.1f} % of hh harmless's pairs rightly, less than a coin. Its better response "
-        "is often the one that declines to help, and the training sets prefer the one that helps: the longer response "
-        f"is the better one in {longer['rmb']:.1f} % of RMB's and {longer['pandalm']:.1f} % of PandaLM's pairs, and in "
-        f"{longer['hh_harmless']:.1f} % of hh harmless's.",
+        f"On average the runs rank {right:.1f} % of hh harmless's pairs rightly, less than a coin. Its better "
+        "response is often the one that declines to help, and the training sets prefer the one that helps: the longer "
+        f"response is the better one in {longer['rmb']:.1f} % of RMB's and {longer['pandalm']:.1f} % of PandaLM's "
+        f"pairs, and in {longer['hh_harmless']:.1f} % of hh harmless's.",
     ]
 
 
