@@ -277,7 +277,7 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
             + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in found.items())
             + ")"
             for method, found in rates.items()
-            if len(found) == len(RATES)
+            if set(RATES) <= set(found)
         )
         + _waiting(rates),
         "- All pairs are short: prompt and response have at most 1,000 characters. No prompt of a test set is in a "
@@ -306,7 +306,7 @@ def _held_out(selection) -> str:
 
 
 def _waiting(rates) -> str:
-    missing = [method for method, found in rates.items() if len(found) < len(RATES)]
+    missing = [method for method, found in rates.items() if not set(RATES) <= set(found)]
     chosen = ". " if len(missing) < len(rates) else ""
     return f"{chosen}Not chosen yet: {', '.join(missing)}." if missing else "."
 

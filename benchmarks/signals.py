@@ -33,6 +33,7 @@ from grm_hf.signals import SIGNALS
 
 RESULTS = ROOT / "docs" / "results" / "signals.json"
 VALIDATION = "validation"
+TESTS = ("rmb", "hhh", "pandalm", "rm_bench")  # of the study's test sets
 SEEDS = 3
 COUNTED = 8  # pairs whose FLOPs are counted
 COSTS = {
@@ -45,7 +46,7 @@ COSTS = {
 
 
 def settings_of(seed: int, origin: str) -> dict:
-    rate = real_base.chosen_rate("sft", origin, real_base.RESULTS) or 3e-5
+    rate = real_base.chosen_rate("sft", origin, real_base.RESULTS) or 1e-4
     data = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": seed}
     return real_base.run_unit("sft", data, rate, origin) | {"kind": "signals"}
 
@@ -59,7 +60,7 @@ def examples_of(rows: list[dict]) -> list[Example]:
 
 
 def test_sets(limit: int | None) -> dict[str, list[dict]]:
-    sets = {VALIDATION: real_base.split("rmb")[1], **{name: real_base.test_rows(name) for name in real_base.TESTS}}
+    sets = {VALIDATION: real_base.split("rmb")[1], **{name: real_base.test_rows(name) for name in TESTS}}
     return {name: rows[:limit] for name, rows in sets.items()}
 
 
@@ -87,7 +88,8 @@ def measure(scorer: GRMScorer, sets: dict[str, list[dict]], reference, critique:
     found: dict = {"tests": {}, "costs": costs(scorer, sets[VALIDATION][:COUNTED], reference)}
     for name, rows in sets.items():
         examples = examples_of(rows)
-        report = signal_report(scorer, Results(name, "", {}, examples, []), names, **settings)
+        with real_base.autocast():
+            report = signal_report(scorer, Results(name, "", {}, examples, []), names, **settings)
         groups = {group: number for number, group in enumerate(dict.fromkeys(report.groups))}
         found["tests"][name] = {
             "margins": {key: [float(f"{value:.6g}") for value in values] for key, values in report.margins.items()},
@@ -111,8 +113,10 @@ def run_all(seeds: int, limit: int | None, critique: bool, path: Path) -> None:
             continue
         with tempfile.TemporaryDirectory() as work:
             trainer = real_base.trained(settings, folder, work)
-        model = trainer.model.eval()
-        scorer = GRMScorer(model, trainer.processing_class, max_tokens_per_batch=2048)
+        model, tokenizer = trainer.model.eval(), trainer.processing_class
+        model.zero_grad()
+        del trainer  # and the state of its optimizer, 1 GB
+        scorer = GRMScorer(model, tokenizer, max_tokens_per_batch=2048)
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
         reference = reference_scorer(scorer, reference)
         result = {"settings": settings, **measure(scorer, sets, reference, critique)}

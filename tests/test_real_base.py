@@ -84,7 +84,7 @@ def test_a_method_waits_for_its_learning_rate(tmp_path):
     assert real_base.chosen_rate("none", ORIGIN, tmp_path) is None
     named = [unit for unit in real_base.units(ORIGIN, tmp_path) if unit["kind"] == "run"]
     assert {unit["method"] for unit in named} == {"sft", "sft_zero"}  # a term has no rate of its own
-    assert {unit["learning_rate"] for unit in named} == {3e-5}
+    assert {unit["learning_rate"] for unit in named} == {real_base.RATES[1]}
     plans = [*real_base.plan(), *real_base.objectives_plan()]
     assert len(named) == sum(method in ("sft", "sft_zero") for method, _ in plans)
     objectives_of = {json.dumps(unit.get("objective")) for unit in named}
@@ -213,7 +213,7 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     assert "| 600 RMB pairs | RMB | 8 | +20.0 | +20.0 to +20.0 |" in text and "| better |" in text
     assert "| 600 RMB pairs | the 6 other test sets, averaged | 8 | +20.0 |" in text
     assert "| 1,200 RMB pairs | RMB | 0 | | | | too few seeds yet |" in text
-    assert "sft 1e-05 (0.0000 at 1e-05" in text and "Not chosen yet: linear, dpo_noref, dpo." in text
+    assert "sft 3e-05 (0.0000 at 3e-05" in text and "Not chosen yet: linear, dpo_noref, dpo." in text
     assert "perplexity on HHH's chosen answers is 14.0 before training, 18.50 ± 2.05 after" in text
     rows = page.forest(tmp_path / "a")
     assert list(rows) == ["600 RMB pairs,\nin distribution", "600 RMB pairs,\nother test sets"]
@@ -234,7 +234,7 @@ def test_the_page_on_objectives_says_what_the_intervals_say(tmp_path):
     assert "| 600 RMB pairs | GRM (sft), sum to zero | GRM (sft) | RMB | 5 | +20.0 | +20.0 to +20.0 |" in text
     assert "| Bradley-Terry, head bnrm | Bradley-Terry | the 6 others, averaged | 5 | +0.0 |" in text
     assert "| GRM (sft), head bnrm | GRM (sft) | RMB | 0 | | | | too few seeds yet |" in text
-    assert "0.0000 at 1e-05" in text
+    assert "0.0000 at 3e-05" in text
     # Every prompt has one right and one wrong answer here: the best is the right one where the pair is won.
     (line,) = [x for x in text.splitlines() if x.startswith("| 600 RMB pairs | GRM (sft), sum to zero | 8")]
     cells = [cell.strip().split(" ")[0] for cell in line.split("|")[3:-1]]
