@@ -113,6 +113,8 @@ MODELS = {
     "mistral, narrower": ("mistral", dict(head_hidden_size=24)),
     "gpt2, linear": ("gpt2", dict(head_type="linear")),
     "llama, factors": ("llama", dict(head_type="bnrm", head_hidden_size=48)),
+    "qwen3, a gate": ("qwen3", dict(attribute_names=["a", "b"], attribute_weights="gate", head_hidden_size=16)),
+    "llama, attributes beside": ("llama", dict(attribute_names=["a"], head_type="linear")),
 }
 
 
