@@ -140,8 +140,11 @@ class Layout(Protocol):
     def tokens(self, sizes: Sequence[int], multiple: int | None) -> int:
         """How many tokens a batch of pairs of these sizes has at most, padding included."""
 
-    def batches(self, texts: Sequence[Sequence[int]], max_tokens: int, ranks: int) -> list[list[int]]:
-        """Which of `texts`, which are sorted, are computed together in at most `max_tokens` tokens."""
+    def batches(
+        self, texts: Sequence[Sequence[int]], max_tokens: int, ranks: int, enough: int | None = None
+    ) -> list[list[int]]:
+        """Which of `texts`, which are sorted, are computed together in at most `max_tokens` tokens. A batch of
+        `enough` tokens grows no more, unless the next text shares its beginning."""
 
 
 class Padded:
@@ -166,7 +169,8 @@ class Padded:
     def tokens(self, sizes, multiple):
         return 2 * len(sizes) * filled(max(sizes), multiple)
 
-    def batches(self, texts, max_tokens, ranks):
+    def batches(self, texts, max_tokens, ranks, enough=None):
+        max_tokens = min(max_tokens, enough or max_tokens)
         batches = []
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         while order:  # the first is the longest of those left: every row of the batch is padded to it
@@ -206,7 +210,7 @@ class OneRow:
     def tokens(self, sizes, multiple):
         return filled(sum(sizes), multiple)
 
-    def batches(self, texts, max_tokens, ranks):
+    def batches(self, texts, max_tokens, ranks, enough=None):
         new = [len(text) for text in texts]  # tokens that a text adds to a row behind its predecessor
         if self.shares:
             for i, neighbours in enumerate(pairwise(texts), 1):
@@ -215,7 +219,8 @@ class OneRow:
         budget = min(max_tokens, -(-sum(new) // ranks))  # a row for each process
         batches, room = [], -1
         for i, text in enumerate(texts):
-            if room < new[i]:
+            full = enough is not None and budget - room >= enough and new[i] == len(text)
+            if room < new[i] or full:
                 batches.append([])
                 room = budget - len(text)
             else:

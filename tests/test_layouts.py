@@ -288,6 +288,24 @@ def test_batches_of_so_many_tokens(layout):
     assert all(torch.equal(whole[name], value) for name, value in collator(pairs).items())
 
 
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_batch_that_is_full_enough_takes_only_texts_that_share_its_beginning(layout):
+    prompt = list(range(100, 100 + layouts.MIN_SHARED))
+    texts = [[1, i] * 8 for i in range(6)] + [[*prompt, i] for i in range(9)]
+    texts = sorted([i, *text] if i < 6 else text for i, text in enumerate(texts))
+    batches = layouts.LAYOUTS[layout].batches(texts, 10**6, 1, 40)
+    assert sorted(i for members in batches for i in members) == list(range(15))
+    sizes = [len(members) for members in batches]
+    if layout == "padded":
+        assert all(len(members) * max(len(texts[i]) for i in members) <= 40 or len(members) == 1 for members in batches)
+    elif layout == "shared_prefix":
+        assert sizes == [3, 3, 9]  # 17 tokens each; then the prompt once and 9 tokens
+    else:
+        assert sizes == [3, 3, 5, 4]
+    (whole,) = layouts.LAYOUTS[layout].batches(texts, 10**6, 1)
+    assert len(whole) == 15
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="layout='rows'"):
         PairCollator(0, layout="rows")
@@ -526,7 +544,7 @@ def test_a_new_layout_is_one_row_of_the_table(monkeypatch):
         def lay_out(self, sequences, pad_token_id, multiple):
             return super().lay_out(sequences, pad_token_id, 24)
 
-        def batches(self, texts, max_tokens, ranks):
+        def batches(self, texts, max_tokens, ranks, enough):
             return [list(range(i, min(i + 2, len(texts)))) for i in range(0, len(texts), 2)]
 
     monkeypatch.setitem(layouts.LAYOUTS, "wide", Wide())
