@@ -297,7 +297,8 @@ def test_a_batch_that_is_full_enough_takes_only_texts_that_share_its_beginning(l
     assert sorted(i for members in batches for i in members) == list(range(15))
     sizes = [len(members) for members in batches]
     if layout == "padded":
-        assert all(len(members) * max(len(texts[i]) for i in members) <= 40 or len(members) == 1 for members in batches)
+        widths = [max(len(texts[i]) for i in members) for members in batches]
+        assert all(count == 1 or count * width <= 40 for count, width in zip(sizes, widths, strict=True))
     elif layout == "shared_prefix":
         assert sizes == [3, 3, 9]  # 17 tokens each; then the prompt once and 9 tokens
     else:
