@@ -344,6 +344,28 @@ def test_the_files_of_a_split_are_named_after_it(tmp_path, caplog):
     assert said(caplog)[-1] == f"revision='main' is ignored: the rows are those of {several}."
 
 
+def test_a_copy_of_a_repository_gives_the_rows_of_the_split_on_the_hub(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train_prefs", "train_gen", "test_prefs", "test_sft"):
+        sides = {side: MESSAGES + assistant(f"{side} of {split}") for side in ("chosen", "rejected")}
+        rows = datasets.Dataset.from_list([{**sides, "score_chosen": 8.0, "score_rejected": 5.0}])
+        rows.to_parquet(data / f"{split}-00000-of-00001.parquet")
+    for split in ("train", "test"):
+        for path in (tmp_path, data):
+            pairs = load_preferences("HuggingFaceH4/ultrafeedback_binarized", split=split, path=path)
+            assert [row[0]["content"] for row in pairs["chosen"]] == [f"chosen of {split}_prefs"]
+
+
+def test_other_splits_and_other_files_are_no_part_of_train(tmp_path):
+    for name in ("mine", "validation"):
+        write_rows(tmp_path / f"{name}.jsonl", [rating(response=name)])
+    (tmp_path / "train_notes.md").write_text("Nothing to read.")
+    for split, name in (("train", "mine"), ("validation", "validation")):
+        rated = load_preferences("nvidia/HelpSteer2", "ratings", split=split, path=tmp_path)
+        assert [row[0]["content"] for row in rated["completion"]] == [name]
+
+
 def test_the_hub_is_asked_for_the_pinned_commit_and_folder(monkeypatch, caplog):
     asked = []
 

@@ -230,7 +230,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+        files = data_files(path)
         if not files:
             raise ValueError(f"{path} holds no file of data: {', '.join(SUFFIXES)} are read.")
     elif path.is_file():
@@ -248,6 +248,11 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
             yield Row(values, name, number)
         if not number:
             raise ValueError(f"{name} is empty; a file of rows is required.")
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of data below a folder, in the order of their names."""
+    return sorted(file for file in folder.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
 
 
 def _suffix(file: Path) -> str:

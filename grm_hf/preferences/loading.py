@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
-from ..evaluation.examples import Row, Skipped, commits_of, download_rows, read_rows
+from ..evaluation.examples import Row, Skipped, commits_of, data_files, download_rows, read_rows
 from .configuration import Configuration, DataSet
 from .data_sets import DATA_SETS
 
@@ -43,10 +43,11 @@ def load_preferences(
             `"preference"` (pairs with a margin), `"labels"` (pairs with a soft label; ties stay) or `"ratings"` (rated
             rows), if the data has it. By default the first that it has.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of the data. Of a folder, the files whose names begin with it are read, or all for `"train"` if there
-            are none. A file is `"train"`. Rows of HelpSteer2's preferences name their split themselves.
+            Split of the data. Of a folder, the files are read whose name (or whose folder's) begins with it, or with
+            its name on the Hub; if there are none, for `"train"` those of no other split. A file is `"train"`. Rows of
+            HelpSteer2's preferences name their split themselves.
         path (`str`, *optional*):
-            File, folder or copy of the repository, in the data's official form, in place of the Hub: JSON, JSONL, CSV
+            File, folder or copy of the repository, in the data's official form, in place of the Hub: JSON or JSONL
             (each also `.gz`) or parquet.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub. Defaults to the commit that `DATA_SETS` names, if it names one, else to
@@ -119,20 +120,30 @@ def _of_hub(data: DataSet, reading: Configuration, split: str, revision: str | N
 
 
 def _of_split(path: Path, reading: Configuration, split: str) -> list[Path]:
-    """The files of a split: all, if the rows name their own; else those named after it, or all for `"train"`. In a
-    copy of the repository they lie in the folder that they have there."""
+    """The files of a split: all, if the rows name their own; else those named after it, by its name on the Hub if
+    there are such; for `"train"` those that are named after no split. In a copy of the repository they lie in the
+    folder that they have there."""
     source = next(iter(reading.splits.values()))
     inner = path / (source.folder or source.config or "")
     path = inner if inner.is_dir() else path
-    named = sorted(path.glob(f"{split}*")) if path.is_dir() else []
-    if reading.split_of is not None or (split == "train" and not named):
+    files = data_files(path) if path.is_dir() else []
+    if reading.split_of is not None or (split == "train" and not files):
         return [path]
-    if not named:
+
+    def named(start):
+        return [file for file in files if any(part.startswith(start) for part in file.relative_to(path).parts)]
+
+    of_hub = {name: named(of_name.split) for name, of_name in reading.splits.items()}
+    found = of_hub.get(split) or named(split)
+    if split == "train" and not found:
+        others = {file for name in reading.splits for file in (*of_hub[name], *named(name))}
+        found = [file for file in files if file not in others]
+    if not found:
         raise ValueError(
             f"{path} has no split {split!r}: in a folder, the files of a split have names that begin with it, and a "
             "single file is 'train'."
         )
-    return named
+    return found
 
 
 def _require_fields(row: Row, data: DataSet, config: str) -> None:
