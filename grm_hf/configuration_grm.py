@@ -90,7 +90,7 @@ def check_attributes(names, weights, combiner):
             f"attribute_combiner={combiner!r} has no weights, so the reward is not made of attributes. Set "
             "`attribute_weights` to a number for each attribute, or to 'gate'."
         )
-    if weights is None or weights == "gate":
+    if weights is None or (isinstance(weights, str) and weights == "gate"):
         return
     numbers = isinstance(weights, (list, tuple)) and all(
         isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
@@ -293,6 +293,10 @@ class GRMConfig(PretrainedConfig):
         # A class can be registered for one Auto class only, so the map names all three. The files that it names are
         # saved beside it; no repository is asked for them again.
         self.auto_map = {**auto_map, **AUTO_MAP}
+
+    def forget_rewards(self):
+        """Forget what was measured of rewards that the model no longer gives."""
+        self.reward_mean, self.reward_std, self.reward_temperature, self.signals = 0.0, 1.0, 1.0, None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -610,7 +610,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
     def fix_attribute_weights(self, weights):
         """
         Make the reward the sum of the attributes by these weights, in the model and its configuration. A reward head
-        beside the attributes, or a gate, is dropped.
+        beside the attributes, or a gate, is dropped. So are mean, standard deviation and temperature of the rewards
+        before, and the choice of signals.
 
         Args:
             weights (`list[float]`):
@@ -624,6 +625,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         check_attributes(self.config.attribute_names, weights := [*map(float, weights)], "sum")
         self.score.fix(weights)
         self.config.attribute_weights, self.config.attribute_combiner = weights, "sum"
+        self.config.forget_rewards()
 
     def _read_width(self):
         return self.get_output_embeddings().weight.shape[-1]

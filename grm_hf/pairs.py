@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ _WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 _KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED, _BAD, _TOO_LONG = range(6)
 _OUTCOME, _UNREAD, _SWAPPED, _RATED = 7, {"thinking": 8, "tools": 16}, 32, 64
 NAMED = 20  # bad rows that an error names
+LOOKAHEAD = 1000  # rows of a stream among which the first pair and the first rated completion are looked for
 _SLOTS = 257  # of counts: this process, and as many workers of a data loader
 
 
@@ -267,11 +269,14 @@ def prepare_pairs(
 
 def _formats(dataset, first: dict, name: str, attributes: Sequence[str] | None) -> "dict[bool, tuple]":
     """For pairs (`True`) and rated completions (`False`): the index of the first one, and the format that it gives."""
+    import datasets
+
     kinds = {not _is_rated(first): (0, first)}
     other = "completion" if True in kinds else "chosen"
     columns = dataset.column_names
     if attributes is not None and (columns is None or {other, f"{other}_ids"} & set(columns)):
-        found = ((i, row) for i, row in enumerate(dataset) if (not _is_rated(row)) not in kinds)
+        rows = islice(dataset, LOOKAHEAD) if isinstance(dataset, datasets.IterableDataset) else dataset
+        found = ((i, row) for i, row in enumerate(rows) if (not _is_rated(row)) not in kinds)
         if (pair := next(found, None)) is not None:
             kinds[not _is_rated(pair[1])] = pair
     formats = {}
@@ -302,16 +307,19 @@ def _warn_of_ratings(rows: list[dict], name: str, attributes: Sequence[str]) -> 
             known = {*attributes, "ids", "start", "logps"}
             if side in ("chosen", "rejected") and _is_number(value) and rest not in known:
                 ignored.add(column)
+            elif column in attributes and column not in ("margin", "label") and _is_number(value):
+                ignored.add(column)  # of which side?
     if ignored:
         warnings.warn(
             f"The {name} dataset has columns of numbers that are ignored: {', '.join(sorted(ignored))}. The model's "
-            f"attributes are {', '.join(attributes)}.",
+            f"attributes are {', '.join(attributes)}; a rated completion has columns of these names, a pair `chosen_` "
+            "and `rejected_` before them.",
             stacklevel=4,
         )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float)) and not math.isnan(value)
 
 
 def _read(stream: "IterableDataset", features) -> "Dataset":
@@ -417,6 +425,15 @@ def _format_of_rated(row: dict, attributes: Sequence[str] | None) -> _RowFormat:
     return _RowFormat(forms.pop(), True, ())
 
 
+def labels_of(rows: Sequence[dict], name: str) -> list[float]:
+    """The soft label of each row of a dataset, 1 for a row without one."""
+    labels = []
+    for index, row in enumerate(rows):
+        with _naming(name, index):
+            labels.append(1.0 if (label := row.get("label")) is None else _number("label", label))
+    return labels
+
+
 def _form(field: str, value: Any) -> str:
     if isinstance(value, str):
         return "text"
@@ -440,7 +457,12 @@ def _prepare_row(
 ) -> dict:
     with _naming(name, index):
         own = _format_of(row, attributes)
-        first, row_format = formats.get(not _is_rated(row)) or next(iter(formats.values()))
+        first, row_format = formats.get(not _is_rated(row), (index, own))
+        if True not in formats and row_format.numbers:  # no columns were made for them
+            raise ValueError(
+                f"this pair has {' and '.join(row_format.numbers)}, and the first {LOOKAHEAD} rows of the stream are "
+                "rated completions alone. Shuffle the stream, or put a pair among them."
+            )
         if own != row_format:
             raise ValueError(
                 f"this row is {own}; row {first} is {row_format}. All rows of a dataset must be of one kind: fill in "

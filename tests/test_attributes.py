@@ -4,6 +4,7 @@ independent computation in float64."""
 import copy
 import math
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,15 @@ def model_of(head_type="mlp", **attributes):
     base = tiny_llama(TOKENIZER, 0)
     attributes = {"attribute_names": NAMES, **attributes}
     return GRMForSequenceClassification.from_base(base, head_type, **settings, **attributes).eval()
+
+
+def measured(config):
+    """Puts measures of rewards into a configuration."""
+    config.reward_mean, config.reward_std, config.reward_temperature, config.signals = 5.0, 3.0, 7.0, {"names": []}
+
+
+def of_rewards(config):
+    return config.reward_mean, config.reward_std, config.reward_temperature, config.signals
 
 
 def outputs(model, seed=0):
@@ -160,6 +170,7 @@ def test_a_model_without_attributes_is_as_before():
         ({"attribute_names": NAMES, "attribute_weights": [1.0]}, "finite number for each of 2 attributes"),
         ({"attribute_names": NAMES, "attribute_weights": [1.0, GAP]}, "finite number for each"),
         ({"attribute_names": NAMES, "attribute_weights": "fixed"}, "'gate'"),
+        ({"attribute_names": NAMES, "attribute_weights": np.ones(2)}, "finite number for each"),
         ({"attribute_names": NAMES, "attribute_combiner": "sum_of"}, "must be one of .*geometric"),
         ({"attribute_names": NAMES, "attribute_combiner": "harmonic"}, "has no weights"),
         (
@@ -301,6 +312,47 @@ def test_rows_that_cannot_be_used(rows, words, names):
 def test_columns_of_numbers_that_nobody_reads_are_named():
     with pytest.warns(UserWarning, match="numbers that are ignored: chosen_score, length. The model's attributes are"):
         prepared([pair(chosen_score=1.0, chosen_help=2), rated(help=1, length=7)])
+
+
+def test_a_rating_of_a_pair_without_a_side_is_named_and_a_gap_is_none():
+    with pytest.warns(UserWarning, match="that are ignored: help. .*a pair `chosen_` and `rejected_` before them"):
+        prepared([pair(help=3.0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared([pair(chosen_help=3.0, help=GAP), rated(help=1.0)])
+
+
+def test_an_endless_stream_of_pairs_is_not_read_for_rated_completions():
+    from datasets import IterableDataset
+
+    def endless(limit=None):
+        number = 0
+        while True:
+            assert number < 5000, "a stream is read without an end"
+            yield pair(chosen_help=1.0)
+            number += 1
+
+    stream, _ = prepare_pairs(IterableDataset.from_generator(endless), Encoder(TOKENIZER), attributes=["help"])
+    assert next(iter(stream))["chosen_ratings"] == [1.0]
+
+
+def test_a_stream_whose_first_rows_are_of_one_kind():
+    from datasets import IterableDataset
+
+    from grm_hf.pairs import LOOKAHEAD
+
+    def stream(first, then):
+        columns = {**dict.fromkeys({**first, **then}), "help": None}
+        rows = [{**columns, **row} for row in [*[first] * LOOKAHEAD, then]]
+        return prepare_pairs(
+            IterableDataset.from_generator(lambda: iter(rows)), Encoder(TOKENIZER), attributes=["help"]
+        )[0]
+
+    found = list(stream(pair(margin=2.0), rated(help=1.0)))[-1]
+    assert (found["is_pair"], found["chosen_ratings"], found["margin"]) == (False, [1.0], 0.0)
+    assert list(stream(rated(help=1.0), pair()))[-1]["is_pair"]
+    with pytest.raises(ValueError, match=f"row {LOOKAHEAD}: this pair has margin, and the first {LOOKAHEAD} rows"):
+        list(stream(rated(help=1.0), pair(margin=2.0)))
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -598,6 +650,68 @@ def test_an_attribute_without_any_rating_and_ratings_that_do_not_count(tmp_path)
 
 
 @pytest.mark.trainer
+def test_attributes_that_nothing_trains_and_a_weight_of_nothing_are_named(tmp_path, caplog):
+    from trainers import pairs, trainer
+
+    with pytest.warns(UserWarning, match="Nothing trains the attributes help, short: no row"):
+        trainer(tmp_path, model_of(), pairs(4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Nothing trains")
+        trainer(tmp_path, model_of(attribute_weights="gate"), pairs(4))
+    assert "`attribute_loss_weight` is ignored" not in caplog.text
+    trainer(tmp_path, data=pairs(4), attribute_loss_weight=0.5)
+    assert "`attribute_loss_weight` is ignored: the model has no attributes" in caplog.text
+
+
+@pytest.mark.trainer
+@pytest.mark.parametrize("metric", ["mse_help", "eval_perplexity", "attribute_loss", "accuracy"])
+def test_the_best_checkpoint_has_the_smallest_error(tmp_path, metric):
+    from trainers import logged, trainer
+
+    data = dataset(mixed_rows())
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": metric, "regularizer": "sft"}
+    run = trainer(tmp_path, model_of(), data, data, **steps, **best)
+    run.train()
+    values = logged(run, f"eval_{metric.removeprefix('eval_')}")
+    assert len(values) == 4 and run.state.best_metric == (max if metric == "accuracy" else min)(values)
+
+
+@pytest.mark.trainer
+def test_the_stored_mean_is_that_of_the_best_checkpoint(tmp_path):
+    from trainers import logged, trainer
+
+    data = dataset(mixed_rows())
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "mean_reward", "greater_is_better": False}
+
+    def finished(resume=None):
+        run = trainer(tmp_path, model_of(), data, data, max_steps=3, learning_rate=0.03, **steps, **best)
+        run.train(resume_from_checkpoint=resume)
+        config = run.model.config
+        assert config.reward_mean == pytest.approx(run.state.best_metric, rel=1e-6)
+        return run.state.best_global_step, logged(run, "eval_mean_reward"), (config.reward_mean, config.reward_std)
+
+    step, means, moments = finished()
+    if step == 3:  # then the other end is the best one
+        best["greater_is_better"] = True
+        step, means, moments = finished()
+    assert step < 3 and moments[0] != pytest.approx(means[-1], rel=1e-2)
+    assert finished(str(tmp_path / f"checkpoint-{step + 1}"))[2] == moments
+    assert finished(str(tmp_path / "checkpoint-3"))[2] == moments
+
+
+@pytest.mark.trainer
+def test_a_model_that_is_trained_further_forgets_its_rewards(tmp_path):
+    from trainers import pairs, trainer
+
+    model = model_of(attribute_weights="gate")
+    measured(model.config)
+    trainer(tmp_path, model, pairs(8), max_steps=1).train()
+    assert of_rewards(model.config) == (0.0, 1.0, 1.0, None)
+
+
+@pytest.mark.trainer
 def test_the_settings_of_a_recipe_make_the_model(tmp_path):
     from trainers import base, trainer
 
@@ -723,8 +837,10 @@ def test_several_heads_as_one_leave_the_attributes_out():
     with torch.no_grad():
         members[1].score.attributes.out.bias += 1
     expected = sum(outputs(model).logits for model in members) / 2
+    measured(members[0].config)
     found = outputs(ensemble_heads(members[0], [model.score for model in members]))
     torch.testing.assert_close(found.logits, expected)
+    assert of_rewards(members[0].config) == (0.0, 1.0, 1.0, None)
     assert found.attributes is None
 
 
@@ -751,6 +867,7 @@ def test_fitted_weights_are_those_of_logistic_regression():
     better = generator.random(300) < 1 / (1 + np.exp(-x @ [1.0, -0.02]))
     labels = np.where(generator.random(300) < 0.3, generator.random(300), better)
     model = model_of(attribute_weights="gate")
+    measured(model.config)
     pairs = [{} if label == 1.0 else {"label": label} for label in labels]
     fitted = fit_attribute_weights(Rated(model, table), pairs)
     weights = np.zeros(2)
@@ -760,6 +877,7 @@ def test_fitted_weights_are_those_of_logistic_regression():
     assert np.abs(x.T @ (1 / (1 + np.exp(-x @ weights)) - labels)).max() < 1e-6
     assert list(fitted.values()) == pytest.approx(weights.tolist(), rel=1e-6)
     assert model.config.attribute_weights == list(fitted.values()) and list(fitted) == NAMES
+    assert of_rewards(model.config) == (0.0, 1.0, 1.0, None)  # they were those of the gate's reward
     out = outputs(model)
     torch.testing.assert_close(out.logits[:, 0], out.attributes @ torch.tensor(weights, dtype=torch.float32))
 
@@ -800,6 +918,9 @@ def test_fitting_warns_of_pairs_that_separate_and_refuses_what_it_cannot_fit():
         fit_attribute_weights(Rated(model, table[:, [0, 0]]), [{}, {}])
     with pytest.raises(ValueError, match="no pairs"):
         fit_attribute_weights(Rated(model, table[:0]), [])
+    for label in (3.0, -1, GAP, "yes", True):
+        with pytest.raises(ValueError, match="fitting dataset, row 1: `label` is .* from 0 to 1"):
+            fit_attribute_weights(Rated(model, table), [{"label": 0.5}, {"label": label}])
     with pytest.raises(ValueError, match="fitted for attribute_combiner='sum'.*'harmonic'"):
         fit_attribute_weights(
             Rated(model_of(attribute_weights="gate", attribute_combiner="harmonic"), table), [{}, {}]
@@ -868,6 +989,19 @@ def test_the_card_states_the_objective_and_the_attributes(tmp_path):
     )
     assert "help, short; the reward is `sum_i w_i a_i` with weights 0.7, -0.3" in text
     assert "squared error of short" in text and "2 pairs" in text
+
+
+@pytest.mark.trainer
+def test_the_card_of_an_evaluation_on_rated_completions_alone(tmp_path):
+    from trainers import logged, trainer
+
+    run = trainer(tmp_path, model_of(), dataset(mixed_rows()), dataset(mixed_rows("RRR", label=False)))
+    run.train()
+    run.evaluate()
+    run.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "Evaluation set of the run, 3 rated completions, at step 4." in text and "model-index" not in text
+    assert f"| squared error of help | {logged(run, 'eval_mse_help')[-1]:.3f} |" in text
 
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "attributes.md").read_text(encoding="utf-8")

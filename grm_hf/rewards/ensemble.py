@@ -233,6 +233,7 @@ def ensemble_heads(
     model.score = EnsembleHead(heads, (how, k, weight), statistics).to(model.device)
     model.config.attribute_names = model.config.attribute_weights = None  # an ensemble has a reward alone
     model.config.attribute_combiner = "sum"
+    model.config.forget_rewards()
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..chats import rows_of
+from ..pairs import labels_of
 from .scorer import GRMScorer
 
 
@@ -19,8 +20,8 @@ def fit_attribute_weights(scorer: GRMScorer, pairs: Iterable[dict]) -> dict[str,
 
     The weights `w` maximise `sum log sigmoid(w (a_c - a_r))` over the pairs, without an intercept and without a
     penalty; a pair with a soft `label` counts for both sides. The reward's scale is then that of Bradley-Terry. A
-    reward head of its own, or a gate, is dropped. The change is in memory: save the model and its golden rows
-    afterwards.
+    reward head of its own, or a gate, is dropped, and so is what the configuration says of the rewards before (mean,
+    standard deviation, temperature, signals). The change is in memory: save the model and its golden rows afterwards.
 
     Args:
         scorer ([`GRMScorer`]):
@@ -32,8 +33,8 @@ def fit_attribute_weights(scorer: GRMScorer, pairs: Iterable[dict]) -> dict[str,
         `dict[str, float]`: the weight of each attribute. They are in `scorer.model.config` too.
 
     Raises:
-        `ValueError`: the model has no attributes, or combines them otherwise than by a sum; there are no pairs; or the
-        attributes do not differ in any of them.
+        `ValueError`: the model has no attributes, or combines them otherwise than by a sum; there are no pairs; a
+        `label` is not from 0 to 1; or the attributes do not differ in any of them.
     """
     if (combiner := getattr(scorer.model.config, "attribute_combiner", "sum")) != "sum":
         raise ValueError(
@@ -41,8 +42,8 @@ def fit_attribute_weights(scorer: GRMScorer, pairs: Iterable[dict]) -> dict[str,
             f"differences; this model has {combiner!r}."
         )
     pairs = list(rows_of(pairs, "row"))
+    labels = labels_of(pairs, "fitting")
     attributes = scorer.attributes_of_pairs(pairs)
-    labels = [1.0 if (label := row.get("label")) is None else float(label) for row in pairs]
     if not attributes:
         raise ValueError("There are no pairs to fit the weights on.")
     names = scorer.model.config.attribute_names

@@ -17,18 +17,20 @@ from .. import losses
 COLUMNS = ("is_pair", "chosen_ratings", "rejected_ratings")
 
 
-def check_ratings(dataset, names, weight) -> None:
+def check_ratings(dataset, config, weight) -> None:
     """
-    Refuses training data that leave an attribute without any rating; warns if ratings are there and do not count.
+    Refuses training data that leave one of several attributes without any rating; warns if ratings are there and do
+    not count, or if nothing at all trains the attributes.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prepared rows. Nothing is known of a stream.
-        names (`list[str]`, *optional*):
-            The model's attributes.
+        config ([`GRMConfig`]):
+            Of the model, with its attributes.
         weight (`float`):
             That of their squared error.
     """
+    names = config.attribute_names
     if names is None or isinstance(dataset, IterableDataset):
         return
     rated = [False] * len(names)
@@ -36,7 +38,14 @@ def check_ratings(dataset, names, weight) -> None:
         for ratings in (*rows["chosen_ratings"], *rows["rejected_ratings"]):
             rated = [found or not math.isnan(rating) for found, rating in zip(rated, ratings, strict=True)]
     if not any(rated):
-        return  # pairs alone, which train a gate or a reward of its own
+        if config.attribute_weights is None:  # otherwise pairs train them, through the reward
+            warnings.warn(
+                f"Nothing trains the attributes {', '.join(names)}: no row of the train dataset rates them, and the "
+                "reward is not made of them. A rated completion has columns of these names, a pair `chosen_` and "
+                "`rejected_` before them.",
+                stacklevel=2,
+            )
+        return
     if weight == 0:
         warnings.warn("The ratings in the data are ignored: attribute_loss_weight is 0.", stacklevel=2)
     if empty := [name for name, found in zip(names, rated, strict=True) if not found]:

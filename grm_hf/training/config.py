@@ -1,6 +1,7 @@
 """Settings of a GRM training run: TRL's reward settings and those of the text loss."""
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ CHECKPOINTING = "activation_checkpointing"
 if CHECKPOINTING not in RewardConfig.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
 OVERLENGTH = ("truncate_left", "drop", "error")
+LESS_IS_BETTER = r"(^|_)(mse_.+|perplexity)$"  # of the metrics that are logged
 REFERENCES = ("adapter_off", "precompute", "model")
 
 
@@ -152,6 +154,8 @@ class GRMRewardConfig(RewardConfig):
             for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
                 if getattr(self, new := old.replace("gradient", "activation")) is None:
                     setattr(self, new, getattr(self, old))
+        if self.greater_is_better is None and re.search(LESS_IS_BETTER, self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers would choose the worst checkpoint
         super().__post_init__()
         for name, choices in {
             "regularizer": REGULARIZERS,

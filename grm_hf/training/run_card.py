@@ -85,7 +85,7 @@ def facts_of_run(
         **evaluation,
     )
     metadata = metadata_of(config, name, [*trainer._tag_names, *TAGS, *(tags or [])], datasets, adapter)
-    if evaluation:
+    if "accuracy" in evaluation:
         metadata["model-index"] = _model_index(name, datasets, evaluation["accuracy"])
     return metadata, facts
 
@@ -120,28 +120,33 @@ def _evaluation(trainer) -> dict[str, Any]:
     accuracy, sizes, bias = {}, [], []
     for name in trainer.eval_dataset if several else [None]:
         prefix, before = (f"eval_{name}", f"{name}: ") if several else ("eval", "")
-        rows = [row for row in log if f"{prefix}_accuracy" in row]
+        rows = [row for row in log if f"{prefix}_loss" in row]
         if not rows:
             continue
         row = next((row for row in rows if best and row["step"] == best["step"]), rows[-1])
         lines, sides = _metrics(row, prefix, trainer.eval_pairs.get((prefix, row["step"])))
-        accuracy[name or ""] = round(row[f"{prefix}_accuracy"], 4)
+        if f"{prefix}_accuracy" in row:  # not of rated completions and ties alone
+            accuracy[name or ""] = round(row[f"{prefix}_accuracy"], 4)
         metrics += [(before + label, value) for label, value in lines]
         bias += [before + sides] if sides else []
         counts = trainer.data_counts.get(name or "eval")
-        sizes += [f"{before}{counts.pairs} pairs"] if counts else []
-    if not accuracy:
+        if counts:
+            rated = f"{counts.rated} rated completions"
+            sizes += [before + (rated if not counts.pairs else f"{counts.pairs} pairs")]
+    if not metrics:
         return {}
     which = f"Evaluation set{'s' if several else ''} of the run"
     of = ", ".join([which, *sizes, f"at step {row['step']}."])
-    result = {"accuracy": accuracy, "metrics": metrics, "metrics_of": of}
+    result = {"metrics": metrics, "metrics_of": of} | ({"accuracy": accuracy} if accuracy else {})
     return result | ({"length_line": f"Here: accuracy {'; '.join(bias)}."} if bias else {})
 
 
 def _metrics(row, prefix, pairs):
     """Label and value of each metric of one evaluation, and the accuracy by length."""
-    metrics, sides = [("accuracy", f"{row[f'{prefix}_accuracy']:.3f}")], ""
-    if pairs is not None:
+    metrics, sides = [], ""
+    if f"{prefix}_accuracy" in row:
+        metrics.append(("accuracy", f"{row[f'{prefix}_accuracy']:.3f}"))
+    if metrics and pairs is not None:
         chosen, rejected, chosen_length, rejected_length = pairs.T
         margins = chosen - rejected
         low, high = wilson_interval(float(pair_wins(margins, 0).sum()), len(margins))

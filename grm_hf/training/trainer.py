@@ -142,6 +142,8 @@ class GRMRewardTrainer(RewardTrainer):
         _freeze(base, args)
         if args.kl_weight != GRMRewardConfig.kl_weight and config.head_type != "bnrm":
             logger.warning(f"`kl_weight` is ignored: the reward head is {config.head_type!r}, not 'bnrm'.")
+        if args.attribute_loss_weight != GRMRewardConfig.attribute_loss_weight and config.attribute_names is None:
+            logger.warning("`attribute_loss_weight` is ignored: the model has no attributes (`attribute_names`).")
         _require_what_the_text_loss_needs(base, args, has_adapter=bool(peft_config) or is_peft_model(model))
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
@@ -170,6 +172,7 @@ class GRMRewardTrainer(RewardTrainer):
         self.pair_loss = self._choose_pair_loss()
         self._averages = {"train": Averages(), "eval": Averages()}
         self._mode = "train"  # or "eval". Not the mode of the model: a scorer in another thread may have set that
+        self._moments: dict[int, tuple[float, float]] = {}  # mean and standard deviation of rewards at a step
         self._step, self._pairs_at_once = None, None  # for `batch_sum_to_zero`
         self._tokens_since, self._log_time = 0, time.perf_counter()
         if args.eval_suites:
@@ -281,7 +284,7 @@ class GRMRewardTrainer(RewardTrainer):
                 attributes=self._attribute_names,
             )
             if dataset_name == "train":
-                attributes.check_ratings(dataset, self._attribute_names, args.attribute_loss_weight)
+                attributes.check_ratings(dataset, self._given.config, args.attribute_loss_weight)
         self.data_counts[dataset_name] = counts
         if not isinstance(dataset, IterableDataset):  # the counts of a stream are reported when it was read
             (logger.warning if counts.changed else logger.info)(str(counts))
@@ -533,6 +536,7 @@ class GRMRewardTrainer(RewardTrainer):
         elif "mean_reward" in averages:
             config = _unwrapped(self.model).config
             config.reward_mean, config.reward_std = averages["mean_reward"], spread
+            self._moments[self.state.global_step] = averages["mean_reward"], spread
         return averages
 
     def prediction_step(self, *args, **kwargs):
@@ -570,6 +574,10 @@ class GRMRewardTrainer(RewardTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete_checkpoint(Path(self.args.output_dir))
+        config = _unwrapped(self.model).config
+        config.forget_rewards()  # of a model that is trained further
+        if resume_from_checkpoint:
+            config.reward_mean, config.reward_std = _moments_of(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._say_what_was_read()
         if not self.state.global_step and self.state.max_steps:
@@ -578,6 +586,12 @@ class GRMRewardTrainer(RewardTrainer):
                 "`max_length` and `overlength`."
             )
         return result
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        config, state = _unwrapped(self.model).config, self.state  # the configuration is of the last evaluation
+        moments = self._moments.get(state.best_global_step) or _moments_of(state.best_model_checkpoint)
+        config.reward_mean, config.reward_std = moments
 
     def _save(self, output_dir=None, state_dict=None):
         here, folder = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
@@ -794,6 +808,13 @@ def _disable_functional_dropout(model):
         for name, value in list(vars(owner).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(owner, name, 0.0)
+
+
+def _moments_of(checkpoint):
+    """Mean and standard deviation of the rewards at a checkpoint's evaluation. An adapter's checkpoint has none."""
+    file = Path(checkpoint, "config.json")
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config.get("reward_mean", 0.0), config.get("reward_std", 1.0)
 
 
 def _last_complete_checkpoint(folder):
