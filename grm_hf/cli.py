@@ -226,7 +226,7 @@ def command_line() -> argparse.ArgumentParser:
     expo.add_argument("output", help="folder to write")
     expo.add_argument("--a", type=float, nargs="+", required=True, help="factor: 0 gives END, -1 gives START")
     expo.add_argument("--data", help="file of validation pairs, or what dataset_name of `grm train` takes")
-    expo.add_argument("--split", default="validation", help="split of published data (default: validation)")
+    expo.add_argument("--split", help="split of published data (default: validation)")
     expo.set_defaults(run=_expo)
 
     push = commands.add_parser(
@@ -315,6 +315,9 @@ def command_line() -> argparse.ArgumentParser:
 def _train(args, rest):
     from .training.stages import Stages, has_stages
 
+    rest = [part for word in rest for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if rest[-1:] == ["--config"]:
+        raise ValueError("--config needs a file: --config recipe.yaml.")
     if args.help_all:
         _parser().print_help()
     elif "--config" in rest[:-1] and has_stages(path := rest[rest.index("--config") + 1]):
@@ -359,7 +362,9 @@ def _pairs(a=None, dataset_name=None, dataset_config=None, dataset_test_split="v
 def _expo(args):
     from .hub import extrapolate
 
-    pairs = _pairs(dataset_name=args.data, dataset_test_split=args.split)
+    if args.split is not None and args.data is None:
+        raise ValueError("--split is of --data, which is missing.")
+    pairs = _pairs(dataset_name=args.data, dataset_test_split=args.split or "validation")
     done = extrapolate(args.start, args.end, args.output, args.a, pairs)
     print(_extrapolated(done, args.output))
 
@@ -587,6 +592,8 @@ def _scorer(args, accelerator):
     if len(args.model) > 1 and accelerator is not None:
         raise ValueError("an ensemble scores in one process, and there are several.")
     if len(args.model) == 1:
+        if args.ensemble != "mean":
+            raise ValueError(f"--ensemble {args.ensemble} combines several models, and there is one --model.")
         scorer = GRMScorer(args.model[0], progress=True, accelerator=accelerator)
     else:
         scorer = RewardEnsemble(args.model, how=args.ensemble)

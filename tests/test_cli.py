@@ -274,3 +274,5 @@ def test_score_takes_an_ensemble(tmp_path, capsys):
         assert found == pytest.approx([min(pair) for pair in zip(*apart, strict=True)], abs=1e-5)
     assert main(["score", source, "--model", models[0], "--model", models[0]]) == 1
     assert "identical" in capsys.readouterr().err
+    assert main(["score", source, *options[:2], "--ensemble", "min"]) == 1
+    assert "--ensemble min combines several models, and there is one --model" in capsys.readouterr().err

@@ -161,6 +161,27 @@ def test_the_factor_is_chosen_on_validation_pairs(run, tmp_path, capsys):
     assert f"| accuracy with a = 3 | {expected[3.0]:.4f} |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_labels_of_validation_pairs_say_which_response_is_better(run, tmp_path):
+    data = rows(40, seed=7)
+    expected = extrapolate(*run, tmp_path / "plain", -1.0, data).accuracies[-1.0]
+    assert 0 < expected < 1
+    turned = [
+        {**row, "label": 0.2, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 2 else {**row, "label": 0.9}
+        for i, row in enumerate(data)
+    ]
+    ties = [{**row, "label": 0.5} for row in rows(5, seed=8)]
+    assert extrapolate(*run, tmp_path / "labels", -1.0, turned + ties).accuracies[-1.0] == expected
+    with pytest.raises(ValueError, match="every validation pair is a tie"):
+        extrapolate(*run, tmp_path / "ties", 0.5, ties)
+    with pytest.raises(ValueError, match="validation dataset, row 1: `label` is 2"):
+        extrapolate(*run, tmp_path / "wrong", 0.5, [data[0], {**data[1], "label": 2}])
+
+
+def test_a_split_without_data_is_refused(run, tmp_path, capsys):
+    assert main(["expo", *run, str(tmp_path / "out"), "--a", "0.5", "--split", "test"]) == 1
+    assert "--split is of --data, which is missing" in capsys.readouterr().err
+
+
 def other_model(folder, **changes):
     bos_policy = changes.pop("bos_policy", "single")
     body = base(**changes.pop("base", {}))
@@ -404,9 +425,13 @@ def test_other_settings_than_those_of_the_folder_are_refused(recipe, tmp_path, m
         ({"first": {"name": "second"}}, "two stages have the same name"),
         ({"first": {"name": "expo"}}, "a stage has the name 'expo'"),
         ({"first": {"name": "a/b"}}, "a stage has the name 'a/b'"),
+        ({"first": {"name": "stages.json"}}, "a stage has the name 'stages.json'"),
+        ({"first": {"name": "second.yaml"}}, "a stage has the name 'second.yaml'"),
+        ({"resume_from_checkpoint": True}, "`resume_from_checkpoint` cannot be set: a recipe goes on by itself"),
         ({"first": {"output_dir": "x"}}, "stage 'first': `output_dir` cannot be set for a stage"),
         ({"expo": {"b": 1}}, "must be a mapping with `a`, and no keys but a, dataset_name"),
         ({"expo": {"a": "much"}}, "`a` of `expo` is 'much'; it must be one number, or a list."),
+        ({"expo": {"a": 0.5, "dataset_name": None, "dataset_config": "labels"}}, "and no `dataset_name`, which it is"),
         ({"expo": {"dataset_name": None}}, "to choose one it needs `dataset_name`"),
         ({"first": {"learning_speed": 1}}, "learning_speed"),
         ({"model_name_or_path": None}, "no model"),
@@ -430,6 +455,17 @@ def test_forms_of_a_recipe_that_are_none(recipe, tmp_path, capsys):
     path.write_text(json.dumps({"output_dir": "out", "stages": [{"name": "first"}], "expo": {"a": 1}}))
     with pytest.raises(ValueError, match="there is one stage"):
         Stages(str(path))
+    path.write_text("{output_dir: out, stages: [{name: a}, {name: b}], expo: {a: .nan}}")
+    with pytest.raises(ValueError, match="`a` of `expo` is nan; it must be one number, or a list"):
+        Stages(str(path))
+    path.write_text("stages: [\n")
+    assert main(["train", "--config", str(path)]) == 1
+    assert "other.yaml is no YAML: while parsing" in capsys.readouterr().err
+    assert main(["train", "--config"]) == 1
+    assert "--config needs a file" in capsys.readouterr().err
+    path.write_text("{output_dir: out, stages: []}")
+    assert main(["train", f"--config={path}"]) == 1
+    assert "`stages` must be a list of mappings" in capsys.readouterr().err
     assert main(["train", "--config", recipe(), "--max_steps", "1"]) == 1
     assert "no option is taken beside --config" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..folders import new_folder, readable
-from ..metrics import pair_wins
+from ..metrics import accuracy
 from ..modeling_grm import GRMForSequenceClassification
+from ..pairs import labels_of
 from ..scoring import GRMScorer, golden
 from . import card
 from .tokenizer import load_tokenizer, spell_for_transformers_4
@@ -73,7 +74,8 @@ def extrapolate(
         a (`float` or `Sequence[float]`):
             The factor. Of several, the one with the best accuracy on `pairs` is used; of equals the one closest to 0.
         pairs (`Iterable[dict]`, *optional*):
-            Validation pairs, as for [`GRMScorer.score_pairs`].
+            Validation pairs, as for [`GRMScorer.score_pairs`]; and `label`, as in training: below 0.5, `rejected` is
+            the better one, and a tie of 0.5 counts for no accuracy.
 
     Returns:
         [`Extrapolated`].
@@ -90,6 +92,9 @@ def extrapolate(
         raise ValueError(f"`a` is {a!r}; to choose one of several, give validation pairs.")
     if rows is not None and not rows:
         raise ValueError("there are no validation pairs.")
+    labels = np.array([] if rows is None else labels_of(rows, "validation"))
+    if rows is not None and (labels == 0.5).all():
+        raise ValueError("every validation pair is a tie: its label is 0.5.")
     with readable(start) as first, readable(end) as last, new_folder(output_dir) as folder:
         theta_0, model = _whole(first), _whole(last)
         _require_one_architecture(theta_0, model, first, last)
@@ -102,13 +107,13 @@ def extrapolate(
         accuracies, moments = {}, {}
         for factor in factors if rows is not None else ():
             _set_weights(model, begun, ended, factor)
-            accuracies[factor], moments[factor] = _accuracy(model, tokenizer, rows)
+            accuracies[factor], moments[factor] = _accuracy(model, tokenizer, rows, labels)
         best = min(factors, key=lambda factor: (-accuracies.get(factor, 0.0), abs(factor)))
         _set_weights(model, begun, ended, best)
         del theta_0, begun, ended
         config = model.config
+        config.forget_rewards()  # they were those of theta_1
         config.reward_mean, config.reward_std = moments.get(best, (0.0, 1.0))
-        config.reward_temperature, config.signals = 1.0, None  # were fitted to the rewards of theta_1
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         spell_for_transformers_4(folder)
@@ -172,10 +177,11 @@ def _set_weights(model, begun: dict, ended: dict, a: float) -> None:
             weight.copy_(torch.lerp(zero.float(), one.float(), 1 + a))
 
 
-def _accuracy(model, tokenizer, rows) -> tuple[float, tuple[float, float]]:
-    """Accuracy on pairs, and mean and standard deviation of all rewards."""
+def _accuracy(model, tokenizer, rows, labels) -> tuple[float, tuple[float, float]]:
+    """Accuracy on the pairs whose label is no tie, and mean and standard deviation of all rewards."""
     rewards = np.array(GRMScorer(model, tokenizer).score_pairs(rows))
-    return float(pair_wins(rewards[:, 0] - rewards[:, 1], 0.5).mean()), (float(rewards.mean()), float(rewards.std()))
+    margins = ((rewards[:, 0] - rewards[:, 1]) * np.sign(labels - 0.5))[labels != 0.5]
+    return accuracy(margins), (float(rewards.mean()), float(rewards.std()))
 
 
 def _card(model, tokenizer, name, first, last, a, accuracies, rows) -> str:

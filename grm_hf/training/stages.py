@@ -15,6 +15,7 @@ expo:
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -71,13 +72,19 @@ class Stages:
         if not isinstance(output, str) or not output:
             raise ValueError(f"{path}: `output_dir` is missing; it is the folder of all stages.")
         self.folder = Path(output)
+        if "resume_from_checkpoint" in shared:
+            raise ValueError(f"{path}: `resume_from_checkpoint` cannot be set: a recipe goes on by itself.")
         if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError(f"{path}: `stages` must be a list of mappings, each with a `name` and settings.")
         self.names = [stage.get("name") for stage in stages]
         self.own = [{key: value for key, value in stage.items() if key != "name"} for stage in stages]
         for name, settings in zip(self.names, self.own, strict=True):
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or name == EXPO:
-                raise ValueError(f"{path}: a stage has the name {name!r}; it must name a folder, and not '{EXPO}'.")
+            ours = name in (EXPO, FILE) or str(name).endswith(".yaml")  # files and folders beside those of the stages
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name) or ours:
+                raise ValueError(
+                    f"{path}: a stage has the name {name!r}; it must name a folder, and not '{EXPO}', '{FILE}' or a "
+                    "YAML."
+                )
             if wrong := [key for key in (*OF_THE_CHAIN, "stages", EXPO) if key in settings]:
                 raise ValueError(
                     f"{path}, stage {name!r}: `{wrong[0]}` cannot be set for a stage; its folder is in `output_dir`, "
@@ -96,8 +103,11 @@ class Stages:
             )
         if len(self.names) < 2:
             raise ValueError(f"{self.path}: `{EXPO}` extrapolates from one stage to the next, and there is one stage.")
+        if ignored := [key for key in EXPO_KEYS[2:] if key in self.expo and "dataset_name" not in self.expo]:
+            raise ValueError(f"{self.path}: `{EXPO}` has `{ignored[0]}` and no `dataset_name`, which it is of.")
         factors = self.expo["a"] if isinstance(self.expo["a"], list) else [self.expo["a"]]
-        if not factors or not all(isinstance(a, (int, float)) and not isinstance(a, bool) for a in factors):
+        numbers = all(isinstance(a, (int, float)) and not isinstance(a, bool) and math.isfinite(a) for a in factors)
+        if not factors or not numbers:
             raise ValueError(f"{self.path}: `a` of `{EXPO}` is {self.expo['a']!r}; it must be one number, or a list.")
         if len(factors) > 1 and "dataset_name" not in self.expo:
             raise ValueError(
@@ -161,16 +171,15 @@ class Stages:
 
 
 def has_stages(path: str) -> bool:
-    """Whether a YAML has `stages`. A file that cannot be read has none: the parser of a single run says what is
-    wrong."""
-    try:
-        return "stages" in _mapping(path)
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
+    """Whether a YAML has `stages`."""
+    return "stages" in _mapping(path)
 
 
 def _mapping(path: str | Path) -> dict:
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping of settings.")
     return content
