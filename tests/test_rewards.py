@@ -512,6 +512,8 @@ def test_ppo_with_another_tokenizer_renders_anew():
         read_by_ppo(ppo_reward_model(model, policy, tokenizer, prompts=rows[:1]), ids, policy.pad_token_id, context)
     with pytest.raises(ValueError, match="row 0 of `prompts` has"):
         ppo_reward_model(model, policy, tokenizer, prompts=[{"prompt": "a"}])
+    with pytest.raises(ValueError, match="row 0 of `prompts` is a str; it needs `prompt`"):
+        ppo_reward_model(model, policy, tokenizer, prompts=["a"])
 
 
 def test_ppo_takes_the_longest_prompt_that_fits():

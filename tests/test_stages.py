@@ -427,6 +427,7 @@ def test_other_settings_than_those_of_the_folder_are_refused(recipe, tmp_path, m
         ({"first": {"name": "a/b"}}, "a stage has the name 'a/b'"),
         ({"first": {"name": "stages.json"}}, "a stage has the name 'stages.json'"),
         ({"first": {"name": "second.yaml"}}, "a stage has the name 'second.yaml'"),
+        ({"push_to_hub": True}, "`push_to_hub` cannot be set in a recipe, whose folders are several models"),
         ({"resume_from_checkpoint": True}, "`resume_from_checkpoint` cannot be set: a recipe goes on by itself"),
         ({"first": {"output_dir": "x"}}, "stage 'first': `output_dir` cannot be set for a stage"),
         ({"expo": {"b": 1}}, "must be a mapping with `a`, and no keys but a, dataset_name"),

@@ -6,6 +6,7 @@ padding. [`PPORewardModel`] has these three names, with the whole path from text
 transformation) behind them.
 """
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
@@ -139,9 +140,10 @@ class _Body(nn.Module):
 def _by_ids(prompts):
     known = {}
     for index, row in enumerate(prompts):
-        if row.get("prompt") is None or row.get("input_ids") is None:
+        if not isinstance(row, Mapping) or row.get("prompt") is None or row.get("input_ids") is None:
+            has = f"has {sorted(row)}" if isinstance(row, Mapping) else f"is a {type(row).__name__}"
             raise ValueError(
-                f"row {index} of `prompts` has {sorted(row)}; it needs `prompt` (messages or text) and `input_ids`, "
+                f"row {index} of `prompts` {has}; it needs `prompt` (messages or text) and `input_ids`, "
                 "the same prompt as PPO gets it."
             )
         known[tuple(int(i) for i in row["input_ids"])] = row["prompt"]

@@ -31,6 +31,7 @@ from .trainer import _last_complete_checkpoint
 FILE = "stages.json"
 EXPO = "expo"
 EXPO_KEYS = ("a", "dataset_name", "dataset_config", "dataset_test_split")
+OF_THE_HUB = ("push_to_hub", "hub_model_id")
 OF_THE_CHAIN = ("output_dir", "resume_from_checkpoint")  # are set here, for each stage
 
 
@@ -76,6 +77,11 @@ class Stages:
             raise ValueError(f"{path}: `resume_from_checkpoint` cannot be set: a recipe goes on by itself.")
         if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError(f"{path}: `stages` must be a list of mappings, each with a `name` and settings.")
+        if pushed := [key for settings in (shared, *stages) for key in OF_THE_HUB if key in settings]:
+            raise ValueError(
+                f"{path}: `{pushed[0]}` cannot be set in a recipe, whose folders are several models. Push the one that "
+                "you want when it is done: grm push FOLDER ID."
+            )
         self.names = [stage.get("name") for stage in stages]
         self.own = [{key: value for key, value in stage.items() if key != "name"} for stage in stages]
         for name, settings in zip(self.names, self.own, strict=True):
