@@ -79,8 +79,8 @@ class Stages:
             raise ValueError(f"{path}: `stages` must be a list of mappings, each with a `name` and settings.")
         if pushed := [key for settings in (shared, *stages) for key in OF_THE_HUB if key in settings]:
             raise ValueError(
-                f"{path}: `{pushed[0]}` cannot be set in a recipe, whose folders are several models. Push the one that "
-                "you want when it is done: grm push FOLDER ID."
+                f"{path}: `{pushed[0]}` cannot be set in a recipe, whose folders are several models. Push the one "
+                "that you want when it is done: grm push FOLDER ID."
             )
         self.names = [stage.get("name") for stage in stages]
         self.own = [{key: value for key, value in stage.items() if key != "name"} for stage in stages]
