@@ -126,7 +126,7 @@ def test_the_front_matter_is_what_the_hub_asks_for():
 
 def test_the_pictures_of_the_documentation_are_there():
     names = re.findall(r"\((images/[^)]*)\)", (ROOT / "docs" / "space.md").read_text(encoding="utf-8"))
-    assert len(names) == 6 and all((ROOT / "docs" / name).is_file() for name in names)
+    assert len(names) == 7 and all((ROOT / "docs" / name).is_file() for name in names)
 
 
 def test_the_list_that_is_shipped_is_honest(space):
