@@ -578,6 +578,11 @@ def test_risk_and_coverage():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    for groups, answered in ((12, 9), (12, 10)):  # one answered pair, and a right one, is no evidence
+        found = selective_accuracy(
+            [1.0] * answered + [-1.0] * (groups - answered), [1.0] * answered + [0.0] * (groups - answered), 0.5
+        )
+        assert found["accuracy"] == 1.0 and math.isnan(found["difference_low"]) is (answered < 10)
     nothing = selective_accuracy([1.0, -1.0], [0.0, 0.0], 0.5)
     assert nothing["coverage"] == 0 and math.isnan(nothing["accuracy"]) and math.isnan(nothing["difference_low"])
 

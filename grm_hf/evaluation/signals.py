@@ -246,9 +246,11 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         if math.isnan(agreed["accuracy"]):
             lines.append(share)
         else:
+            few = math.isnan(agreed["difference_low"])
             lines.append(
                 f"{share}, where the head is right in {_percent(agreed['accuracy'])} % "
-                f"({100 * agreed['difference']:+.2f} against all pairs, {_points(agreed)})"
+                f"({100 * agreed['difference']:+.2f} against all pairs, "
+                f"{'too few for an interval' if few else _points(agreed)})"
             )
         for name, found in summary["risk_coverage"].items():
             against = "; smaller is better"

@@ -570,6 +570,9 @@ def compare_confidences(
     return {"difference": difference(rows), "difference_low": low, "difference_high": high}
 
 
+FEWEST_GROUPS = 10  # with an answered pair, for an interval of their accuracy
+
+
 def selective_accuracy(
     margins: Any,
     confidences: Any,
@@ -586,7 +589,7 @@ def selective_accuracy(
     Returns:
         `dict[str, float]`: `coverage` (their share), `accuracy` (NaN where there are none), its `difference` to the
         accuracy on all pairs, and the paired bootstrap interval of this over groups, `difference_low` and
-        `difference_high`.
+        `difference_high` (NaN where fewer than ten groups have such a pair: so few say nothing of others).
 
     >>> selective_accuracy([1.0, 1.0, -1.0, -1.0], [1.0, 1.0, 1.0, 0.0], 0.5)["coverage"]
     0.75
@@ -604,7 +607,7 @@ def selective_accuracy(
     drawn = _bootstrap_sums(columns, clusters, resamples, seed)
     drawn = drawn[drawn[:, 1] > 0]
     low = high = math.nan
-    if answered and len(drawn):
+    if len(np.unique(clusters[reached > 0])) >= FEWEST_GROUPS:
         low, high = _percentiles(drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3], level)
     return {name: float(value) for name, value in (found | {"difference_low": low, "difference_high": high}).items()}
 
