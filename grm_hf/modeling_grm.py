@@ -202,6 +202,12 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         return _a_device(self)
 
     @property
+    def is_gradient_checkpointing(self):
+        """Whether layers are checkpointed. peft asks by this name, of which transformers 5.24 warns."""
+        new = "is_activation_checkpointing"
+        return getattr(self, new) if hasattr(type(self), new) else super().is_gradient_checkpointing
+
+    @property
     def router_aux_loss_coef(self):
         """Weight of `aux_loss` in the family's own loss; `ValueError` for a family that has none."""
         for owner in (self.lm, self.config.text_config):

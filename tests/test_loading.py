@@ -606,6 +606,16 @@ def test_adapter_folder_loads_with_its_head(auto, head_type, tmp_path):
     torch.testing.assert_close(score(load(tmp_path / "merged"), IDS, MASK), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_peft_may_ask_whether_layers_are_checkpointed(recwarn):
+    model = tiny_grm()
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert not [str(w.message) for w in recwarn if "is_gradient_checkpointing" in str(w.message)]
+
+
 def test_every_linear_layer_but_the_heads_gets_an_adapter(tmp_path):
     tiny_grm().save_pretrained(tmp_path)
     adapted = lora(load(tmp_path), tmp_path / "adapter", None, target_modules="all-linear")
