@@ -35,3 +35,11 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("newer than any release the suite has passed with")
         for line in newer:
             terminalreporter.line(line)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Everything that a trainer rounds to float32 stays in float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from by_hand import CONSTANT, consecutive, descend
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import chatml_tokenizer, tiny_llama
@@ -358,15 +359,6 @@ def test_a_stream_whose_first_rows_are_of_one_kind():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-@pytest.fixture
-def double(monkeypatch):
-    """Everything that a trainer rounds to float32 stays in float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-CONSTANT = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
 # For each of 14 rows: a rated completion, or a pair with or without ratings; the second batch of four has no pair.
 KINDS = "PRPQRRRRQPRPRP"
 
@@ -440,18 +432,8 @@ def by_hand(run, steps, gamma, zero=0.0):
             loss = loss + sum(of_rows) / len(members) / len(batches)
         if rewards_of_pairs:
             loss = loss + (1 - alpha if text else 1) * zero * torch.stack(rewards_of_pairs).mean() ** 2
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.1 * parameter.grad
+        descend(model, loss)
     return dict(model.named_parameters())
-
-
-def consecutive(*sizes):
-    ends = np.cumsum([0, *sizes]).tolist()
-    return [list(range(*ends[i : i + 2])) for i in range(len(sizes))]
 
 
 WAYS = {

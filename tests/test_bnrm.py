@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from by_hand import CONSTANT, descend
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FLOAT32, assert_same, chatml_tokenizer, pad, score, texts, tiny_grm, tiny_lm
@@ -271,15 +272,6 @@ def test_a_scorer_takes_the_means_in_every_layout():
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-@pytest.fixture
-def double(monkeypatch):
-    """Everything that a trainer rounds to float32 stays in float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-CONSTANT = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 
 def run_of(folder, count, **kwargs):
@@ -327,12 +319,7 @@ def by_hand(run, steps):
                 of_states, of_weights = kl_by_hand(weights, torch.stack(hidden))
                 own = own + args.kl_weight * (of_states.mean() + of_weights)
                 loss = loss + own / len(members) / len(batches)
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.1 * parameter.grad
+        descend(model, loss)
     return dict(model.named_parameters())
 
 

@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from by_hand import CONSTANT, consecutive, descend
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import chatml_tokenizer
@@ -154,15 +155,6 @@ def test_wrong_labels(rows, words):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-@pytest.fixture
-def double(monkeypatch):
-    """Everything that a trainer rounds to float32 stays in float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-CONSTANT = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
 LABELS = [1.0, 0.5, 0.75, 1.0, 0.9, 0.6, 1.0]
 
 
@@ -200,18 +192,8 @@ def by_hand(run, steps, coefficient):
             loss = loss + mean / len(batches)
         zero = coefficient * torch.stack(everything).mean() ** 2
         loss = loss + (1 - alpha if text else 1) * zero
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.1 * parameter.grad
+        descend(model, loss)
     return dict(model.named_parameters())
-
-
-def consecutive(*sizes):
-    ends = np.cumsum([0, *sizes]).tolist()
-    return [list(range(*ends[i : i + 2])) for i in range(len(sizes))]
 
 
 @pytest.mark.trainer
