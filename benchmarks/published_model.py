@@ -10,6 +10,7 @@ are trained on pairs whose licence allows publication, and are compared on the v
 import argparse
 import json
 import os
+import random
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from real_base import ROOT, autocast, precision, short_rows, write
+from real_base import ROOT, TESTS, autocast, first_user_turn, precision, short_rows, write
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from grm_hf import GRMForSequenceClassification, GRMRewardConfig, GRMRewardTrainer, GRMScorer, base
@@ -29,8 +30,11 @@ RESULTS = ROOT / "docs" / "results" / "published"
 RUNS = ROOT / "runs" / "published"
 NAME = "grm-smollm2-135m"
 RANK = 8
-# What a candidate is trained on: sources of the shipped pairs, and files of `shared/data` (MIT) beside them. With
-# `full`, all linear layers are trained themselves, and their difference from the base is then cut to rank `RANK`.
+OFF_TOPIC_VALIDATION = 60  # pairs
+LONGEST = 2000  # characters of prompt and response together, in a file
+# What a candidate is trained on: sources of the shipped pairs; files of `shared/data` (MIT) beside them; and pairs made
+# from these, in which the rejected response answers another prompt (`off_topic`: how many). With `full`, all linear
+# layers are trained themselves, and their difference from the base is then cut to rank `RANK`.
 COMMON = {
     "regularizer": "sft",
     "seed": 0,
@@ -39,15 +43,16 @@ COMMON = {
     "rank": RANK,
     "full": False,
     "files": [],
+    "off_topic": 0,
 }
 INSTRUCTIONS = ["pandalm", "ultrafeedback"]
-SHIPPED = [*INSTRUCTIONS, "gsm8k"]
+FULL = {**COMMON, "sources": INSTRUCTIONS, "full": True}
+BROAD = {**FULL, "files": ["ultrafeedback_train", "hh_helpful_base_train"], "off_topic": 500}
 CANDIDATES: dict[str, dict] = {
-    "instructions_full": {**COMMON, "sources": INSTRUCTIONS, "full": True, "learning_rate": 3e-5},
-    "instructions": {**COMMON, "sources": INSTRUCTIONS},
-    "instructions_twice": {**COMMON, "sources": INSTRUCTIONS, "learning_rate": 5e-4, "epochs": 2},
-    "shipped": {**COMMON, "sources": SHIPPED},
-    "with_hh": {**COMMON, "sources": SHIPPED, "files": ["hh_singleturn"]},
+    "instructions_full": {**FULL, "learning_rate": 3e-5},
+    "on_topic": {**FULL, "learning_rate": 1e-4, "off_topic": 300},
+    "broad": {**BROAD, "learning_rate": 1e-4},
+    "broad_slow": {**BROAD, "learning_rate": 3e-5},
 }
 # The Bradley-Terry twin of each: the same but for the text loss.
 CANDIDATES |= {f"{name}_bt": {**candidate, "regularizer": "none"} for name, candidate in CANDIDATES.items()}
@@ -56,8 +61,25 @@ CANDIDATES |= {f"{name}_bt": {**candidate, "regularizer": "none"} for name, cand
 def training_pairs(candidate: dict) -> Dataset:
     columns = ("prompt", "chosen", "rejected")
     rows = base.load_pairs("train", tuple(candidate["sources"])).to_list()
-    rows += [row for file in candidate["files"] for row in short_rows(file)]
+    if candidate["files"]:
+        tested = {first_user_turn(row) for file, _ in TESTS.values() for row in short_rows(file)}
+        held = tested | {first_user_turn(row) for row in base.load_pairs("validation").to_list()}
+        seen = {row["id"] for row in rows}
+        added = [row for file in candidate["files"] for row in short_rows(file, LONGEST) if row["id"] not in seen]
+        rows += [row for row in added if first_user_turn(row) not in held]
+    rows += off_topic(rows, candidate["off_topic"])
     return Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+
+
+def off_topic(rows: list[dict], pairs: int) -> list[dict]:
+    """A prompt's chosen response over the chosen response to another prompt, `pairs` times; the prompts in turn."""
+    drawn = list({first_user_turn(row): row for row in rows}.values())
+    random.Random(0).shuffle(drawn)
+    made = []
+    for i in range(pairs):
+        row, other = drawn[i % len(drawn)], drawn[(i + 1 + i // len(drawn)) % len(drawn)]
+        made.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": other["chosen"]})
+    return made
 
 
 def make_trainer(name: str, full: bool) -> GRMRewardTrainer:
@@ -136,8 +158,9 @@ def base_weights() -> dict[str, torch.Tensor]:
 
 
 def validation_margins(trainer: GRMRewardTrainer) -> dict[str, np.ndarray]:
-    """Chosen minus rejected reward of the validation pairs, by source."""
+    """Chosen minus rejected reward of the validation pairs, by source; `off_topic` is a source made from them."""
     rows = base.load_pairs("validation").to_list()
+    rows += [{**row, "source": "off_topic"} for row in off_topic(rows, OFF_TOPIC_VALIDATION)]
     scorer = GRMScorer(trainer.model, trainer.processing_class, max_tokens_per_batch=2048, layout="shared_prefix")
     with autocast():
         pairs = scorer.score_pairs([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows])

@@ -192,18 +192,18 @@ def first_user_turn(row: dict) -> str:
     return next(message["content"] for message in row["prompt"] if message["role"] == "user")
 
 
-def is_short(row: dict) -> bool:
+def is_short(row: dict, longest: int = SHORT) -> bool:
     prompt = sum(len(message["content"]) for message in row["prompt"])
-    return all(prompt + len(row[side][0]["content"]) <= SHORT for side in ("chosen", "rejected"))
+    return all(prompt + len(row[side][0]["content"]) <= longest for side in ("chosen", "rejected"))
 
 
 @cache
-def short_rows(name: str) -> list[dict]:
+def short_rows(name: str, longest: int = SHORT) -> list[dict]:
     """The short rows of a file, prompt by prompt; a hash orders the prompts."""
     path = DATA / f"{name}.parquet"
     if not path.is_file():
         sys.exit(f"{path} is missing. Set GRM_DATA to the folder with the preference pairs.")
-    rows = [row for row in load_dataset("parquet", data_files=str(path), split="train").to_list() if is_short(row)]
+    rows = [row for row in load_dataset("parquet", data_files=str(path), split="train").to_list() if is_short(row, longest)]
     return sorted(rows, key=lambda row: (hashlib.sha256(first_user_turn(row).encode()).hexdigest(), row["id"]))
 
 
