@@ -32,9 +32,9 @@ NAME = "grm-smollm2-135m"
 RANK = 8
 OFF_TOPIC_VALIDATION = 60  # pairs
 LONGEST = 2000  # characters of prompt and response together, in a file
-# What a candidate is trained on: sources of the shipped pairs; files of `shared/data` (MIT) beside them; and pairs made
-# from these, in which the rejected response answers another prompt (`off_topic`: how many). With `full`, all linear
-# layers are trained themselves, and their difference from the base is then cut to rank `RANK`.
+# What a candidate is trained on: sources of the shipped pairs; files of `shared/data` (MIT) beside them; and pairs
+# made from these, in which the rejected response answers another prompt (`off_topic`: how many). With `full`, all
+# linear layers are trained themselves, and their difference from the base is then cut to rank `RANK`.
 COMMON = {
     "regularizer": "sft",
     "seed": 0,

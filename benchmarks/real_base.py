@@ -203,7 +203,8 @@ def short_rows(name: str, longest: int = SHORT) -> list[dict]:
     path = DATA / f"{name}.parquet"
     if not path.is_file():
         sys.exit(f"{path} is missing. Set GRM_DATA to the folder with the preference pairs.")
-    rows = [row for row in load_dataset("parquet", data_files=str(path), split="train").to_list() if is_short(row, longest)]
+    rows = load_dataset("parquet", data_files=str(path), split="train").to_list()
+    rows = [row for row in rows if is_short(row, longest)]
     return sorted(rows, key=lambda row: (hashlib.sha256(first_user_turn(row).encode()).hexdigest(), row["id"]))
 
 
