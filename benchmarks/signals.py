@@ -2,12 +2,12 @@
 the text loss `sft`, and asked for every signal on pairs in and out of distribution.
 
     python benchmarks/signals.py                # trains and measures what has no result yet
-    python benchmarks/signals.py --critique     # with critiques of at most 64 tokens, which take most of the time
     python benchmarks/signals.py --limit 50     # pairs of each test set, to see that it works
     python benchmarks/results.py                # writes the page, docs/results/signals.md
 
 Signals and threshold are chosen on RMB pairs that were held out of training, and hold for every test set. The base
-before training is the reference of `implicit`. Needs `shared/data` beside the repository, or GRM_DATA.
+before training is the reference of `implicit`. Critiques are written for few pairs: each takes seconds. Needs
+`shared/data` beside the repository, or GRM_DATA.
 """
 
 import argparse
@@ -37,6 +37,9 @@ VALIDATION = "validation"
 AGREED = 0.75  # the share of signals, the head among them, that makes an agreement on the page
 TESTS = ("rmb", "hhh", "pandalm", "rm_bench")  # of the study's test sets
 SEEDS = 3
+LIMIT = 60  # pairs of each set
+CRITIQUES = 20  # prompts of each set
+RATE = 1e-4  # fixed before the study had chosen one
 COUNTED = 8  # pairs whose FLOPs are counted
 COSTS = {
     "head, likelihood, implicit_free, endogenous": ("likelihood", "implicit_free", "endogenous"),
@@ -48,9 +51,8 @@ COSTS = {
 
 
 def settings_of(seed: int, origin: str) -> dict:
-    rate = real_base.chosen_rate("sft", origin, real_base.RESULTS) or 1e-4
     data = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": seed}
-    return real_base.run_unit("sft", data, rate, origin) | {"kind": "signals"}
+    return real_base.run_unit("sft", data, RATE, origin) | {"kind": "signals"}
 
 
 def examples_of(rows: list[dict]) -> list[Example]:
@@ -83,35 +85,49 @@ def costs(scorer: GRMScorer, rows: list[dict], reference) -> dict[str, float]:
     return found
 
 
-def measure(scorer: GRMScorer, sets: dict[str, list[dict]], reference, critique: bool) -> dict:
-    """Margins and probabilities of every signal on every test set, and what the validation pairs choose."""
-    names = [name for name, signal in SIGNALS.items() if critique or signal.needs != "generate"]
-    settings = {"reference": reference, **({"generate": True, "max_new_tokens": 64} if critique else {})}
+def asked(scorer: GRMScorer, name: str, rows: list[dict], signals: list[str], **settings) -> tuple[SignalReport, dict]:
+    """The report of a test set, and what of it is stored."""
+    with real_base.autocast():
+        report = signal_report(scorer, Results(name, "", {}, examples_of(rows), []), signals, **settings)
+    groups = {group: number for number, group in enumerate(dict.fromkeys(report.groups))}
+    print(f"{name}: {len(report.groups)} pairs", flush=True)
+    return report, {
+        "margins": {key: [float(f"{value:.6g}") for value in values] for key, values in report.margins.items()},
+        "probabilities": {key: [round(p, 6) for p in ps] for key, ps in report.probabilities.items()},
+        "groups": [groups[group] for group in report.groups],
+    }
+
+
+def measure(scorer: GRMScorer, sets: dict[str, list[dict]], reference) -> dict:
+    """Margins and probabilities of every signal but `critique` on every test set, and what the validation pairs
+    choose."""
+    names = [name for name, signal in SIGNALS.items() if signal.needs != "generate"]
     found: dict = {"tests": {}, "costs": costs(scorer, sets[VALIDATION][:COUNTED], reference)}
     for name, rows in sets.items():
-        examples = examples_of(rows)
-        with real_base.autocast():
-            report = signal_report(scorer, Results(name, "", {}, examples, []), names, **settings)
-        groups = {group: number for number, group in enumerate(dict.fromkeys(report.groups))}
-        found["tests"][name] = {
-            "margins": {key: [float(f"{value:.6g}") for value in values] for key, values in report.margins.items()},
-            "probabilities": {key: [round(p, 6) for p in ps] for key, ps in report.probabilities.items()},
-            "groups": [groups[group] for group in report.groups],
-        }
+        report, found["tests"][name] = asked(scorer, name, rows, names, reference=reference)
         if name == VALIDATION:
             found["choice"] = report.choice()
-        print(f"{name}: {len(report.groups)} pairs", flush=True)
     return found
 
 
-def run_all(seeds: int, limit: int | None, critique: bool, path: Path) -> None:
+def critiques(scorer: GRMScorer, sets: dict[str, list[dict]]) -> dict:
+    """The head and `critique`, of at most 64 tokens, on a pair of each of the first prompts of every test set."""
+    found = {}
+    for name, rows in sets.items():
+        one = list({real_base.first_user_turn(row): row for row in reversed(rows)}.values())[::-1]
+        found[name] = asked(scorer, name, one[:CRITIQUES], ["critique"], generate=True, max_new_tokens=64)[1]
+    return found
+
+
+def run_all(seeds: int, limit: int, path: Path) -> None:
     found = json.loads(path.read_text()) if path.is_file() else {"runs": []}
     folder = base.folder()
     origin = base.origin(folder)
     sets = test_sets(limit)
     for seed in range(seeds):
-        settings = settings_of(seed, origin) | {"limit": limit, "critique": critique}
-        if any(run["settings"] == json.loads(json.dumps(settings)) for run in found["runs"]):
+        settings = json.loads(json.dumps(settings_of(seed, origin) | {"limit": limit}))
+        result = next((run for run in found["runs"] if run["settings"] == settings), {"settings": settings})
+        if "critiques" in result:
             continue
         with tempfile.TemporaryDirectory() as work:
             trainer = real_base.trained(settings, folder, work)
@@ -119,20 +135,22 @@ def run_all(seeds: int, limit: int | None, critique: bool, path: Path) -> None:
         model.zero_grad()
         del trainer  # and the state of its optimizer, 1 GB
         scorer = GRMScorer(model, tokenizer, max_tokens_per_batch=2048)
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
-        reference = reference_scorer(scorer, reference)
-        result = {"settings": settings, **measure(scorer, sets, reference, critique)}
-        result["versions"] = {name: version(name) for name in real_base.PACKAGES}
-        found["runs"].append(result)
+        if "tests" not in result:
+            reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(model.device).eval()
+            result |= measure(scorer, sets, reference_scorer(scorer, reference))
+            result["versions"] = {name: version(name) for name in real_base.PACKAGES}
+            found["runs"].append(result)
+            real_base.write(path, found)
+        result["critiques"] = critiques(scorer, test_sets(None))
         real_base.write(path, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def pooled(runs: list[dict], test: str) -> SignalReport:
+def pooled(runs: list[dict], test: str, part: str = "tests") -> SignalReport:
     """The pairs of all runs; those of one prompt stay together, also over runs."""
-    parts = [run["tests"][test] for run in runs]
+    parts = [run[part][test] for run in runs]
     join = lambda kind: {  # noqa: E731
         name: [value for part in parts for value in part[kind][name]] for name in parts[0][kind]
     }
@@ -173,6 +191,19 @@ def findings(found: dict) -> list[str]:
     return [*sentences, agreed]
 
 
+def accuracies(summaries: dict[str, dict], names: list[str]) -> list[str]:
+    """Rows of a table: of each signal its accuracy on every test set."""
+    lines = []
+    for name in names:
+        cells = []
+        for summary in summaries.values():
+            row = summary["signals"][name]
+            chance = "" if row["verdict"] == "better than chance" else f", {row['verdict']}"
+            cells.append(points(row["accuracy"], row["low"], row["high"]) + chance)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
 def markdown(found: dict) -> str:
     """The page."""
     last = latest(found)
@@ -196,13 +227,20 @@ def markdown(found: dict) -> str:
         "| signal | " + " | ".join(tests) + " |",
         "|---" * (len(tests) + 1) + "|",
     ]
-    for name in names:
-        cells = []
-        for summary in summaries.values():
-            row = summary["signals"][name]
-            chance = "" if row["verdict"] == "better than chance" else f", {row['verdict']}"
-            cells.append(points(row["accuracy"], row["low"], row["high"]) + chance)
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += accuracies(summaries, names)
+    written = [run for run in last if "critiques" in run]
+    if written:
+        reports = {test: pooled(written, test, "critiques").summary() for test in tests}
+        pairs = len(written[0]["critiques"][VALIDATION]["groups"])
+        lines += [
+            "",
+            f"`critique` was asked on a pair of each of {pairs} prompts of each set, with {len(written)} seeds. The "
+            "LM head wrote at most 64 tokens. On the same pairs:",
+            "",
+            "| signal | " + " | ".join(tests) + " |",
+            "|---" * (len(tests) + 1) + "|",
+            *accuracies(reports, ["head", "critique"]),
+        ]
     lines += ["", "## Where signals agree", ""]
     for run in last:
         choice, seed = run["choice"], run["settings"]["seed"]
@@ -234,10 +272,9 @@ def markdown(found: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs (default: {SEEDS})")
-    parser.add_argument("--limit", type=int, help="most pairs of each test set")
-    parser.add_argument("--critique", action="store_true", help="let the LM head write critiques")
+    parser.add_argument("--limit", type=int, default=LIMIT, help=f"most pairs of each test set (default: {LIMIT})")
     args = parser.parse_args(argv)
-    run_all(args.seeds, args.limit, args.critique, RESULTS)
+    run_all(args.seeds, args.limit, RESULTS)
 
 
 if __name__ == "__main__":

@@ -44,21 +44,29 @@ def test_a_run_at_toy_size(monkeypatch, tmp_path):
     tests = ("hhh", "gsm8k")
     monkeypatch.setattr(benchmark, "TESTS", tests)
     results = tmp_path / "signals.json"
-    benchmark.run_all(1, 4, True, results)
+    monkeypatch.setattr(benchmark, "CRITIQUES", 2)
+    benchmark.run_all(1, 4, results)
     (run,) = json.loads(results.read_text())["runs"]
     assert list(run["tests"]) == ["validation", *tests] and run["settings"]["seed"] == 0
     for found in run["tests"].values():
-        assert list(found["margins"]) == list(benchmark.SIGNALS) and {len(v) for v in found["margins"].values()} == {4}
+        assert {*found["margins"], "critique"} == {*benchmark.SIGNALS}
+        assert {len(margins) for margins in found["margins"].values()} == {4}
+    for found in run["critiques"].values():
+        assert {name: len(margins) for name, margins in found["margins"].items()} == {"head": 2, "critique": 2}
     assert list(run["costs"]) == list(benchmark.COSTS) and all(cost > 1 for cost in run["costs"].values())
     before = results.read_bytes()
-    benchmark.run_all(1, 4, True, results)
+    benchmark.run_all(1, 4, results)
     assert results.read_bytes() == before  # nothing is done twice
-    benchmark.run_all(2, 4, True, results)
+    del run["critiques"]
+    results.write_text(json.dumps({"runs": [run]}))
+    benchmark.run_all(1, 4, results)
+    assert json.loads(results.read_bytes()) == json.loads(before)  # critiques alone are added, by the same model
+    benchmark.run_all(2, 4, results)
     page = benchmark.markdown(json.loads(results.read_text()))
     assert "2 seeds" in page and "Seed 1 chose" in page
-    assert [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")] == [
-        f"`{name}`" for name in benchmark.SIGNALS
-    ]
+    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [name for name in benchmark.SIGNALS if name != "critique"] + ["head", "critique"]
+    assert "on a pair of each of 2 prompts of each set, with 2 seeds" in page
     monkeypatch.setattr(benchmark, "RESULTS", results)
     import results as front
 
