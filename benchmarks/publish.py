@@ -20,7 +20,8 @@ from real_base import ROOT, TESTS, digest, first_user_turn, log_likelihoods, sho
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grm_hf import GRMScorer, base
+from grm_hf import GRMConfig, GRMScorer, base
+from grm_hf.configuration_grm import save_policies
 from grm_hf.hub.card import set_field
 from grm_hf.metrics import (
     accuracy,
@@ -74,8 +75,8 @@ def candidates() -> dict[str, float]:
 
 
 def write_folder(run: Path, folder: Path) -> None:
-    """The adapter of a run as a repository carries it: its matrices in bfloat16, to which training rounded them, and
-    the configuration of its base alone. `grm_hf.base` completes the base from the package."""
+    """The adapter of a run as a repository carries it: its matrices in bfloat16, to which training rounded them, its
+    policies, and the configuration of its base alone. `grm_hf.base` completes the base from the package."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "base").mkdir(parents=True)
     for name in FILES:
@@ -84,6 +85,9 @@ def write_folder(run: Path, folder: Path) -> None:
     adapter["base_model_name_or_path"] = base.BASE_NAME
     (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(run / "base" / "config.json", folder / "base" / "config.json")
+    config = GRMConfig.from_pretrained(folder / "base")
+    config.reward_temperature = json.loads((RESULTS / f"{run.name}.json").read_text())["temperature"]
+    save_policies(config, folder)
     weights = load_file(run / "adapter_model.safetensors")
     rounded = {name: w.bfloat16() if ".lora_" in name else w for name, w in weights.items()}
     save_file(rounded, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -49,10 +49,10 @@ INSTRUCTIONS = ["pandalm", "ultrafeedback"]
 FULL = {**COMMON, "sources": INSTRUCTIONS, "full": True}
 BROAD = {**FULL, "files": ["ultrafeedback_train", "hh_helpful_base_train"], "off_topic": 500}
 CANDIDATES: dict[str, dict] = {
-    "instructions_full": {**FULL, "learning_rate": 3e-5},
     "on_topic": {**FULL, "learning_rate": 1e-4, "off_topic": 300},
+    "on_topic_slow": {**FULL, "learning_rate": 5e-5, "off_topic": 300},
     "broad": {**BROAD, "learning_rate": 1e-4},
-    "broad_slow": {**BROAD, "learning_rate": 3e-5},
+    "broad_slow": {**BROAD, "learning_rate": 5e-5},
 }
 # The Bradley-Terry twin of each: the same but for the text loss.
 CANDIDATES |= {f"{name}_bt": {**candidate, "regularizer": "none"} for name, candidate in CANDIDATES.items()}
@@ -77,8 +77,10 @@ def off_topic(rows: list[dict], pairs: int) -> list[dict]:
     random.Random(0).shuffle(drawn)
     made = []
     for i in range(pairs):
-        row, other = drawn[i % len(drawn)], drawn[(i + 1 + i // len(drawn)) % len(drawn)]
-        made.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": other["chosen"]})
+        row, behind = drawn[i % len(drawn)], i + 1 + i // len(drawn)
+        others = (drawn[(behind + j) % len(drawn)]["chosen"] for j in range(len(drawn)))
+        other = next(chosen for chosen in others if chosen != row["chosen"])
+        made.append({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": other})
     return made
 
 

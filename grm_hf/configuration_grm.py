@@ -5,12 +5,14 @@ This file is shipped to the Hub as it is, so it imports only transformers and th
 """
 
 import copy
+import json
 import math
 import os
 
 import transformers
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils import cached_file
 
 from .heads_grm import COMBINERS
 
@@ -27,6 +29,30 @@ CHECKED_ON_4 = (
 )
 HEAD_TYPES = ("mlp", "linear", "bnrm")
 BOS_POLICIES = ("single", "double")
+# How a text is read, and the scale of its reward. They travel with an export, and in a file beside an adapter, which
+# has no config.json.
+POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
+ADAPTER_POLICIES = "adapter_policies.json"
+
+
+def save_policies(config, folder):
+    """Write `POLICIES` of a configuration beside an adapter."""
+    with open(os.path.join(folder, ADAPTER_POLICIES), "w", encoding="utf-8") as stream:
+        stream.write(json.dumps({name: getattr(config, name) for name in POLICIES}, indent=2) + "\n")
+
+
+def take_policies(config, adapter, hub=None):
+    """Set in a configuration the `POLICIES` that lie beside an adapter (folder or Hub id). Without the file, which
+    only this package writes, the configuration stays as it is."""
+    hub = {name: value for name, value in (hub or {}).items() if name != "proxies"}
+    for kind in ("missing_entries", "connection_errors"):
+        hub[f"_raise_exceptions_for_{kind}"] = False
+    file = cached_file(adapter, ADAPTER_POLICIES, **hub)
+    if file is not None:
+        with open(file, encoding="utf-8") as stream:
+            stored = json.load(stream)
+        for name in POLICIES:
+            setattr(config, name, stored.get(name, getattr(config, name)))
 
 
 def _text_property(name):

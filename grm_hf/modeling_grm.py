@@ -31,7 +31,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, find_adapter_config_file
 
-from .configuration_grm import TRANSFORMERS_4, GRMConfig, check_attributes
+from .configuration_grm import TRANSFORMERS_4, GRMConfig, check_attributes, save_policies, take_policies
 from .heads_grm import GRMAttributeHead, GRMFactorWeights, build_head
 
 
@@ -376,6 +376,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         [`~GRMForSequenceClassification.from_pretrained`] loaded is saved as peft saves it."""
         if (adapted := self.__dict__.get("_adapted")) is not None and not kwargs.get("push_to_hub"):
             adapted.save_pretrained(os.fspath(save_directory), is_main_process=is_main_process)
+            if is_main_process:
+                save_policies(self.config, save_directory)
             return
         ours = self._auto_class is None and type(self) is not GRMForSequenceClassification
         if ours and kwargs.get("push_to_hub"):
@@ -917,6 +919,7 @@ def _load_adapter(model, adapter, name, hub):
     lacking = [key for key, p in own.items() if key in absent and id(p) not in present]
     missing = [key.removeprefix("base_model.model.") for key in lacking]
     _check_loaded(adapter, dict(missing_keys=missing, unexpected_keys=report.unexpected_keys, mismatched_keys=()))
+    take_policies(model.config, adapter, hub)
     model._hf_peft_config_loaded = True
     model.__dict__["_adapted"] = wrapped  # not a part of `model`: the PeftModel contains `model`
 

@@ -13,11 +13,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
+from .configuration_grm import POLICIES
 from .modeling_grm import last_token_positions
-
-
-# Set by `grm export`, so that `grm convert` gives a model with the same scores.
-POLICIES = ("bos_policy", "max_sequence_length", "overlength", "reward_mean", "reward_std", "reward_temperature")
 
 
 class _ForRewardModel:

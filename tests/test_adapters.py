@@ -2,6 +2,7 @@
 what a run begins with, by id or folder."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -23,8 +24,11 @@ pytest.importorskip("trl", reason="needs the extra `train`")
 
 import peft  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import AutoModelForSequenceClassification  # noqa: E402
 
-from grm_hf import GRMForSequenceClassification, GRMRewardTrainer  # noqa: E402
+from grm_hf import GRMForSequenceClassification, GRMRewardTrainer, GRMScorer  # noqa: E402
+from grm_hf.configuration_grm import ADAPTER_POLICIES as FILE  # noqa: E402
+from grm_hf.configuration_grm import POLICIES  # noqa: E402
 from grm_hf.scoring import verify  # noqa: E402
 from grm_hf.training import merge_adapter  # noqa: E402
 
@@ -105,6 +109,34 @@ ENDS = {
 def test_adapters_on_embeddings_and_head_merge_exactly(tmp_path, what, tie):
     run = fit(tmp_path / "run", grm(tie_word_embeddings=tie), LoraConfig(r=4, **ENDS[what]))
     assert_merges(run, tmp_path / "merged")
+
+
+def policies(model):
+    return {name: getattr(model.config, name) for name in POLICIES}
+
+
+def test_how_an_adapter_reads_and_scales_is_saved_with_it(tmp_path):
+    """The base does not know what training sets: `max_sequence_length`, mean and standard deviation of the reward."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    run = fit(tmp_path / "run", config=lora(), evaluation=pairs(8, seed=3), max_length=48, **steps, **best)
+    config = run.model.get_base_model().config
+    config.reward_temperature, config.overlength = 1.7, "error"
+    checkpoint = json.loads((tmp_path / "run" / f"checkpoint-{run.state.best_global_step}" / FILE).read_text())
+    assert config.reward_std == checkpoint["reward_std"] not in (0.0, 1.0)
+    run.save_model()
+    expected = policies(run.model)
+    assert expected["max_sequence_length"] == 48 and expected["reward_mean"] == checkpoint["reward_mean"] != 0.0
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert policies(loaded) == expected
+    assert GRMScorer(loaded, TOKENIZER).probability(1.0, 0.0) == pytest.approx(1 / (1 + math.exp(-1 / 1.7)))
+    assert policies(AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")) == expected
+    assert policies(merge_adapter(tmp_path / "run", tmp_path / "merged")) == expected
+    loaded.save_pretrained(tmp_path / "again")
+    assert policies(GRMForSequenceClassification.from_pretrained(tmp_path / "again")) == expected
+
+    (tmp_path / "run" / FILE).unlink()  # an adapter of an earlier release, or one that peft saved
+    assert policies(GRMForSequenceClassification.from_pretrained(tmp_path / "run"))["reward_temperature"] == 1.0
 
 
 def test_what_cannot_be_merged_leaves_nothing(tmp_path, monkeypatch):

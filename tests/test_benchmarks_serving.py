@@ -18,6 +18,7 @@ def results(ours, theirs, bf16):
         "seconds": {case: seconds for case in serving.GOALS},
         "tokens": {case: 100 for case in serving.GOALS},
         "rounds": 5,
+        "products": {"float32": 100.0, "bfloat16": 210.0},
         "versions": {"torch": "2.13.0", "vllm": "0.32.0"},
         "processor": "a processor",
     }
@@ -29,6 +30,7 @@ def test_verdicts_compare_with_the_faster_of_both():
     assert found["16 unrelated, bfloat16 over float32"] == (4.0, 2.0)
     page = serving.report(results(2.0, 1.0, 0.5))
     assert "| 16 unrelated | 100 | 2.00 | **1.00** | 2.00 | 0.50 |" in page
+    assert "runs at 100 GFLOP/s in float32 and at 210 in bfloat16 on this processor, 2.1 times as fast." in page
     assert "| 16 unrelated, speed over the faster vLLM: at least 0.95 | 0.50 | **not met** |" in page
 
 

@@ -91,7 +91,12 @@ def test_scores(on_amd, monkeypatch, layout):
     model = chat_grm(tokenizer, head_hidden_size=16)
     chats = [{"prompt": "one " * 20, "response": "two " * n} for n in range(1, 9)]
     scorer = GRMScorer(model, tokenizer, layout=layout)
+    seen = []
+    hook = model.model.register_forward_pre_hook(lambda *_: seen.append(active()))
+    monkeypatch.setattr(module, "MIN_TOKENS", 1)
     found = scorer.score(chats)
+    hook.remove()
+    assert seen and all(seen)
     monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
     expected = scorer.score(chats)
     assert found == pytest.approx(expected, abs=2e-6)

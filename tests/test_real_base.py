@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import chatml_tokenizer, tiny_lm
+from tiny import assistant, chatml_tokenizer, tiny_lm, user
 
 
 pytest.importorskip("trl", reason="training extra")
@@ -24,6 +24,7 @@ import real_base_page as page  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from grm_hf import GRMScorer  # noqa: E402
+from grm_hf.configuration_grm import ADAPTER_POLICIES  # noqa: E402
 
 
 ORIGIN = "a base"
@@ -304,6 +305,19 @@ def test_the_card_of_the_published_model_is_made_from_what_was_measured():
     card = (publish.MODEL / "README.md").read_text(encoding="utf-8")
     assert all(line in card for line in (*publish.table(measured), *publish.calibration(measured)))
     assert publish.length_sentence(measured) in card
+    policies = json.loads((publish.MODEL / ADAPTER_POLICIES).read_text(encoding="utf-8"))
+    assert policies["reward_temperature"] == publish._candidate(measured)["temperature"] != 1.0
+
+
+def test_pairs_off_topic_answer_another_prompt():
+    texts = ["sure", "sure", "north", "blue", "42"]
+    rows = [{"prompt": [user(f"{i}?")], "chosen": [assistant(text)], "rejected": []} for i, text in enumerate(texts)]
+    made = published_model.off_topic(rows + rows, 12)
+    chosen = {row["prompt"][0]["content"]: row["chosen"] for row in rows}
+    assert len(made) == 12 and all(row["chosen"] == chosen[row["prompt"][0]["content"]] for row in made)
+    assert all(row["rejected"] != row["chosen"] and row["rejected"] in chosen.values() for row in made)
+    assert len({row["prompt"][0]["content"] for row in made[:5]}) == 5  # each prompt in turn
+    assert len({(row["prompt"][0]["content"], row["rejected"][0]["content"]) for row in made[:10]}) >= 9
 
 
 @pytest.fixture
@@ -313,12 +327,13 @@ def few_shipped(tiny_base, few_pairs, monkeypatch, tmp_path):
     monkeypatch.setattr(published_model.base, "folder", lambda source: tiny_base)
     monkeypatch.setattr(published_model.base, "load_pairs", lambda split, sources=None: pairs)
     monkeypatch.setattr(published_model, "RUNS", tmp_path)
+    monkeypatch.setitem(published_model.CANDIDATES["on_topic"], "off_topic", 0)
     monkeypatch.setattr(published_model, "precision", lambda: "float32")
 
 
 def test_a_candidate_trained_in_full_is_cut_to_its_best_approximation(few_shipped):
     """A difference of low rank is kept whole, and rewards with it."""
-    trained = published_model.make_trainer("instructions_full", full=True)
+    trained = published_model.make_trainer("on_topic", full=True)
     layers = published_model.linear_layers(trained.model)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -328,7 +343,7 @@ def test_a_candidate_trained_in_full_is_cut_to_its_best_approximation(few_shippe
             layer.weight += 0.1 * left @ right
         trained.model.score.out.weight += 0.5
     trained.state.global_step = 7
-    made = published_model.cut(trained, "instructions_full")
+    made = published_model.cut(trained, "on_topic")
     assert made.state.global_step == 7
     rows = published_model.base.load_pairs("validation").to_list()
     pairs = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]

@@ -22,6 +22,7 @@ from rollouts import (
 )
 from tiny import byte_tokenizer, chatml_tokenizer
 
+from grm_hf.configuration_grm import save_policies
 from grm_hf.pairs import Encoder
 from grm_hf.rewards import (
     RewardEnsemble,
@@ -318,6 +319,20 @@ def test_ensemble_of_adapters_shares_the_body(tmp_path):
     )
     with pytest.raises(ValueError, match="identical"):
         RewardEnsemble.from_adapters(grm(), [folders[0], folders[0]], CHATML, statistics=None)
+
+    base = grm()
+    base.config.reward_mean, base.config.reward_std = 7.0, 9.0  # of the base's own head, which no member has
+    stored = [(0.5, 2.0), (-1.0, 0.25)]
+    for folder, (base.config.reward_mean, base.config.reward_std) in zip(folders, stored, strict=True):
+        save_policies(base.config, folder)
+    ensemble = RewardEnsemble.from_adapters(grm(), folders, CHATML)
+    assert ensemble.settings["statistics"] == stored
+    by_hand = [sum((a - m) / s for a, (m, s) in zip(row, stored, strict=True)) / 2 for row in zip(*apart, strict=True)]
+    assert grm_reward_func(ensemble)(PROMPTS, completions()) == pytest.approx(by_hand, abs=1e-4)
+    base.config.max_sequence_length = 33
+    save_policies(base.config, folders[1])
+    with pytest.raises(ValueError, match=r"`max_sequence_length` is one of \[33, None\]. Merge them"):
+        RewardEnsemble.from_adapters(grm(), folders, CHATML)
 
 
 # -------------------------------------------------------------------------------------------------------------- labels

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from ..configuration_grm import BOS_POLICIES, GRMConfig
+from ..configuration_grm import BOS_POLICIES, POLICIES, GRMConfig
 from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
-from ..native import POLICIES, REWARD_MODELS
+from ..native import REWARD_MODELS
 from ..scoring.golden import save_golden
 from .tokenizer import load_tokenizer
 

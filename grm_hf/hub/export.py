@@ -27,13 +27,12 @@ from transformers import (
 from transformers.utils import logging
 
 from ..chats import as_messages
-from ..configuration_grm import as_in_transformers_4
+from ..configuration_grm import POLICIES, as_in_transformers_4
 from ..encoding import Encoder
 from ..folders import new_folder, readable
 from ..heads_grm import GRMFactorWeights
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import (
-    POLICIES,
     REWARD_MODELS,
     ZERO_BIAS,
     Qwen2ForRewardModel,

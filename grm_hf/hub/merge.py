@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ..configuration_grm import take_policies
 from ..devices import evaluating
 from ..folders import new_folder, readable
 from ..modeling_grm import GRMForSequenceClassification
@@ -80,6 +81,7 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
     with new_folder(output_dir) as folder:
         base = GRMForSequenceClassification.find_base(settings["base_model_name_or_path"], adapter)
         model = GRMForSequenceClassification.from_pretrained(base, dtype=dtype)
+        take_policies(model.config, adapter)
         ends = model.get_input_embeddings(), model.get_output_embeddings()
         wrapped = PeftModel.from_pretrained(model, adapter)
         expected = _outputs(wrapped)

@@ -181,7 +181,7 @@ def _refuse_unknown(commit_kwargs):
 # ------------------------------------------------------------------------------------------------------------- staging
 
 
-def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tempfile.TemporaryDirectory:
+def stage(folder: str | Path, name: str) -> tempfile.TemporaryDirectory:
     """
     A complete, standalone copy for a push. Later changes of the folder do not affect it.
 
@@ -190,8 +190,6 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
             Folder of a model or an adapter.
         name (`str`):
             Name of the model, for a new card.
-        config ([`GRMConfig`], *optional*):
-            The live configuration of a run: an adapter's folder does not have the fields that training has set.
     """
     folder = Path(folder)
     with readable(folder):
@@ -202,7 +200,7 @@ def stage(folder: str | Path, name: str, config: GRMConfig | None = None) -> tem
         out, left = Path(staged.name), []
         adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
         if adapter:
-            _merge(folder, out, config)
+            _merge(folder, out)
         weights = loaded_weights(folder)
         if len(weights) > 1 or weights != ["model.safetensors"]:
             weights = [*weights, "model.safetensors.index.json"]
@@ -249,16 +247,11 @@ def _link(source, target):
         shutil.copy(source, target)
 
 
-def _merge(folder, out, config):
+def _merge(folder, out):
     from .merge import merge_adapter  # only an adapter needs peft
 
     with torch.random.fork_rng(devices=[]):  # building the adapter draws numbers that a running training would miss
         merge_adapter(str(folder), str(out))
-    if config is not None:
-        merged = GRMConfig.from_pretrained(out)
-        for name in ("max_sequence_length", "reward_mean", "reward_std", "reward_temperature"):
-            setattr(merged, name, getattr(config, name))
-        merged.save_pretrained(out)
 
 
 def _write_adapter_config(folder, out):

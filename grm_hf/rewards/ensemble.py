@@ -5,6 +5,7 @@ Members are whole models, adapters on one model, or heads on one body. The Bradl
 zero and, in practice, its scale. Members are therefore standardised before they are combined.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..chats import rows_of
+from ..configuration_grm import take_policies
 from ..devices import alone
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring import Score
@@ -102,7 +104,8 @@ class RewardEnsemble:
             raise ValueError(f"{len(tokenizers)} tokenizers for {len(members)} members; give one each, or none.")
         scorers = [policy_scorer(m, t, max_tokens_per_batch) for m, t in zip(members, tokenizers, strict=True)]
         _refuse_identical([dict(scorer.model.state_dict(keep_vars=True)) for scorer in scorers])
-        self._setup(scorers, [None] * len(scorers), (how, k, weight), statistics)
+        configs = [scorer.model.config for scorer in scorers]
+        self._setup(scorers, [None] * len(scorers), (how, k, weight), statistics, configs)
         self.model: nn.Module = nn.ModuleList(scorer.model for scorer in scorers)
 
     @classmethod
@@ -142,16 +145,26 @@ class RewardEnsemble:
                     own[key.replace(f".{name}", "")] = parameter
         _refuse_identical(weights)
 
+        configs = [copy.deepcopy(model.config) for _ in names]
+        for config, adapter in zip(configs, adapters, strict=True):
+            take_policies(config, adapter)
+        for name in ("bos_policy", "max_sequence_length", "overlength"):
+            if len(found := {getattr(config, name) for config in configs}) > 1:
+                raise ValueError(
+                    f"The adapters read texts in different ways: `{name}` is one of {sorted(found, key=str)}. Merge "
+                    "them (`grm merge`), and pass the models to `RewardEnsemble`."
+                )
+            setattr(model.config, name, *found)
         scorer = PolicyScorer(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch)
         ensemble = cls.__new__(cls)
         activations = [_Activate(wrapped, name) for name in names]
-        ensemble._setup([scorer] * len(names), activations, (how, k, weight), statistics)
+        ensemble._setup([scorer] * len(names), activations, (how, k, weight), statistics, configs)
         ensemble.model = model
         return ensemble
 
-    def _setup(self, scorers, activations, combination, statistics):
+    def _setup(self, scorers, activations, combination, statistics, configs):
         self._scorers, self._activations, self._combination = scorers, activations, combination
-        self._statistics = _statistics(statistics, [scorer.model.config for scorer in scorers])
+        self._statistics = _statistics(statistics, configs)
         how, k, weight = combination
         self.settings = {"how": how, "k": k, "weight": weight, "statistics": self._statistics}
         first = scorers[0].tokenizer

@@ -486,9 +486,9 @@ class GRMScorer:
         for number, members in enumerate(batches):
             if number % ranks == rank:
                 batch, paths = lay_out([texts[i] for i in members], self.layout)
+                device, tokens = self.model.device, batch["input_ids"].numel()
                 # For each batch, so that a trainer gets its turn.
-                quick = quick_products(self.model.device, batch["input_ids"].numel())
-                with torch.no_grad(), evaluating(self.model), quick:
+                with torch.no_grad(), evaluating(self.model), quick_products(device, tokens):
                     table[members] = compute(members, batch, paths).double().cpu()
             if done is not None:
                 done(members)

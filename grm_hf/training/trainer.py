@@ -25,7 +25,7 @@ from trl import RewardTrainer
 
 from .. import losses
 from ..attention import serve_segments
-from ..configuration_grm import GRMConfig
+from ..configuration_grm import ADAPTER_POLICIES, GRMConfig, save_policies
 from ..devices import alone, evaluating
 from ..encoding import Encoder
 from ..hub import card, publish
@@ -603,6 +603,7 @@ class GRMRewardTrainer(RewardTrainer):
         spell_for_transformers_4(folder)
         if is_peft_model(self.model):
             adapters.require_head(folder)
+            save_policies(_unwrapped(self.model).config, folder)
             readme.unlink(missing_ok=True)  # PEFT has written its own, or has named the base by its path
             if written is not None:
                 readme.write_bytes(written)
@@ -709,7 +710,7 @@ class GRMRewardTrainer(RewardTrainer):
 
     def _push(self, folder, message, blocking, token, revision):
         """Stage a folder now and send it now, or in the background (a future)."""
-        staged = publish.stage(folder, self.hub_model_id, _unwrapped(self.model).config)
+        staged = publish.stage(folder, self.hub_model_id)
 
         def send():
             with staged:
@@ -811,10 +812,10 @@ def _disable_functional_dropout(model):
 
 
 def _moments_of(checkpoint):
-    """Mean and standard deviation of the rewards at a checkpoint's evaluation. An adapter's checkpoint has none."""
-    file = Path(checkpoint, "config.json")
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config.get("reward_mean", 0.0), config.get("reward_std", 1.0)
+    """Mean and standard deviation of the rewards at a checkpoint's evaluation."""
+    files = [Path(checkpoint, name) for name in ("config.json", ADAPTER_POLICIES)]
+    stored = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
+    return stored.get("reward_mean", 0.0), stored.get("reward_std", 1.0)
 
 
 def _last_complete_checkpoint(folder):
