@@ -1,14 +1,15 @@
-"""The cost of GRM on a GPU, and the study's remaining units there. It needs a GPU and takes at most nine minutes.
+"""The cost of GRM on a GPU; the published model's candidate on all pairs and the study's remaining units there. It
+needs a GPU and takes at most nine minutes.
 
-    python benchmarks/gpu.py [--minutes 9]   # what has no file yet in docs/results/gpu, then the study
+    python benchmarks/gpu.py [--minutes 9]   # what has no file yet in docs/results/gpu, then candidate and study
     python benchmarks/gpu.py --report        # the section of docs/benchmarks.md, from what there is
     python benchmarks/gpu.py --toy           # on any processor, at toy size, to see that it works; writes nothing
 
 Training: forward, backward and AdamW at the shape of Llama-3.2-1B in bfloat16, on lengths of hh and ultrafeedback
 (real ones with `shared/data`). MFU is the FLOPs of the computed tokens (formula of benchmarks/training.py), divided by
 the time and by the GPU's dense bfloat16 peak. Sharing computes fewer tokens for the same pairs, so its gain shows in
-pairs a second. Scoring: `GRMScorer` against the transformers pipeline. The study: benchmarks/real_base.py, several at
-a time.
+pairs a second. Scoring: `GRMScorer` against the transformers pipeline. The candidate and its Bradley-Terry twin:
+benchmarks/published_model.py. The study: benchmarks/real_base.py, several at a time.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+import published_model
 import torch
 from datasets import Dataset
 from real_base import digest, write
@@ -38,6 +40,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 409
 PADDED, PACKED, SHARED = (f"sft, {layout}" for layout in ("padded", "packed", "shared_prefix"))
 SIDES = (TRL, ORIGINAL, PADDED, PACKED, SHARED)
 GOAL = 0.40  # MFU without sharing
+CANDIDATE = "broad"  # of the published model: all pairs
 TOY = Shape(2, 64, 176, 32, 512)
 
 
@@ -255,13 +258,17 @@ def run_all(toy: bool, results: Path, until: float) -> list[dict]:
     return found
 
 
-def study(until: float, workers: int) -> None:
-    """The study's remaining units, until the time is over; a unit that is cut off is done again later."""
-    command = [sys.executable, str(Path(__file__).parent / "real_base.py"), "--workers", str(workers)]
-    try:
-        subprocess.run(command, timeout=max(0.0, until - time.monotonic()), check=True)
-    except subprocess.TimeoutExpired:
-        print("the study's time is over; what is left: python benchmarks/real_base.py --list")
+def go_on(until: float, workers: int) -> None:
+    """The candidate and its twin, then the study's remaining units, until the time is over. What is cut off is done
+    again later."""
+    names = (CANDIDATE, f"{CANDIDATE}_bt")
+    left = [["published_model.py", name] for name in names if not (published_model.RESULTS / f"{name}.json").is_file()]
+    for script, *arguments in [*left, ["real_base.py", "--workers", str(workers)]]:
+        command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+        try:
+            subprocess.run(command, timeout=max(0.0, until - time.monotonic()), check=True)
+        except subprocess.TimeoutExpired:
+            print(f"no time left for {script} {' '.join(arguments)}; run this again")
 
 
 def main() -> None:
@@ -281,7 +288,7 @@ def main() -> None:
             sys.exit("There is no GPU here. `--toy` shows that the script works.")
         RESULTS.mkdir(parents=True, exist_ok=True)
         run_all(False, RESULTS, until)
-        study(until, args.workers)
+        go_on(until, args.workers)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     if not results:
         sys.exit(f"{RESULTS} has no results yet.")

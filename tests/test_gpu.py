@@ -1,6 +1,7 @@
 """The script for a GPU, at toy size on this processor: every side runs, what has a file is not done again, and MFU is
 what the formula says."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,31 @@ def test_toy_size_and_again(tmp_path, monkeypatch):
 def test_no_time_left(tmp_path, capsys):
     assert gpu.run_all(True, tmp_path, time.monotonic() - 1) == []
     assert capsys.readouterr().out.count("no time left") == len(gpu.units(True))
+
+
+def test_candidate_and_study_go_on_while_there_is_time(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(command, timeout, check):
+        ran.append([Path(command[1]).name, *command[2:]])
+        if timeout == 0:
+            raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu.published_model, "RESULTS", tmp_path)
+    candidates = [["published_model.py", name] for name in ("broad", "broad_bt")]
+    everything = [*candidates, ["real_base.py", "--workers", "3"]]
+    assert gpu.CANDIDATE in gpu.published_model.CANDIDATES
+    gpu.go_on(time.monotonic() + 100, 3)
+    assert ran == everything and capsys.readouterr().out == ""
+    ran.clear()
+    (tmp_path / "broad.json").write_text("{}")
+    gpu.go_on(time.monotonic() - 1, 3)
+    assert ran == everything[1:]
+    assert capsys.readouterr().out.splitlines() == [
+        "no time left for published_model.py broad_bt; run this again",
+        "no time left for real_base.py --workers 3; run this again",
+    ]
 
 
 def test_mfu_is_flops_over_time_and_peak():

@@ -317,7 +317,7 @@ def test_pairs_off_topic_answer_another_prompt():
     assert len(made) == 12 and all(row["chosen"] == chosen[row["prompt"][0]["content"]] for row in made)
     assert all(row["rejected"] != row["chosen"] and row["rejected"] in chosen.values() for row in made)
     assert len({row["prompt"][0]["content"] for row in made[:5]}) == 5  # each prompt in turn
-    assert len({(row["prompt"][0]["content"], row["rejected"][0]["content"]) for row in made[:10]}) >= 9
+    assert len({(row["prompt"][0]["content"], row["rejected"][0]["content"]) for row in made[:10]}) > 5
 
 
 @pytest.fixture
