@@ -31,7 +31,7 @@ RUNS = ROOT / "runs" / "published"
 NAME = "grm-smollm2-135m"
 RANK = 8
 OFF_TOPIC_VALIDATION = 60  # pairs
-LONGEST = 2000  # characters of prompt and response together, in a file
+LONGEST = 1500  # characters of prompt and response together, in a file
 # What a candidate is trained on: sources of the shipped pairs; files of `shared/data` (MIT) beside them; and pairs
 # made from these, in which the rejected response answers another prompt (`off_topic`: how many). With `full`, all
 # linear layers are trained themselves, and their difference from the base is then cut to rank `RANK`.
@@ -47,12 +47,11 @@ COMMON = {
 }
 INSTRUCTIONS = ["pandalm", "ultrafeedback"]
 FULL = {**COMMON, "sources": INSTRUCTIONS, "full": True}
-BROAD = {**FULL, "files": ["ultrafeedback_train", "hh_helpful_base_train"], "off_topic": 500}
+BROAD = ["ultrafeedback_train", "hh_helpful_base_train", "hh_harmless_base_train"]
 CANDIDATES: dict[str, dict] = {
     "on_topic": {**FULL, "learning_rate": 1e-4, "off_topic": 300},
     "on_topic_slow": {**FULL, "learning_rate": 5e-5, "off_topic": 300},
-    "broad": {**BROAD, "learning_rate": 1e-4},
-    "broad_slow": {**BROAD, "learning_rate": 5e-5},
+    "broad": {**FULL, "learning_rate": 1e-4, "off_topic": 300, "files": BROAD},
 }
 # The Bradley-Terry twin of each: the same but for the text loss.
 CANDIDATES |= {f"{name}_bt": {**candidate, "regularizer": "none"} for name, candidate in CANDIDATES.items()}
