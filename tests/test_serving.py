@@ -716,12 +716,13 @@ def test_verify_asks_the_server(served, folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_and_stops_gracefully(folder, stop):
+@pytest.mark.parametrize(("stop", "dtype"), [(signal.SIGTERM, "float32"), (signal.SIGINT, "bfloat16")])
+def test_the_command_serves_and_stops_gracefully(folder, stop, dtype):
+    expected = GRMScorer(folder, dtype=dtype).score(["a"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "grm_hf.cli", "serve", folder, "--port", str(port)]
+    command = [sys.executable, "-m", "grm_hf.cli", "serve", folder, "--port", str(port), "--dtype", dtype]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert f"http://127.0.0.1:{port}" in process.stdout.readline()
@@ -734,7 +735,7 @@ def test_the_command_serves_and_stops_gracefully(folder, stop):
             time.sleep(0.3)
             process.send_signal(stop)
             assert len(work.result()["rewards"]) == 500  # what was in work is answered
-        assert len(answers) == 1 and process.wait(60) == 0
+        assert answers == close(expected) and process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
@@ -812,5 +813,5 @@ def test_the_page_names_what_there_is(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     options = capsys.readouterr().out
-    for option in ("--host", "--port", "--route", "--api-key", "--max-body", "--max-texts", "--max-queue"):
+    for option in ("--host", "--port", "--route", "--api-key", "--dtype", "--max-body", "--max-texts", "--max-queue"):
         assert option in options and option in text
