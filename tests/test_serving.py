@@ -370,6 +370,22 @@ def test_retries_and_replies_that_are_none():
         RemoteScorer(Flaky((400, '{"error": {"message": "no such thing"}}')).url).score(["a"])
 
 
+def test_the_client_takes_what_the_scorer_takes(served, scorer):
+    pandas = pytest.importorskip("pandas")
+    row = {"prompt": QUESTION, "response": "Rhine"}
+    remote, expected = RemoteScorer(served), scorer.score([row])
+    assert remote.score(pandas.DataFrame([row])) == close(expected)
+    assert remote.score(row for _ in range(1)) == close(expected)
+    for none in ("Rhine", row):
+        for one in (remote, scorer):
+            with pytest.raises(ValueError, match="this takes chats and got"):
+                one.score(none)
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        remote.score([{**row, "margin": torch.tensor(1.0)}])
+    with pytest.raises(ValueError, match=r"text 2: the last message has role 'user'.*Its text 0 is chat 64"):
+        remote.score([row] * 66 + [QUESTION])
+
+
 def test_a_server_that_never_answers_is_left_in_time():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         start = time.monotonic()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from transformers import AutoConfig, AutoTokenizer
 
+from ..chats import rows_of
 from ..encoding import Encoder, left_out
 from ..scoring import Score
 from .rollouts import Rendered, Rollout, RolloutEncoder
@@ -134,7 +135,7 @@ class RemoteScorer:
 
     def stream(self, chats: Iterable) -> Iterator[Score]:
         """As [`~RemoteScorer.score`], with details."""
-        named = [self._sent(number, chat) for number, chat in enumerate(chats)]
+        named = [self._sent(number, chat) for number, chat in enumerate(rows_of(chats))]
         size = self.protocol.at_once
         batches = [named[start : start + size] for start in range(0, len(named), size)]
         with ThreadPoolExecutor(max_workers=8 * len(self.places)) as pool:
@@ -168,7 +169,12 @@ class RemoteScorer:
 
     def _ask(self, number: int, batch: list) -> tuple[list[float], list]:
         """The rewards of a batch, and what the server read of it."""
-        body = json.dumps(self.protocol.request(batch)).encode()
+        try:
+            body = json.dumps(self.protocol.request(batch)).encode()
+        except TypeError as error:
+            raise ValueError(
+                f"a chat cannot be sent as JSON ({error}). Give text, lists, dictionaries, numbers."
+            ) from error
         for attempt in range(self.retries + 1):
             url, _, headers = self.places[(number + attempt) % len(self.places)]
             try:
@@ -177,6 +183,8 @@ class RemoteScorer:
             except urllib.error.HTTPError as error:
                 said = _message(error.read())
                 if error.code not in AGAIN:
+                    first = number * self.protocol.at_once
+                    said += f" (Its text 0 is chat {first}.)" if first else ""
                     raise ValueError(f"{url} answers {error.code}: {said}") from error
                 failure, wait = f"it answers {error.code}: {said}", error.headers.get("Retry-After")
             except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, cut off
