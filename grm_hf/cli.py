@@ -204,6 +204,7 @@ def command_line() -> argparse.ArgumentParser:
     serve.add_argument("--name", help="what the model is called in replies (default: as given)")
     serve.add_argument("--api-key", help="key that requests must send; required beyond loopback (or GRM_API_KEY)")
     serve.add_argument("--max-tokens-per-batch", type=int, default=8192, help="most tokens of a batch (default: 8192)")
+    serve.add_argument("--dtype", help="dtype of the body, such as bfloat16 (default: as saved)")
     serve.add_argument("--max-body", type=int, default=16 * 2**20, help="most bytes of a request (default: 16 MiB)")
     serve.add_argument("--max-texts", type=int, default=1024, help="most texts of a request (default: 1024)")
     serve.add_argument("--max-queue", type=int, default=8192, help="most texts that wait (default: 8192)")
@@ -812,6 +813,7 @@ def _serve(args):
         name=args.name,
         limits=Limits(body=args.max_body, texts=args.max_texts, queue=args.max_queue),
         max_tokens_per_batch=args.max_tokens_per_batch,
+        dtype=args.dtype,
     )
 
 

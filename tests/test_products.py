@@ -48,10 +48,16 @@ def test_operations_are_counted_alike(on_amd):
 
 @needs_onednn
 def test_other_dtypes_gradients_and_short_batches_are_left_alone(on_amd):
-    with torch.no_grad(), quick_products(CPU, 300):
-        for dtype in (torch.float64, torch.bfloat16):
+    called = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: called.append(given[0].dtype))
+        for dtype in (torch.float64, torch.bfloat16, torch.float32):
             layer, x = nn.Linear(8, 4).to(dtype), torch.randn(5, 8, dtype=dtype)
-            assert torch.equal(layer(x), x @ layer.weight.T + layer.bias) or dtype == torch.bfloat16
+            expected = layer(x)
+            with quick_products(CPU, 300):
+                found = layer(x)
+            assert dtype == torch.float32 or torch.equal(found, expected)
+    assert called == [torch.float32]
     with torch.no_grad(), quick_products(CPU, 255):
         assert not active()
     with quick_products(CPU, 300):

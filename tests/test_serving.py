@@ -250,6 +250,35 @@ def test_score(served, scorer, rewards):
     assert reply["rewards"][:3] == close(rewards) and reply["rewards"][6] == close(rewards[0])
     assert reply["rewards"][3] == close(reply["rewards"][4]) == close(scorer.score(["plain text"])[0])
     assert reply["truncated"] == [False] * 7 + [True] and reply["tokens"][7] == 400
+    assert reply["unread"] == [[]] * 8
+
+
+CUTS_THINKING = (
+    "{{ bos_token }}{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n"
+    "{{ m.content.split('</think>')[-1] }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n{% endif %}"
+)
+
+
+def test_what_the_template_leaves_out_is_said(tmp_path):
+    """By the reply and once in the log of the server, and by the client, whatever the route."""
+    tokenizer = llama_tokenizer()
+    tokenizer.chat_template = CUTS_THINKING
+    thinks = saved(tmp_path / "grm", tokenizer)
+    scorer = GRMScorer(thinks)
+    chats = [chat(ANSWERS[0]), chat(f"<think>hm</think>{ANSWERS[0]}")]
+    with pytest.warns(UserWarning, match="whose thinking the chat template leaves out"):
+        expected = scorer.score(chats)
+    with running(scorer) as (app, url):
+        with pytest.warns(UserWarning, match="whose thinking the chat template leaves out"):
+            reply = post(f"{url}/score", {"chats": chats})
+        assert reply["rewards"] == close(expected) and reply["unread"] == [[], ["thinking"]]
+        assert post(f"{url}/score", {"chats": ["y" * 500]})["truncated"] == [True]
+        assert "grm_truncated_texts 1.0" in urllib.request.urlopen(f"{url}/metrics").read().decode()
+        for route in PROTOCOLS:
+            with pytest.warns(UserWarning, match="whose thinking the chat template leaves out") as said:
+                assert RemoteScorer(url + route, thinks).score(chats * 2) == close(expected * 2)
+            assert any(warning.filename.endswith("remote.py") for warning in said)
 
 
 def test_transforms_by_name(served, scorer, rewards):
@@ -283,6 +312,13 @@ def test_transforms_of_the_client(served, folder):
     remote = grm_reward_func(f"{served}/classify", folder, transform="standardize")
     assert remote(prompts, completions) == close(expected)
     assert grm_reward_func(f"{served}/score?transform=standardize")(prompts, completions) == close(expected)
+    # It needs the number of tokens of each text, which at /score the server knows.
+    prompts, completions = [QUESTION] * 4, [[{"role": "assistant", "content": answer}] for answer in ANSWERS]
+    expected = grm_reward_func(folder, transform="length_residual")(prompts, completions)
+    assert expected != close(grm_reward_func(folder)(prompts, completions))
+    for path in PROTOCOLS:
+        remote = grm_reward_func(served + path, folder, transform="length_residual")
+        assert remote(prompts, completions) == close(expected)
 
 
 def test_several_addresses_share_the_work_and_order_is_kept(scorer, served):
@@ -317,19 +353,37 @@ class Flaky(threading.Thread):
 
 
 def test_retries_and_replies_that_are_none():
-    good = '{"rewards": [1.5]}'
+    good = '{"rewards": [1.5], "tokens": [3], "truncated": [true], "unread": [[]]}'
     flaky = Flaky((503, "busy"), (None, ""), (200, '{"rewards": [1'), (200, good))
-    assert RemoteScorer(flaky.url).score(["a"]) == [1.5]
+    [score] = RemoteScorer(flaky.url).stream(["a"])
+    assert (score.score, score.tokens, score.truncated) == (1.5, 3, True)
     for body, words in (
         ('{"rewards": [1, 2]}', "2 rewards for 1 texts"),
         ('{"rewards": [NaN]}', "not numbers"),
         ('{"scores": [1]}', "another reply than /score has"),
+        ('{"rewards": [1]}', "another reply than /score has"),
         ('{"rewards": ["x"]}', "another reply than /score has"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             RemoteScorer(Flaky((200, body)).url).score(["a"])
     with pytest.raises(ValueError, match="answers 400: no such thing"):
         RemoteScorer(Flaky((400, '{"error": {"message": "no such thing"}}')).url).score(["a"])
+
+
+def test_the_client_takes_what_the_scorer_takes(served, scorer):
+    pandas = pytest.importorskip("pandas")
+    row = {"prompt": QUESTION, "response": "Rhine"}
+    remote, expected = RemoteScorer(served), scorer.score([row])
+    assert remote.score(pandas.DataFrame([row])) == close(expected)
+    assert remote.score(row for _ in range(1)) == close(expected)
+    for none in ("Rhine", row):
+        for one in (remote, scorer):
+            with pytest.raises(ValueError, match="this takes chats and got"):
+                one.score(none)
+    with pytest.raises(ValueError, match="cannot be sent as JSON"):
+        remote.score([{**row, "margin": torch.tensor(1.0)}])
+    with pytest.raises(ValueError, match=r"text 2: the last message has role 'user'.*Its text 0 is chat 64"):
+        remote.score([row] * 66 + [QUESTION])
 
 
 def test_a_server_that_never_answers_is_left_in_time():
@@ -364,7 +418,8 @@ BAD = {
     "a list": ([], 400, ""),
     "no chats": ({}, 400, "chats: Field required"),
     "none": ({"chats": []}, 400, "chats"),
-    "a number": ({"chats": [3]}, 400, "chats.0"),
+    "a number": ({"chats": [3]}, 400, "chats.0: it must be a text that is not empty, a list of messages, or a row"),
+    "an empty text": ({"chats": [""]}, 400, "chats.0: it must be a text that is not empty"),
     "an unknown field": ({"chats": ["a"], "temperature": 1}, 400, "temperature: Extra inputs"),
     "no answer": ({"chats": ["a", QUESTION]}, 400, "text 1: the last message has role 'user'"),
     "no role": ({"chats": [[{"content": "a"}]]}, 400, "text 0: message 0 has no role"),
@@ -374,6 +429,32 @@ BAD = {
     "no template settings": ({"chats": [{"messages": chat("a"), "chat_template_kwargs": 3}]}, 400, "text 0"),
     "ids beyond the vocabulary": ({"chats": [{"ids": [10**6]}]}, 400, "whole numbers from 0 to"),
     "ids that are none": ({"chats": [{"ids": "abc"}]}, 400, "whole numbers from 0 to"),
+    "half a character": ({"chats": [chat("\ud83d")]}, 400, "text 0: the text has '\\ud83d', half of a character"),
+    "half a role": ({"chats": [[{"role": "\ud83d", "content": "a"}, chat("b")[1]]]}, 400, "text 0: "),
+    "a completion without its prompt": ({"chats": [{"completion": "a"}]}, 400, "text 0: a row with keys"),
+    "a blank completion of a number": ({"chats": [{"prompt": 3, "completion": ""}]}, 400, "text 0: the prompt is int"),
+    "a blank completion of texts": ({"chats": [{"prompt": ["a"], "completion": ""}]}, 400, "text 0: message 0"),
+    "a blank completion without a prompt": ({"chats": [{"prompt": [], "completion": ""}]}, 400, "no message before"),
+    "tools of a blank completion": (
+        {"chats": [{"prompt": QUESTION, "completion": "", "tools": "{"}]},
+        400,
+        "text 0: `tools` is not JSON",
+    ),
+    "settings of a completion": (
+        {"chats": [{"prompt": QUESTION, "completion": "a", "chat_template_kwargs": 3}]},
+        400,
+        "must be a dictionary",
+    ),
+    "tools among the settings": (
+        {"chats": [{"messages": chat("a"), "chat_template_kwargs": {"tools": []}}]},
+        400,
+        "belongs beside it",
+    ),
+    "nested": (
+        b'{"chats": [[{"role": "user", "content": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}]]}",
+        400,
+        "recursion",
+    ),
     "too many": ({"chats": ["a"] * 1025}, 413, "at most 1024"),
     "too large": (b"[" + b" " * (17 * 2**20), 413, "larger than"),
 }
@@ -387,10 +468,56 @@ def test_bad_input_gets_one_sentence(served, case):
     assert post(f"{served}/score", {"chats": ["a"]})["rewards"]
 
 
+def test_a_template_of_a_request_is_not_run(served):
+    """It is a program, and this one would not end."""
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    kwargs = {"chat_template_kwargs": {"chat_template": endless}}
+    for path, body in (
+        ("/score", {"chats": [{"messages": chat("a"), **kwargs}]}),
+        ("/score", {"chats": [{"prompt": QUESTION, "completion": "a", **kwargs}]}),
+        ("/score", {"chats": [{"prompt": QUESTION, "completion": "", **kwargs}]}),
+        ("/classify", {"messages": chat("a"), **kwargs}),
+    ):
+        status, message = refused(served + path, body)
+        assert status == 400 and "has a `chat_template`" in message and message.startswith("text 0: ")
+
+
+def test_what_is_sent_without_its_type_or_with_unknown_settings(served):
+    request = urllib.request.Request(f"{served}/score", b'{"chats": ["a"]}')  # as a form
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert "Content-Type: application/json" in json.load(caught.value)["error"]["message"]
+    given = {"chats": ["a"]}
+    assert "tranform: Extra inputs" in refused(f"{served}/score?tranform=standardize", given)[1]
+    for number in ("nan", "inf"):
+        status, message = refused(f"{served}/score?transform=clip&reference={number}", given)
+        assert status == 400 and "must be a finite number" in message
+    reply = {"model": "\ud83d", "messages": ["a"]}
+    assert refused(f"{served}/v1/score/evaluation", reply)[0] == 400
+    assert "half of a character" in refused(f"{served}/slime", {"prompt": "\ud83d", "response": "a"})[1]
+
+
+def test_texts_with_more_positions_than_the_model_has():
+    """Refused as by the scorer; on a GPU the index would end the process."""
+    tokenizer = llama_tokenizer()
+    model = GRMForSequenceClassification.from_base(tiny_lm("gpt2", vocab_size=len(tokenizer))).eval()
+    scorer, chats = GRMScorer(model, tokenizer), ["a", "y" * 100]
+    with pytest.raises(ValueError, match="an embedding for 64 positions"):
+        scorer.score(chats)
+    with running(scorer) as (_, url):
+        status, message = refused(f"{url}/score", {"chats": chats})
+        assert status == 400 and message.startswith("text 1: ") and "an embedding for 64 positions" in message
+        assert post(f"{url}/score", {"chats": chats[:1]})["rewards"] == close(scorer.score(chats[:1]))
+
+
 def test_bad_ids_for_classify(served):
     assert "at most 400 are read" in refused(f"{served}/classify", {"input": [1] * 401})[1]
     assert refused(f"{served}/classify", {"input": [1] * 401})[0] == 413
     assert "either `input`" in refused(f"{served}/classify", {})[1]
+    for none in ([], [[]], "", [""], [-1], ["a", [1]], {"input_ids": [1]}):
+        status, message = refused(f"{served}/classify", {"input": none})
+        assert status == 400 and message.startswith("input: it must be a text, texts, token ids, or lists")
+    assert "is for `messages`" in refused(f"{served}/classify", {"input": "a", "chat_template_kwargs": {}})[1]
     cut = {"input": "a", "truncate_prompt_tokens": 3}
     assert "truncate_prompt_tokens: Extra" in refused(f"{served}/classify", cut)[1]
     assert refused(f"{served}/nowhere", {})[0] == 404
@@ -421,7 +548,8 @@ def test_two_hundred_at_once_among_cancelled_and_bad_ones(scorer):
 
     def cancelled(url, number):
         connection = http.client.HTTPConnection(url.removeprefix("http://"))
-        connection.request("POST", "/score", json.dumps({"chats": [f"gone {number}"] * 20}))
+        body = json.dumps({"chats": [f"gone {number}, {n}" for n in range(20)]})
+        connection.request("POST", "/score", body, {"Content-Type": "application/json"})
         connection.close()
 
     with running(Counting()) as (app, url):
@@ -435,7 +563,7 @@ def test_two_hundred_at_once_among_cancelled_and_bad_ones(scorer):
         assert len(calls) < 200 and app.state.engine.queued == 0
         metrics = urllib.request.urlopen(f"{url}/metrics").read().decode()
     counts = dict(re.findall(r'grm_requests_total{route="/score",status="(\d+)"} (\d+)', metrics))
-    assert int(counts["200"]) >= 200 and int(counts["400"]) >= 20 and "500" not in counts
+    assert counts.keys() == {"200", "400", "499"} and sum(map(int, counts.values())) == 240 and counts["400"] == "20"
     assert "grm_queued_texts 0.0" in metrics and "grm_request_seconds_sum" in metrics
 
 
@@ -458,6 +586,37 @@ def test_a_cancelled_request_is_not_computed_and_a_full_queue_says_so(scorer):
         engine.close()
 
     asyncio.run(check())
+
+
+def test_a_large_request_holds_up_nobody_and_ends_with_its_sender(scorer):
+    """It is computed in parts: others have their turn in between, and what its sender no longer waits for is left."""
+    small = GRMScorer(scorer.model, scorer.tokenizer, max_tokens_per_batch=8)
+    ids = [[5 + n % 7, *range(n % 5), n] for n in range(40)]
+
+    async def check():
+        engine = Batcher(small, "grm")
+        large, gone = (asyncio.create_task(engine.rewards(ids)) for _ in range(2))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(engine.rewards([[3]]))
+        work = asyncio.create_task(engine.run())
+        assert await late == close(scorer.rewards_of_ids([[3]]))
+        assert 0 < engine.scored_texts < 20
+        gone.cancel()
+        assert await large == close(scorer.rewards_of_ids(ids))
+        assert engine.scored_texts < 60 and engine.queued == 0
+        work.cancel()
+        engine.close()
+
+    asyncio.run(check())
+
+
+def test_a_request_that_never_fits_the_queue_is_not_asked_to_come_again(scorer):
+    with running(scorer, limits=Limits(queue=3)) as (app, url):
+        assert refused(f"{url}/score", {"chats": ["a"] * 4}) == (
+            413,
+            "the request has 4 texts; at most 3 are taken at once.",
+        )
+        assert len(post(f"{url}/score", {"chats": ["a"] * 3})["rewards"]) == 3
 
 
 def test_one_that_cannot_be_computed_does_not_spoil_the_others(scorer):
@@ -484,16 +643,34 @@ def test_one_that_cannot_be_computed_does_not_spoil_the_others(scorer):
     asyncio.run(check())
 
 
+REQUESTS = {
+    "one": [[5] * 5000],
+    "two": [[5] * 4000, [6] * 4192],
+    "long": [[5] * 9000],
+    "many": [[n] * 4000 for n in (5, 6, 7, 8)],
+    "shared": [[5] * 4000, [5] * 4000 + [6], [5] * 4000 + [7]],
+}
+
+
 def test_the_token_budget(scorer):
     async def check():
         engine = Batcher(scorer, "grm")
-        sizes = (5000, 4000, 4192, 9000, 1)
-        for size in sizes:
-            engine.waiting.append(type("W", (), {"tokens": size})())
+        tasks = [asyncio.create_task(engine.rewards(ids)) for ids in REQUESTS.values()]
+        await asyncio.sleep(0)
+        names = dict(zip(map(id, engine.waiting), REQUESTS, strict=True))
         batches = []
         while batch := engine._next_batch():
-            batches.append([item.tokens for item in batch])
-        assert batches == [[5000], [4000, 4192], [9000], [1]]
+            batches.append([(names[id(item)], part) for item, part in batch])
+        assert batches == [
+            [("one", [0])],  # the next does not fit
+            [("two", [0, 1])],
+            [("long", [0])],  # longer than the budget
+            [("many", [0, 1])],  # its third has no room, and others have their turn
+            [("shared", [0, 1, 2]), ("many", [2])],  # what they share counts once, so there is room
+            [("many", [3])],
+        ]
+        for task in tasks:
+            task.cancel()
         engine.close()
 
     asyncio.run(check())
@@ -555,12 +732,13 @@ def test_verify_asks_the_server(served, folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_and_stops_gracefully(folder, stop):
+@pytest.mark.parametrize(("stop", "dtype"), [(signal.SIGTERM, "float32"), (signal.SIGINT, "bfloat16")])
+def test_the_command_serves_and_stops_gracefully(folder, stop, dtype):
+    expected = GRMScorer(folder, dtype=dtype).score(["a"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "grm_hf.cli", "serve", folder, "--port", str(port)]
+    command = [sys.executable, "-m", "grm_hf.cli", "serve", folder, "--port", str(port), "--dtype", dtype]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert f"http://127.0.0.1:{port}" in process.stdout.readline()
@@ -573,7 +751,7 @@ def test_the_command_serves_and_stops_gracefully(folder, stop):
             time.sleep(0.3)
             process.send_signal(stop)
             assert len(work.result()["rewards"]) == 500  # what was in work is answered
-        assert len(answers) == 1 and process.wait(60) == 0
+        assert answers == close(expected) and process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
@@ -651,5 +829,5 @@ def test_the_page_names_what_there_is(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     options = capsys.readouterr().out
-    for option in ("--host", "--port", "--route", "--api-key", "--max-body", "--max-texts", "--max-queue"):
+    for option in ("--host", "--port", "--route", "--api-key", "--dtype", "--max-body", "--max-texts", "--max-queue"):
         assert option in options and option in text

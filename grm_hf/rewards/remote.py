@@ -7,6 +7,7 @@ import math
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from transformers import AutoConfig, AutoTokenizer
 
-from ..encoding import Encoder
+from ..chats import rows_of
+from ..encoding import Encoder, left_out
 from ..scoring import Score
 from .rollouts import Rendered, Rollout, RolloutEncoder
 
@@ -32,16 +34,22 @@ class Protocol:
         request (`Callable`): From a batch of these to the JSON of a request.
         reply (`Callable`): From the JSON of a reply to the rewards.
         at_once (`int`): Largest number of them in one request.
+        read (`Callable`, *optional*): From the JSON of a reply to what the server read of each chat, if it rendered
+            them: number of tokens, whether it was cut, and what the template left out.
     """
 
     sends: str
     request: Callable[[list], Any]
     reply: Callable[[Any], list[float]]
     at_once: int = 64
+    read: Callable[[Any], Iterable[tuple[int, bool, list[str]]]] | None = None
 
 
 PROTOCOLS = {
-    "/score": Protocol("chats", lambda chats: {"chats": chats}, lambda reply: reply["rewards"]),
+    "/score": Protocol(
+        "chats", lambda chats: {"chats": chats}, lambda reply: reply["rewards"],
+        read=lambda reply: zip(reply["tokens"], reply["truncated"], reply["unread"], strict=True),
+    ),
     "/classify": Protocol(
         "ids",
         lambda ids: {"input": ids, "use_activation": False},
@@ -108,6 +116,7 @@ class RemoteScorer:
         self.protocol = PROTOCOLS[self.route]
         self.source = urls[0].split("?")[0], None
         self.model, self.tokenizer, self.rollouts = None, None, None
+        self._said: set[str] = set()  # what a warning was given for
         if tokenizer is not None:
             config = AutoConfig.from_pretrained(tokenizer)
             self.model = SimpleNamespace(config=config)  # where `Transform` finds the stored mean
@@ -125,36 +134,47 @@ class RemoteScorer:
         return [score.score for score in self.stream(chats)]
 
     def stream(self, chats: Iterable) -> Iterator[Score]:
-        """As [`~RemoteScorer.score`], with the number of tokens (0 where only the server knows)."""
-        named = [self._sent(number, chat) for number, chat in enumerate(chats)]
+        """As [`~RemoteScorer.score`], with details."""
+        named = [self._sent(number, chat) for number, chat in enumerate(rows_of(chats))]
         size = self.protocol.at_once
         batches = [named[start : start + size] for start in range(0, len(named), size)]
         with ThreadPoolExecutor(max_workers=8 * len(self.places)) as pool:
-            replies = list(pool.map(self._ask, range(len(batches)), [[sent for sent, _, _ in b] for b in batches]))
-        rewards = chain.from_iterable(replies)
-        return (Score(reward, tokens, cut) for reward, (_, tokens, cut) in zip(rewards, named, strict=True))
+            replies = list(pool.map(self._ask, range(len(batches)), [[sent for sent, _ in b] for b in batches]))
+        rewards = chain.from_iterable(rewards for rewards, _ in replies)
+        read = [*chain.from_iterable(read for _, read in replies)] or [read for _, read in named]
+        for what in sorted({part for _, _, unread in read for part in unread} - self._said):
+            self._said.add(what)
+            warnings.warn(f"There are chats {left_out(what)}.", stacklevel=2)
+        return (Score(reward, tokens, cut) for reward, (tokens, cut, _) in zip(rewards, read, strict=True))
 
-    def _sent(self, number: int, chat) -> tuple[Any, int, bool]:
-        """The part of a chat that is sent, its number of tokens, and whether it was cut."""
+    def _sent(self, number: int, chat) -> tuple[Any, Any]:
+        """The part of a chat that is sent; and what of it is read, which for chats only the server knows."""
         if self.protocol.sends == "chats":
-            return _json(chat), 0, False
+            return _json(chat), None
         try:
             encoded = self.rollouts.encode(chat)
         except ValueError as error:
             raise ValueError(f"chat {number}: {error}") from error
         ids = list(encoded.ids)
+        read = len(ids), encoded.truncated, encoded.unread
         if self.protocol.sends == "ids":
-            return ids, len(ids), encoded.truncated
+            return ids, read
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if list(self.tokenizer(text, add_special_tokens=False).input_ids) != ids:
             raise ValueError(
                 f"chat {number}: its token ids, written as text for {self.route}, come back as other ids. Use the "
                 "route /score or /classify."
             )
-        return text, len(ids), encoded.truncated
+        return text, read
 
-    def _ask(self, number: int, batch: list) -> list[float]:
-        body = json.dumps(self.protocol.request(batch)).encode()
+    def _ask(self, number: int, batch: list) -> tuple[list[float], list]:
+        """The rewards of a batch, and what the server read of it."""
+        try:
+            body = json.dumps(self.protocol.request(batch)).encode()
+        except TypeError as error:
+            raise ValueError(
+                f"a chat cannot be sent as JSON ({error}). Give text, lists, dictionaries, numbers."
+            ) from error
         for attempt in range(self.retries + 1):
             url, _, headers = self.places[(number + attempt) % len(self.places)]
             try:
@@ -163,6 +183,8 @@ class RemoteScorer:
             except urllib.error.HTTPError as error:
                 said = _message(error.read())
                 if error.code not in AGAIN:
+                    first = number * self.protocol.at_once
+                    said += f" (Its text 0 is chat {first}.)" if first else ""
                     raise ValueError(f"{url} answers {error.code}: {said}") from error
                 failure, wait = f"it answers {error.code}: {said}", error.headers.get("Retry-After")
             except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, cut off
@@ -173,12 +195,19 @@ class RemoteScorer:
         try:
             rewards = [_number(reward) for reward in self.protocol.reply(reply)]
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{url} gives another reply than {self.route} has: {str(reply)[:200]}") from error
+            raise self._other_reply(url, reply) from error
         if len(rewards) != len(batch):
             raise ValueError(f"{url} gives {len(rewards)} rewards for {len(batch)} texts.")
         if not all(map(math.isfinite, rewards)):
             raise ValueError(f"{url} gives rewards that are not numbers: {rewards[:5]}.")
-        return rewards
+        try:
+            read = [*self.protocol.read(reply)] if self.protocol.read else []
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._other_reply(url, reply) from error
+        return rewards, read
+
+    def _other_reply(self, url: str, reply: Any) -> ValueError:
+        return ValueError(f"{url} gives another reply than {self.route} has: {str(reply)[:200]}")
 
     def _post(self, url: str, body: bytes, headers: dict) -> Any:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})

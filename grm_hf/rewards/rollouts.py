@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field, replace
 
 from ..chats import to_score
-from ..encoding import Encoded, Encoder, OverlengthError, text_of
+from ..encoding import Encoded, Encoder, OverlengthError, require_whole, text_of, without_nulls
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,16 @@ class RolloutEncoder:
         except ValueError:
             if not self._is_blank(chat.completion):
                 raise
-        encoder, prompt = self.encoder, chat.prompt
+        encoder, prompt, kwargs = self.encoder, chat.prompt, without_nulls(chat.template_kwargs)
+        encoder.encode(prompt, "a", chat.tools, **kwargs)  # refuses whatever else is wrong
         if isinstance(prompt, str):
             text = f"{prompt}{chat.completion}{self.tokenizer.eos_token}"
             return encoder.fit(*encoder.tokenize(text, len(prompt), special_tokens=True))
         blank = chat.completion if isinstance(chat.completion, str) else text_of(chat.completion[-1])
         messages = [*prompt, {"role": "assistant", "content": blank}]
         tools = json.loads(chat.tools) if isinstance(chat.tools, str) else chat.tools
-        ids, start, _ = encoder.encode_messages(messages, tools, chat.template_kwargs)
-        return encoder.fit(ids, start)
+        ids, start, unread = encoder.encode_messages(messages, tools, kwargs)
+        return replace(encoder.fit(ids, start), unread=unread)
 
     def with_max_length(self, max_length: int) -> "RolloutEncoder":
         """The same encoder with another limit."""
@@ -99,6 +100,7 @@ class RolloutEncoder:
         """A text with its special tokens in it; with `special_tokens`, BOS is added where it is missing."""
         if special_tokens:
             return Rendered(self.encoder.tokenize(text, 0, special_tokens=True)[0])
+        require_whole(text)
         return Rendered(list(self.tokenizer(text, add_special_tokens=False).input_ids))
 
     def _is_blank(self, completion) -> bool:

@@ -4,6 +4,7 @@
 A transform that rises with the reward keeps rankings. It changes how much one answer counts against another.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,8 @@ class Transform:
             raise ValueError(f"`transform` is {how!r}; it must be one of {TRANSFORMS} or a function.")
         if reference is not None and how not in ("log_sigmoid", "clip"):
             raise ValueError(f"`reference` belongs to 'log_sigmoid' and 'clip'; with transform={how!r} leave it out.")
+        if reference is not None and not math.isfinite(reference):
+            raise ValueError(f"`reference` is {reference}; it must be a finite number.")
         self.mean: float = getattr(config, "reward_mean", 0.0)
         self.std: float = getattr(config, "reward_std", 1.0)
         stored = (self.mean, self.std) != (0.0, 1.0)

@@ -6,15 +6,17 @@ import asyncio
 import math
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
-from ..encoding import Encoded, OverlengthError, describe, is_int
+from ..encoding import Encoded, OverlengthError, describe, is_int, left_out, template_kwargs_of
 from ..rewards.rollouts import Rendered, Rollout, RolloutEncoder
 from ..rewards.transforms import Transform
 
@@ -44,9 +46,37 @@ class Engine(Protocol):
         ...
 
 
+def _either(words: str) -> WrapValidator:
+    """One sentence for a value that is none of several types, where pydantic has one for each of them."""
+
+    def check(value, validate):
+        try:
+            return validate(value)
+        except ValidationError:
+            found = {"words": words, "found": describe(value)}
+            raise PydanticCustomError("form", "it must be {words}; found {found}", found) from None
+
+    return WrapValidator(check)
+
+
 Text = Annotated[StrictStr, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 Ids = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
-Chat = Text | list[dict[str, Any]] | dict[str, Any]
+Chat = Annotated[
+    Text | list[dict[str, Any]] | dict[str, Any], _either("a text that is not empty, a list of messages, or a row")
+]
+Input = Annotated[
+    Text | Texts | Ids | Annotated[list[Ids], Field(min_length=1)],
+    _either("a text, texts, token ids, or lists of token ids, none of them empty"),
+]
+
+
+class Settings(BaseModel):
+    """In the address of any route: transform and reference of grm_hf.rewards."""
+
+    model_config = ConfigDict(extra="forbid")
+    transform: str | None = None
+    reference: float | None = None
 
 
 class ScoreRequest(BaseModel):
@@ -58,25 +88,27 @@ class ScoreRequest(BaseModel):
 
 
 class OpenRLHFRequest(BaseModel):
-    query: list[Text] = Field(min_length=1)
+    query: Texts
     prompts: list[Any] | None = None
     labels: list[Any] | None = None
 
 
 class LlamaFactoryRequest(BaseModel):
-    model: str | None = None
-    messages: list[Text] = Field(min_length=1)
+    model: Text | None = None
+    messages: Texts
     max_length: int | None = Field(default=None, ge=2)
 
 
 class SlimeRequest(BaseModel):
-    prompt: str | list[dict[str, Any]]
+    prompt: Annotated[StrictStr | list[dict[str, Any]], _either("a text or a list of messages")]
     response: str
     label: Any = None
 
 
 class TEIRequest(BaseModel):
-    inputs: Text | list[list[Text]]
+    inputs: Annotated[
+        Text | Annotated[list[list[Text]], Field(min_length=1)], _either("a text, or lists of one text each")
+    ]
     raw_scores: bool = False
     truncate: bool = False
     truncation_direction: Literal["left", "Left", "right", "Right"] = "right"
@@ -87,7 +119,7 @@ class PoolingRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
-    input: Text | list[Text] | Ids | list[Ids] | None = None
+    input: Input | None = None
     messages: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     use_activation: bool | None = None  # there is none: a reward is raw
@@ -132,11 +164,12 @@ class Route:
 def _chats(request: ScoreRequest) -> list:
     rows: list = []
     for chat in request.chats:
-        if isinstance(chat, dict) and "completion" in chat:
-            more = chat.get("tools"), chat.get("chat_template_kwargs") or {}
-            rows.append(Rollout(chat.get("prompt") or "", chat["completion"], *more))
-        elif isinstance(chat, dict) and "ids" in chat:
-            rows.append(Rendered(chat["ids"]))
+        row = {name: value for name, value in chat.items() if value is not None} if isinstance(chat, dict) else {}
+        if {"prompt", "completion"} <= row.keys() and "messages" not in row:
+            more = row.get("tools"), row.get("chat_template_kwargs") or {}
+            rows.append(Rollout(row["prompt"], row["completion"], *more))
+        elif "ids" in row:
+            rows.append(Rendered(row["ids"]))
         else:
             rows.append(chat)
     return rows
@@ -169,6 +202,8 @@ def _pooling(request: PoolingRequest) -> list:
         raise ValueError("give either `input` (text or token ids) or `messages`.")
     if request.messages is not None:
         return [{"messages": request.messages, "chat_template_kwargs": request.chat_template_kwargs}]
+    if request.chat_template_kwargs is not None:
+        raise ValueError("`chat_template_kwargs` is for `messages`, and there is `input`. Leave it out.")
     given: list = request.input if isinstance(request.input, list) else [request.input]
     if isinstance(given[0], int):
         given = [given]
@@ -206,6 +241,7 @@ ROUTES = {
             "rewards": rewards,
             "tokens": [len(row.ids) for row in encoded],
             "truncated": [row.truncated for row in encoded],
+            "unread": [row.unread for row in encoded],
         },
     ),
     "openrlhf": Route(
@@ -276,18 +312,21 @@ def _handler(route: Route, engine_of: Callable[[Request], Engine]):
     async def answer(
         request: Request,
         body: Any,  # of the type that is set below
-        transform: str | None = None,  # transform and reference of grm_hf.rewards, in the address
-        reference: float | None = None,
+        settings: Annotated[Settings, Query()],
     ):
         engine = engine_of(request)
-        try:
-            if transform == "length_residual":
-                raise ValueError("transform='length_residual' needs all rewards of a step: apply it in the trainer.")
-            transformed = Transform(transform, engine.config, reference)
+
+        async def work():
             encoded = await engine.encode(lambda rollouts: encode_rows(route, body, rollouts, engine))
             if route.check:
                 route.check(body, encoded)
-            raw = await until_disconnected(request, engine.rewards([list(row.ids) for row in encoded]))
+            return encoded, await engine.rewards([list(row.ids) for row in encoded])
+
+        try:
+            if settings.transform == "length_residual":
+                raise ValueError("transform='length_residual' needs all rewards of a step: apply it in the trainer.")
+            transformed = Transform(settings.transform, engine.config, settings.reference)
+            encoded, raw = await until_disconnected(request, work())
         except OverlengthError as error:
             raise HTTPException(413, sentence(error)) from error
         except ValueError as error:
@@ -309,6 +348,7 @@ def encode_rows(route: Route, request: Any, rollouts: RolloutEncoder, engine: En
     encoded = []
     for number, row in enumerate(rows):
         try:
+            _check_template_kwargs(row)
             if isinstance(row, RenderedText):
                 row = rollouts.rendered(row.text, row.special_tokens)
             if isinstance(row, (Encoded, Rendered)):
@@ -317,10 +357,20 @@ def encode_rows(route: Route, request: Any, rollouts: RolloutEncoder, engine: En
                 row = rollouts.encode(row)
             elif len(row.ids) > (rollouts.encoder.max_length or len(row.ids)):
                 raise OverlengthError(f"it has {len(row.ids)} tokens; at most {rollouts.encoder.max_length} are read.")
-        except ValueError as error:
-            raise type(error)(f"text {number}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            kind = OverlengthError if isinstance(error, OverlengthError) else ValueError
+            raise kind(f"text {number}: {error}") from error
         encoded.append(row)
+    for what in sorted({part for row in encoded for part in row.unread}):
+        warnings.warn(f"There are chats {left_out(what)}.", stacklevel=2)
     return encoded
+
+
+def _check_template_kwargs(row: Any) -> None:
+    """A template is a program, so none of a request is run."""
+    given = {"chat_template_kwargs": row.template_kwargs} if isinstance(row, Rollout) else row
+    if isinstance(given, dict) and "chat_template" in template_kwargs_of(given):
+        raise ValueError("`chat_template_kwargs` has a `chat_template`. Leave it out: the model's own is used.")
 
 
 def _check_ids(ids: Any, vocab_size: int) -> None:
@@ -330,7 +380,7 @@ def _check_ids(ids: Any, vocab_size: int) -> None:
 
 def sentence(error: Exception) -> str:
     """The message of an error as one line."""
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
 
 
 async def until_disconnected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:

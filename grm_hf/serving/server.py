@@ -5,6 +5,7 @@ together are scored together, so answers to one prompt share it, whoever sent th
 import asyncio
 import contextlib
 import ipaddress
+import math
 import secrets
 import signal
 import socket
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any
 
 import uvicorn
@@ -50,20 +52,34 @@ class Limits:
 
 @dataclass(eq=False)
 class _Waiting:
-    """Texts of one request that wait to be scored, and the future of their rewards."""
+    """The texts of one request, those that still wait to be scored, and the future of their rewards."""
 
     ids: list[list[int]]
     future: asyncio.Future = field(repr=False)
 
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.ids))
+    def __post_init__(self):
+        self.rewards = [math.nan] * len(self.ids)
+        # Taken from the end. Texts with a common beginning are neighbours, as in the scorer.
+        self.left = sorted(range(len(self.ids)), key=self.ids.__getitem__, reverse=True)
+
+    def take(self, room: int, alone: bool) -> tuple[list[int], int]:
+        """Indices of the next texts for a batch with room for so many tokens, and the room that is left. What
+        neighbours share counts once. A text that would be `alone` in the batch may be longer."""
+        part: list[int] = []
+        while self.left:
+            text = self.ids[self.left[-1]]
+            tokens = len(text) - (len(commonprefix([self.ids[part[-1]], text])) if part else 0)
+            if tokens > room and (part or not alone):
+                break
+            room -= tokens
+            part.append(self.left.pop())
+        return part, room
 
 
 class Batcher:
     """
     The engine of `grm serve`: one thread tokenises, one computes. The second takes the waiting texts, up to the token
-    budget of the scorer. Texts of one request stay together.
+    budget of the scorer. A request beyond it is computed in parts, and others have their turn in between.
 
     Args:
         scorer ([`GRMScorer`]):
@@ -77,22 +93,30 @@ class Batcher:
     def __init__(self, scorer: GRMScorer, name: str, limits: Limits | None = None):
         self.scorer, self.name, self.limits = scorer, name, limits or Limits()
         self.config, self.rollouts = scorer.model.config, RolloutEncoder(scorer.encoder)
-        self.max_texts = self.limits.texts
+        self.max_texts = min(self.limits.texts, self.limits.queue)
         self.vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
         self.waiting: deque[_Waiting] = deque()
-        self.scored_texts = self.scored_tokens = 0
+        self.scored_texts = self.scored_tokens = self.truncated_texts = 0
         self._arrived = asyncio.Event()
         self._tokenise, self._compute = ThreadPoolExecutor(1, "tokenise"), ThreadPoolExecutor(1, "compute")
 
     @property
     def queued(self) -> int:
         """Texts that wait."""
-        return sum(len(item.ids) for item in self.waiting)
+        return sum(len(item.left) for item in self.waiting)
 
     async def encode(self, encode: Callable[[RolloutEncoder], list[Encoded]]) -> list[Encoded]:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenise, encode, self.rollouts)
+        encoded = await asyncio.get_running_loop().run_in_executor(self._tokenise, encode, self.rollouts)
+        for number, row in enumerate(encoded):
+            try:
+                self.scorer.require_embedded(row.ids)
+            except ValueError as error:
+                raise ValueError(f"text {number}: {error}") from error
+        self.truncated_texts += sum(row.truncated for row in encoded)
+        return encoded
 
     async def rewards(self, ids: list[list[int]]) -> list[float]:
+        assert ids, "a request has texts"
         if self.queued + len(ids) > self.limits.queue:
             full = f"{self.queued} texts wait already, and the queue holds {self.limits.queue}."
             raise HTTPException(503, full, {"Retry-After": "1"})
@@ -102,48 +126,55 @@ class Batcher:
         try:
             return await item.future
         finally:
-            with contextlib.suppress(ValueError):  # cancelled while it waited: nobody computes it
+            with contextlib.suppress(ValueError):  # cancelled while it waited: nobody computes the rest of it
                 self.waiting.remove(item)
 
     async def run(self) -> None:
         """Scores what arrives, until it is cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             self._arrived.clear()
             while batch := self._next_batch():
-                ids = [row for item in batch for row in item.ids]
                 try:
-                    rewards = await loop.run_in_executor(self._compute, self.scorer.rewards_of_ids, ids)
-                    self._tell(batch, rewards)
+                    await self._compute_batch(batch)
                 except Exception:  # one of them spoils the others: each alone, so only its own sender gets the error
-                    for item in batch:
-                        await self._alone(item)
+                    for item, part in batch:
+                        await self._alone(item, part)
 
-    def _next_batch(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
+    def _next_batch(self) -> list[tuple[_Waiting, list[int]]]:
+        batch: list[tuple[_Waiting, list[int]]] = []
         room = self.scorer.max_tokens_per_batch
-        while self.waiting and (not batch or self.waiting[0].tokens <= room):
-            batch.append(self.waiting.popleft())
-            room -= batch[-1].tokens
+        while self.waiting:
+            item = self.waiting[0]
+            if not item.future.done():
+                part, room = item.take(room, alone=not batch)
+                if not part:
+                    break
+                batch.append((item, part))
+            self.waiting.popleft()
+            if item.left and not item.future.done():
+                self.waiting.append(item)  # its rest, when the others had their turn
+                break
         return batch
 
-    async def _alone(self, item: _Waiting) -> None:
+    async def _compute_batch(self, batch: list[tuple[_Waiting, list[int]]]) -> None:
+        ids = [item.ids[i] for item, part in batch for i in part]
         loop = asyncio.get_running_loop()
+        rewards = iter(await loop.run_in_executor(self._compute, self.scorer.rewards_of_ids, ids))
+        for item, part in batch:
+            for i in part:
+                item.rewards[i] = next(rewards)
+            if not item.left and not item.future.done():  # its sender may have gone away
+                item.future.set_result(item.rewards)
+        self.scored_texts += len(ids)
+        self.scored_tokens += sum(map(len, ids))
+
+    async def _alone(self, item: _Waiting, part: list[int]) -> None:
         try:
-            self._tell([item], await loop.run_in_executor(self._compute, self.scorer.rewards_of_ids, item.ids))
+            await self._compute_batch([(item, part)])
         except Exception as error:
             if not item.future.done():
                 item.future.set_exception(error)
-
-    def _tell(self, batch: list[_Waiting], rewards: list[float]) -> None:
-        start = 0
-        for item in batch:
-            if not item.future.done():  # its sender may have gone away
-                item.future.set_result(rewards[start : start + len(item.ids)])
-            start += len(item.ids)
-            self.scored_texts += len(item.ids)
-            self.scored_tokens += item.tokens
 
     def close(self) -> None:
         for pool in (self._tokenise, self._compute):
@@ -211,6 +242,7 @@ def _gauges(engine: Batcher, registry: CollectorRegistry) -> None:
         ("grm_scored_texts", "Texts scored since the start", lambda: engine.scored_texts),
         ("grm_scored_tokens", "Tokens scored since the start, shared prompts counted each time",
          lambda: engine.scored_tokens),
+        ("grm_truncated_texts", "Texts that lost their beginning", lambda: engine.truncated_texts),
     ):  # fmt: skip
         Gauge(key, text, registry=registry).set_function(value)
 
@@ -226,6 +258,8 @@ async def _refused(request: Request, error: Any) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     first = error.errors()[0]
+    if first["type"] == "model_attributes_type":
+        return _error(400, "The body must be a JSON object, sent with `Content-Type: application/json`.")
     where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
     return _error(400, f"{where}: {first['msg']}")
 
