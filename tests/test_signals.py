@@ -264,6 +264,8 @@ def test_stored_log_probabilities_and_folders_serve_as_the_reference(tmp_path):
     for folder in ("grm", "lm"):
         found = scorer.signals(CHATS[:2], ["implicit"], reference=tmp_path / folder)
         assert [r["implicit"] for r in found] == near([r["implicit"] for r in off[:2]], 1e-6)
+    with pytest.raises(ValueError, match="`reference` holds nan for chat 3; give finite numbers"):
+        scorer.signals(CHATS, ["implicit"], reference=[*stored[:3], math.nan])
     for wrong in (stored[:-1], [*stored, 0.0]):
         with pytest.raises(ValueError, match="`reference` holds .* log-probabilities; there are"):
             scorer.signals(CHATS, ["implicit"], reference=wrong)
@@ -339,6 +341,16 @@ def test_deterministic_signals_have_the_same_bits_whatever_they_are_computed_wit
         assert {k: v for k, v in a.items() if k != "critique/text"} == pytest.approx(
             {k: v for k, v in b.items() if k != "critique/text"}, rel=1e-3, abs=1e-4
         )
+
+
+def test_the_bits_of_a_likelihood_do_not_depend_on_the_value_behind_it():
+    """Wide enough that the bits of a product depend on its number of rows: an answer of three tokens."""
+    model = grm(dtype=torch.float32, hidden_size=576, vocab_size=2048, num_hidden_layers=1)
+    scorer = GRMScorer(model, TOKENIZER, deterministic=True)
+    chats = [[user("Q"), assistant(letter)] for letter in "ABCDEFGH"]
+    together = scorer.signals(chats, ["likelihood", "endogenous"])
+    assert [r["likelihood"] for r in together] == [r["likelihood"] for r in scorer.signals(chats, ["likelihood"])]
+    assert [r["endogenous"] for r in together] == [r["endogenous"] for r in scorer.signals(chats, ["endogenous"])]
 
 
 def test_nothing_is_left_behind():

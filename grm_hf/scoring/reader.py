@@ -1,6 +1,7 @@
 """`Reader`: what signals (`grm_hf.signals`) ask for, computed by a scorer: on its tokens, in its batches, with a
 reference beside it."""
 
+import math
 import os
 import threading
 from array import array
@@ -78,6 +79,8 @@ class Reader:
             return None
         if isinstance(given, (list, tuple)):
             self.known = [float(number) for number in given]
+            if broken := [i for i, number in enumerate(self.known) if not math.isfinite(number)]:
+                raise ValueError(f"`reference` holds {self.known[broken[0]]} for chat {broken[0]}; give finite numbers.")
             return None
         return reference_scorer(self.scorer, given)
 
@@ -261,30 +264,33 @@ def measure(
     ends = [i for i in asked if readings[i].values]
     drawn = [i for i, reading in enumerate(readings) if reading.draws]
     last = torch.tensor([path[-1] for path in paths])
-    index = torch.cat([tokens["text_index"], last[ends]])
+    index = tokens["text_index"]
     if "output_rows" in batch:
-        batch = {**batch, "output_rows": torch.cat([batch["output_rows"], index]).unique()}
+        batch = {**batch, "output_rows": torch.cat([batch["output_rows"], index, last[ends]]).unique()}
     device = batch["input_ids"].device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    targets = torch.cat([tokens["text_targets"], torch.zeros(len(ends), dtype=torch.long)])
+
+    def ask(hidden, model, index, targets):
+        return token_values(hidden, model, index.to(hidden.device), targets.to(hidden.device), alpha).double().cpu()
 
     def look(hidden, model):
-        said = token_values(hidden, model, index.to(hidden.device), targets.to(hidden.device), alpha)
+        said = ask(hidden, model, index, tokens["text_targets"])
+        # By themselves: the bits of a matrix product depend on its number of rows.
+        behind = ask(hidden, model, last[ends], torch.zeros(len(ends), dtype=torch.long))
         states = hidden.flatten(0, 1)[last[drawn].to(hidden.device)]
         states = states.to(torch.promote_types(states.dtype, torch.float32))
-        return said, model.score(states * masks.to(states)[:, None]).squeeze(-1) if drawn else None
+        return said, behind, model.score(states * masks.to(states)[:, None]).squeeze(-1) if drawn else None
 
     out = forward(**model_kwargs(batch), use_cache=False, lm_fn=look)
-    said, under_dropout = out.lm_output
-    said = said.double().cpu()
+    said, behind, under_dropout = out.lm_output
     table = torch.zeros(len(readings), WIDTH + len(masks), dtype=torch.float64)
     table[:, 0] = out.logits.squeeze(-1).double().cpu()
     if asked:
-        owner, count = tokens["text_owner"], len(tokens["text_index"])
-        table[asked, 1:3] = torch.zeros(len(asked), 2, dtype=torch.float64).index_add(0, owner, said[:count, :2])
+        owner, count = tokens["text_owner"], len(index)
+        table[asked, 1:3] = torch.zeros(len(asked), 2, dtype=torch.float64).index_add(0, owner, said[:, :2])
         begins = torch.searchsorted(owner, torch.arange(len(asked))).clamp(max=max(count - 1, 0))
         table[asked, 3] = said[begins, 2] if count else 0.0
-        table[ends, 4] = said[count:, 2]
+        table[ends, 4] = behind[:, 2]
     if drawn:
         table[drawn, WIDTH:] = under_dropout.double().cpu().T
     return table
