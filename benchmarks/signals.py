@@ -220,7 +220,7 @@ def markdown(found: dict) -> str:
         f"{last[0]['settings']['base']}, trained as in [the study on the real base](real_base.md) with the text "
         f"loss `sft` on {last[0]['settings']['pairs']} RMB pairs; {len(last)} seeds, {_size(last)}. "
         "Accuracy in % with 95 % intervals over prompts, each with all its pairs and runs; they hold for these runs. "
-        "No correction for the number of comparisons.",
+        "A tie is half right. No correction for the number of comparisons.",
         "",
         "## Accuracy of each signal",
         "",

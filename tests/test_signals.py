@@ -21,7 +21,7 @@ from grm_hf import GRMForSequenceClassification
 from grm_hf.cli import main
 from grm_hf.evaluation import SignalReport, store_choice
 from grm_hf.evaluation.report import signals_text
-from grm_hf.metrics import compare_confidences, fit_temperature, risk_coverage, selective_accuracy
+from grm_hf.metrics import compare_confidences, fit_temperature, risk_coverage, selective_accuracy, wilson_interval
 from grm_hf.scoring import GRMScorer
 from grm_hf.signals import FOLLOW_UPS, SIGNALS, Settings, Wording, divergence
 
@@ -294,8 +294,10 @@ def test_swapping_the_answers_swaps_every_probability():
     assert (ab.a, ab.b) == (near_record(ba.b), near_record(ba.a))
     assert {ab.winner, ba.winner} == {"a", "b"}
     assert ab.agreement == ba.agreement and ab.divergence == near(ba.divergence)
-    same = scorer.compare("Count.", "one", "one", names, **settings)
-    assert same.winner == "tie" and same.agreement == 0 and set(same.probabilities.values()) == {0.5}
+    texts = ["one", "two", "three four", "five, six", "seven!", "8", "nine"]
+    pairs = [[{"prompt": "Count.", "response": text}] * 2 for text in texts]
+    for same in scorer.comparisons(pairs, names, **settings):
+        assert same.winner == "tie" and same.agreement == 0 and set(same.probabilities.values()) == {0.5}
 
 
 class near_record:  # noqa: N801
@@ -562,6 +564,35 @@ def test_the_report_is_what_is_counted_by_hand():
     assert found["risk_coverage"]["margin"]["area"] == pytest.approx(by_hand)
     printed = signals_text(found)
     assert "worse than chance" in printed and "60 pairs of 30 prompts" in printed
+
+
+def test_a_signal_that_prefers_neither_response_is_at_chance():
+    """A judge whose verdicts follow the place of an answer ties, and so does the implicit reward of an LM head that
+    training has not moved. Neither is wrong."""
+    report, n = a_report(), 60
+    report.margins["judge"] = [0.0] * 24 + [0.1, -0.1] * 18
+    report.margins["implicit"] = [0.0] * n
+    for name in ("judge", "implicit"):
+        report.probabilities[name] = [0.5 + margin for margin in report.margins[name]]
+    found = report.summary()["signals"]
+    assert {found[name]["accuracy"] for name in ("judge", "implicit")} == {0.5}
+    assert {found[name]["verdict"] for name in ("judge", "implicit")} == {"at chance"}
+    assert (found["judge"]["ties"], found["implicit"]["ties"], found["head"]["ties"]) == (0.4, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("prompts", "verdict"), [(9, "too few prompts"), (12, "better than chance")])
+def test_pairs_that_are_all_right_are_not_certainty(prompts, verdict):
+    margins = {"head": [1.0] * prompts, "likelihood": [1.0] * prompts}
+    probabilities = dict.fromkeys(margins, [0.7] * prompts)
+    report = SignalReport("own", margins, probabilities, list(map(str, range(prompts))), 0, {})
+    summary = report.summary()
+    found = summary["signals"]["likelihood"]
+    assert found["accuracy"] == 1.0 and found["verdict"] == verdict
+    ends = [found["low"], found["high"]] if prompts > 9 else [math.nan] * 2
+    assert ends == pytest.approx(wilson_interval(prompts, prompts) if prompts > 9 else ends, nan_ok=True)
+    assert math.isnan(summary["risk_coverage"]["agreement"]["difference_low"]) is (prompts < 10)
+    assert summary["risk_coverage"]["margin"]["area"] == 0 and "nan" not in signals_text(summary)
+    assert report.choice()["threshold"] is None
 
 
 def test_only_what_helped_on_the_file_is_chosen():

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from ..metrics import (
+    FEWEST_GROUPS,
     bootstrap_interval,
     compare_confidences,
     fit_temperature,
     pair_wins,
     risk_coverage,
     selective_accuracy,
+    tie_rate,
+    wilson_interval,
 )
 from ..scoring.reader import reference_scorer
 from ..signals import SIGNALS, checked, divergence
@@ -30,6 +33,8 @@ from .run import Results
 
 
 WINDOW = 64  # pairs that are computed at a time
+TIE = 0.5  # the win of a signal that prefers neither response: it then is at chance, and not wrong
+ENDS = ("low", "high", "difference_low", "difference_high")
 
 
 @dataclass
@@ -64,31 +69,38 @@ class SignalReport:
             threshold (`float`, *optional*, defaults to `1.0`): Of the agreement; 1 is all signals.
 
         Returns:
-            `dict`: for each of the `signals` its `accuracy` with a 95 % interval, its paired `difference` to the
-            head's and a `verdict`; for the pairs they `agreed` on, what [`selective_accuracy`] gives; and the
-            `risk_coverage` by three confidences: the head's margin, the agreement (equal ones by the margin), and the
-            divergence.
+            `dict`: for each of the `signals` its `accuracy` (a signal that prefers neither response is half right)
+            with a 95 % interval, its `ties`, its paired `difference` to the head's and a `verdict`; for the pairs they
+            `agreed` on, what [`selective_accuracy`] gives; and the `risk_coverage` by three confidences: the head's
+            margin, the agreement (equal ones by the margin), and the divergence. The ends of intervals are NaN for
+            fewer than ten prompts.
         """
-        margins = self.margins["head"]
-        signals = {}
+        margins, prompts = self.margins["head"], len(set(self.groups))
+        signals: dict[str, dict[str, Any]] = {}
         for name, own in self.margins.items():
-            wins = pair_wins(own, 0)
+            wins = pair_wins(own, TIE)
+            against = wins - pair_wins(margins, TIE)
             low, high = bootstrap_interval(wins, self.groups)
-            against = bootstrap_interval(wins - pair_wins(margins, 0), self.groups)
+            if len(set(wins)) == 1:  # drawing again from equal values shows no spread: Wilson's, for as many prompts
+                low, high = wilson_interval(wins[0] * prompts, prompts)
+            difference_low, difference_high = bootstrap_interval(against, self.groups)
             signals[name] = {
                 "accuracy": float(wins.mean()),
                 "low": low,
                 "high": high,
-                "difference": float((wins - pair_wins(margins, 0)).mean()),
-                "difference_low": against[0],
-                "difference_high": against[1],
+                "ties": tie_rate(own),
+                "difference": float(against.mean()),
+                "difference_low": difference_low,
+                "difference_high": difference_high,
                 "verdict": "better than chance" if low > 0.5 else "worse than chance" if high < 0.5 else "at chance",
             }
+            if prompts < FEWEST_GROUPS:
+                signals[name] |= {**dict.fromkeys(ENDS, math.nan), "verdict": "too few prompts"}
         agreement = self.agreement()
         found: dict[str, Any] = {
             "suite": self.suite,
             "pairs": len(margins),
-            "prompts": len(set(self.groups)),
+            "prompts": prompts,
             "left_out": self.left_out,
             "signals": signals,
         }
@@ -99,16 +111,18 @@ class SignalReport:
             "agreement": _by_rank(agreement, np.abs(margins)),
             "divergence": [-divergence(ps) for ps in zip(*self.probabilities.values(), strict=True)],
         }
-        found["agreed"] = {"threshold": threshold, **selective_accuracy(margins, agreement, threshold, self.groups)}
-        found["risk_coverage"] = {
-            name: risk_coverage(margins, confidence)
-            for name, confidence in confidences.items()
-        }
+        found["agreed"] = {"threshold": threshold, **self._agreed(agreement, threshold)}
+        curves = {name: risk_coverage(margins, confidence, TIE) for name, confidence in confidences.items()}
         for name in ("agreement", "divergence"):
-            found["risk_coverage"][name] |= compare_confidences(
-                margins, confidences[name], confidences["margin"], self.groups
+            curves[name] |= compare_confidences(
+                margins, confidences[name], confidences["margin"], self.groups, TIE
             )
-        return found
+            if prompts < FEWEST_GROUPS:
+                curves[name] |= dict.fromkeys(ENDS[2:], math.nan)
+        return {**found, "risk_coverage": curves}
+
+    def _agreed(self, agreement, threshold) -> dict[str, float]:
+        return selective_accuracy(self.margins["head"], agreement, threshold, self.groups, TIE)
 
     def choice(self) -> dict[str, Any]:
         """
@@ -129,8 +143,7 @@ class SignalReport:
         scales = {name: fit_temperature(self.margins[name])[0] for name in names if SIGNALS[name].pair is None}
         agreement, threshold = self.agreement(names), None
         for least in sorted(set(agreement)) if names else []:
-            found = selective_accuracy(self.margins["head"], agreement, least, self.groups)
-            if found["difference_low"] > 0:
+            if self._agreed(agreement, least)["difference_low"] > 0:
                 threshold = least
                 break
         return {"names": names, "scales": scales, "threshold": threshold, "pairs": len(agreement)}
@@ -215,15 +228,17 @@ def store_choice(folder: str | os.PathLike, report: SignalReport, data: str | os
 
 def table(summary: dict[str, Any]) -> list[list[str]]:
     """The accuracy of each signal and its verdict, beneath a head line."""
-    rows = [["signal", "accuracy", "95 % interval", "against the head", "95 % interval", ""]]
+    rows = [["signal", "accuracy", "95 % interval", "tied", "against the head", "95 % interval", ""]]
     for name, found in summary["signals"].items():
+        few = math.isnan(found["low"])
         rows.append(
             [
                 name,
                 _percent(found["accuracy"]),
-                f"{_percent(found['low'])} to {_percent(found['high'])}",
+                "" if few else f"{_percent(found['low'])} to {_percent(found['high'])}",
+                _percent(found["ties"]),
                 "" if name == "head" else f"{100 * found['difference']:+.2f}",
-                "" if name == "head" else _points(found),
+                "" if few or name == "head" else _points(found),
                 found["verdict"],
             ]
         )
@@ -246,11 +261,9 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         if math.isnan(agreed["accuracy"]):
             lines.append(share)
         else:
-            few = math.isnan(agreed["difference_low"])
             lines.append(
                 f"{share}, where the head is right in {_percent(agreed['accuracy'])} % "
-                f"({100 * agreed['difference']:+.2f} against all pairs, "
-                f"{'too few for an interval' if few else _points(agreed)})"
+                f"({100 * agreed['difference']:+.2f} against all pairs, {_points(agreed)})"
             )
         for name, found in summary["risk_coverage"].items():
             against = "; smaller is better"
@@ -265,4 +278,6 @@ def _percent(share: float) -> str:
 
 
 def _points(found: dict[str, float]) -> str:
+    if math.isnan(found["difference_low"]):
+        return "too few for an interval"
     return f"{100 * found['difference_low']:+.2f} to {100 * found['difference_high']:+.2f}"

@@ -79,8 +79,9 @@ class Reader:
             return None
         if isinstance(given, (list, tuple)):
             self.known = [float(number) for number in given]
-            if broken := [i for i, number in enumerate(self.known) if not math.isfinite(number)]:
-                raise ValueError(f"`reference` holds {self.known[broken[0]]} for chat {broken[0]}; give finite numbers.")
+            for i, number in enumerate(self.known):
+                if not math.isfinite(number):
+                    raise ValueError(f"`reference` holds {number} for chat {i}; give finite numbers.")
             return None
         return reference_scorer(self.scorer, given)
 

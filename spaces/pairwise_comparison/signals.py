@@ -301,11 +301,12 @@ def judge_pair(a: Asked, b: Asked) -> Asking:
             said = (("assistant", both), ("user", wording.which), ("assistant", letter))
             asked.append(a.probability([*prompt, *({"role": role, "content": text} for role, text in said)]))
     ab, ba, ba_first, ab_second = yield asked
-    when_first, when_second = sigmoid(ab.logp - ba.logp), sigmoid(ab_second.logp - ba_first.logp)
+    first, second = ab.logp - ba.logp, ab_second.logp - ba_first.logp
     return {
-        "": (when_first + when_second) / 2,
-        "when_first": when_first,
-        "when_second": when_second,
+        # The mean of both sigmoids, and exactly 1/2 for opposite verdicts, so that a tie is a tie.
+        "": 0.5 + (math.tanh(first / 2) + math.tanh(second / 2)) / 4,
+        "when_first": sigmoid(first),
+        "when_second": sigmoid(second),
         "letters": sum(math.exp(read.logp) for read in (ab, ba, ba_first, ab_second)) / 2,
     }
 
