@@ -600,6 +600,10 @@ def test_only_what_helped_on_the_file_is_chosen():
     chosen = report.choice()
     assert chosen["names"] == ["likelihood"] and chosen["threshold"] == 1.0
     assert chosen["scales"] == {"likelihood": fit_temperature(report.margins["likelihood"])[0]}
+    copy = a_report(400)
+    copy.margins = {"head": copy.margins["head"], "likelihood": copy.margins["head"]}
+    found = copy.choice()
+    assert found["names"] == [] and found["threshold"] is None and list(found["scales"]) == ["likelihood"]
     coins = a_report(40)
     coins.margins = {"head": coins.margins["head"], "dropout": coins.margins["dropout"]}
     assert coins.choice() == {"names": [], "scales": {}, "threshold": None, "pairs": 40}
@@ -748,7 +752,8 @@ def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys
     assert all(points[-1].startswith("470.0,") for points in lines.values())  # all pairs, at the right edge
     stored = GRMForSequenceClassification.from_pretrained(model).config.signals
     helped = [n for n, row in summary["signals"].items() if row["verdict"] == "better than chance" and n != "head"]
-    assert stored["names"] == helped and f"chosen: {', '.join(helped) or 'no signal'}" in out
+    assert stored["names"] == (helped if stored["threshold"] is not None else [])
+    assert f"chosen: {', '.join(stored['names']) or 'no signal'}" in out
     assert stored["file_sha256"] == hashlib.sha256((folder / "pairs.jsonl").read_bytes()).hexdigest()
     margins = [GRMScorer(str(model)).comparisons(
         [({"prompt": [user(f"Question {i}")], "response": f"one two {i}"},

@@ -126,10 +126,11 @@ class SignalReport:
 
     def choice(self) -> dict[str, Any]:
         """
-        What a model's configuration keeps: the signals that are better than chance on these pairs by their 95 %
+        What a model's configuration keeps: of the signals that are better than chance on these pairs by their 95 %
         interval, the scale of each, and the least agreement at which the head is shown to be more accurate than on all
-        pairs (95 % interval, the share of answered pairs as large as possible). `threshold` is `None` where there is
-        none. A signal that needs a second model or generation is not chosen: `compare` has to find it in the model.
+        pairs (95 % interval, the share of answered pairs as large as possible). Where there is no such `threshold`,
+        agreement with them is not shown to help, and `names` is empty: a copy of the head is better than chance, too.
+        A signal that needs a second model or generation is not chosen: `compare` has to find it in the model.
         """
         verdicts = self.summary()["signals"]
         names = [
@@ -146,7 +147,8 @@ class SignalReport:
             if self._agreed(agreement, least)["difference_low"] > 0:
                 threshold = least
                 break
-        return {"names": names, "scales": scales, "threshold": threshold, "pairs": len(agreement)}
+        helpful = names if threshold is not None else []
+        return {"names": helpful, "scales": scales, "threshold": threshold, "pairs": len(agreement)}
 
 
 def _by_rank(first, second) -> list[float]:
