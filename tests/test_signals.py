@@ -1,6 +1,7 @@
 """Signals of both heads: each against an independent computation in float64, antisymmetry, what they share and cost,
 agreement, the choice on a validation file, and the commands."""
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -18,7 +19,7 @@ from flops import flops
 from tiny import assistant, bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm, user
 
 from grm_hf import GRMForSequenceClassification
-from grm_hf.cli import main
+from grm_hf.cli import command_line, main
 from grm_hf.evaluation import SignalReport, store_choice
 from grm_hf.evaluation.report import signals_text
 from grm_hf.metrics import compare_confidences, fit_temperature, risk_coverage, selective_accuracy, wilson_interval
@@ -730,8 +731,33 @@ def test_grm_compare_explains(folder, capsys):
     assert main([*command, "--signals", "likelihood,critique", "--generate", "--max-new-tokens", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["probabilities"]) == ["head", "likelihood", "critique"] and "critique/text" in found["a"]
-    assert main([*command, "--signals", "judge", "--threshold", "1.1"]) == 0
-    assert "Abstain: " in capsys.readouterr().out
+    assert f"A: no {found_no(folder, 'one two'):.4f}" in out and "when_first 0." in out and "letters 0.0" in out
+    signals = ["likelihood", "judge", "follow_up"]
+    for threshold, said in (("1", "Abstain: fewer agree than --threshold asks for (1.00)."), ("0.1", None)):
+        assert main([*command, "--signals", ",".join(signals), "--threshold", threshold]) == 0
+        out = capsys.readouterr().out
+        assert said in out if said else "Abstain" not in out and "Nothing says" not in out
+
+
+def found_no(folder, answer):
+    (record,) = GRMScorer(str(folder / "model")).signals([{"prompt": "Count.", "response": answer}], ["judge"])
+    return record["judge/no"]
+
+
+def test_grm_compare_says_what_the_validation_file_showed(folder, tmp_path, capsys):
+    command = ["compare", "Count.", "one two", "three", "--explain", "--model", str(tmp_path / "model")]
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    for names, threshold, said in (
+        ([], None, "On the validation file no signal helped"),
+        (["likelihood", "judge", "follow_up"], 1.0, "fewer agree than on the validation file was enough (1.00)"),
+    ):
+        values["signals"] = {"names": names, "scales": {}, "threshold": threshold}
+        config.write_text(json.dumps(values))
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert said in out and ("endogenous" in out) is (not names)
 
 
 def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys):
@@ -767,6 +793,7 @@ def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys
 def test_commands_say_what_is_missing(folder, capsys):
     model = str(folder / "model")
     score = ["score", str(folder / "chats.jsonl"), "--model", model]
+    evaluation = ["eval", model, "--data", str(folder / "pairs.jsonl")]
     bad = folder / "bad.json"
     bad.write_text('{"ask": "?"}')
     for command, message in (
@@ -776,11 +803,29 @@ def test_commands_say_what_is_missing(folder, capsys):
         ([*score, "--generate"], "no signals: name some by --signals"),
         ([*score, "--signals", "judge", "--wording", str(bad)], "is no JSON object with any of follow_ups, question"),
         ([*score, "--model", model, "--signals", "judge"], "those of a single model"),
-        (["eval", model, "--data", str(folder / "pairs.jsonl"), "--choose"], "--choose needs --signals"),
+        ([*evaluation, "--choose"], "--choose needs --signals"),
+        ([*evaluation, "--choose", "--signals", "judge", "--suite", "own,own"], "of one suite, and there are several"),
+        (["eval", str(folder), *evaluation[2:], "--choose", "--signals", "judge"], "Make an adapter a whole model by"),
+        ([*evaluation, "--signals", "implicit"], "no adapter to switch off"),
+        ([*evaluation, "--signals", "judge", "--threshold", "75"], "it is a share of the signals, from 0 to 1"),
         (["compare", "a", "b", "c", "--model", model, "--threshold", "1"], "add --explain"),
+        (["compare", "a", "b", "c", "--model", model, "--explain", "--threshold", "2"], "`threshold` is 2.0"),
     ):
         assert main(command) == 1
-        assert message in capsys.readouterr().err, command
+        said = capsys.readouterr()
+        assert message in said.err, command
+        assert not said.out, command  # before the work, not behind it
+
+
+def test_the_commands_name_every_signal():
+    for command in ("score", "eval", "compare"):
+        words = " ".join(subcommand(command).format_help().split())
+        assert ", ".join(name for name in SIGNALS if name != "head") in words
+
+
+def subcommand(name):
+    (commands,) = (a for a in command_line()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------- docs

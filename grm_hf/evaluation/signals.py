@@ -26,8 +26,8 @@ from ..metrics import (
     tie_rate,
     wilson_interval,
 )
-from ..scoring.reader import reference_scorer
-from ..signals import SIGNALS, checked, divergence
+from ..scoring.reader import Reader, reference_scorer
+from ..signals import SIGNALS, check_threshold, checked, divergence
 from ..signals import Settings as SignalSettings
 from .run import Results
 
@@ -75,6 +75,7 @@ class SignalReport:
             margin, the agreement (equal ones by the margin), and the divergence. The ends of intervals are NaN for
             fewer than ten prompts.
         """
+        check_threshold(threshold)
         margins, prompts = self.margins["head"], len(set(self.groups))
         signals: dict[str, dict[str, Any]] = {}
         for name, own in self.margins.items():
@@ -157,6 +158,22 @@ def _by_rank(first, second) -> list[float]:
     return place.reshape(-1).astype(float).tolist()
 
 
+def ready(scorer, names: Iterable[str], settings: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and settings of signals, with the reference loaded, once for all pairs; a `ValueError` if the scorer
+    cannot be asked for them."""
+    if not hasattr(scorer, "comparisons"):
+        raise ValueError(
+            f"{type(scorer).__name__} has no LM head to ask: signals are those of a single GRM. Leave them out."
+        )
+    names = checked(["head", *names], SignalSettings.of(settings))
+    if isinstance(settings.get("reference"), (list, tuple)):
+        raise ValueError("`reference` is a list of log-probabilities; for a report give the language model itself.")
+    if settings.get("reference") is not None:
+        settings = {**settings, "reference": reference_scorer(scorer, settings["reference"])}
+    Reader(scorer, names, settings)  # whether the model has what they need
+    return names, settings
+
+
 def signal_report(scorer, results: Results, names: Iterable[str], **settings) -> SignalReport:
     """
     Signals on the pairs of evaluated examples.
@@ -170,15 +187,7 @@ def signal_report(scorer, results: Results, names: Iterable[str], **settings) ->
     Raises:
         `ValueError`: the scorer is no GRM's, fewer than two prompts, or as [`GRMScorer.signals`].
     """
-    if not hasattr(scorer, "comparisons"):
-        raise ValueError(
-            f"{type(scorer).__name__} has no LM head to ask: signals are those of a single GRM. Leave them out."
-        )
-    names = checked(["head", *names], SignalSettings.of(settings))
-    if isinstance(settings.get("reference"), (list, tuple)):
-        raise ValueError("`reference` is a list of log-probabilities; for a report give the language model itself.")
-    if settings.get("reference") is not None:
-        settings["reference"] = reference_scorer(scorer, settings["reference"])  # once for all windows
+    names, settings = ready(scorer, names, settings)
     chats, groups, left_out = [], [], 0
     for example in results.examples:
         for better, worse in example.pairs:

@@ -364,9 +364,9 @@ SIGNALS = {
     "head": Signal("", head, "The reward head: the number that training was about.", True),
     "likelihood": Signal("", likelihood, "The LM head: mean log-probability of the answer's tokens."),
     "implicit": Signal("reference", implicit, "How much likelier training has made the answer, times beta."),
-    "implicit_free": Signal("", implicit_free, "The same without a reference: log-probability times beta."),
+    "implicit_free": Signal("", implicit_free, "`implicit` without a reference: log-probability times beta."),
     "endogenous": Signal("", endogenous, "The reward for which the LM head would be the best policy (EndoRM)."),
-    "judge": Signal("messages", judge, "What the LM head says when it is asked for a verdict.", pair=judge_pair),
+    "judge": Signal("messages", judge, "The LM head's verdict: p(Yes); of two answers, the better one.", pair=judge_pair),
     "follow_up": Signal("messages", follow_up, "How much likelier a pleased next turn is than a displeased one."),
     "critique": Signal("generate", critique, "The reward behind a critique that the LM head wrote.", True),
     "dropout": Signal("", dropout, "Mean reward over draws of the head's dropout, with its spread.", True),
@@ -427,6 +427,12 @@ def run(
             for key, several in asked.items()
         }
     return found
+
+
+def check_threshold(threshold: float | None) -> None:
+    """`ValueError` for a least agreement that no share can be."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"`threshold` is {threshold}; it is a share of the signals, from 0 to 1.")
 
 
 def record_of(values: dict[str, Values]) -> dict[str, Any]:
