@@ -366,7 +366,7 @@ SIGNALS = {
     "implicit": Signal("reference", implicit, "How much likelier training has made the answer, times beta."),
     "implicit_free": Signal("", implicit_free, "`implicit` without a reference: log-probability times beta."),
     "endogenous": Signal("", endogenous, "The reward for which the LM head would be the best policy (EndoRM)."),
-    "judge": Signal("messages", judge, "The LM head's verdict: p(Yes); of two answers, the better one.", pair=judge_pair),
+    "judge": Signal("messages", judge, "The LM head's verdict: p(Yes); of a pair, the better one.", pair=judge_pair),
     "follow_up": Signal("messages", follow_up, "How much likelier a pleased next turn is than a displeased one."),
     "critique": Signal("generate", critique, "The reward behind a critique that the LM head wrote.", True),
     "dropout": Signal("", dropout, "Mean reward over draws of the head's dropout, with its spread.", True),
