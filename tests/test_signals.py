@@ -183,12 +183,15 @@ def test_the_judge_of_a_pair_is_asked_in_both_orders():
 
 def test_a_critique_is_greedy_and_the_reward_is_read_behind_it():
     model = grm()
+    of_a_chat_model = {"do_sample": True, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    for name, value in of_a_chat_model.items():
+        setattr(model.generation_config, name, value)  # as a chat model brings them; a critique heeds none
     chat = CHATS[0]
     (record,) = GRMScorer(model, TOKENIZER).signals(
-        [chat], ["critique"], wording=WORDING, generate=True, max_new_tokens=6
+        [chat], ["critique"], wording=WORDING, generate=True, max_new_tokens=12
     )
     ids, new = tokens(render([*chat, user("Say why.")], "<|im_start|>assistant\n")), []
-    for _ in range(6):
+    for _ in range(12):
         best = int(full_logits(model, ids + new)[-1].argmax())
         if best == TOKENIZER.eos_token_id:
             break
@@ -198,6 +201,15 @@ def test_a_critique_is_greedy_and_the_reward_is_read_behind_it():
     behind = tokens(render([*chat, user("Say why."), assistant(text)]))
     with torch.no_grad():
         assert record["critique"] == near(model(input_ids=torch.tensor([behind])).logits.item(), 1e-7)
+
+
+def test_a_critique_ends_where_positions_do():
+    """A model that embeds 100 positions writes up to them, and what cannot be read behind that is said."""
+    scorer = GRMScorer(grm("gpt2", max_position_embeddings=100), TOKENIZER)
+    with pytest.raises(ValueError, match="the model has an embedding for 100 positions"):
+        scorer.signals(CHATS[:1], ["critique"], wording=WORDING, generate=True, max_new_tokens=60)
+    (record,) = scorer.signals(CHATS[:1], ["critique"], wording=WORDING, generate=True, max_new_tokens=2)
+    assert math.isfinite(record["critique"])
 
 
 def test_a_critique_without_text_leaves_the_reward_as_it_is(monkeypatch):

@@ -17,7 +17,7 @@ from ..chats import as_messages, to_score
 from ..devices import alone, evaluating
 from ..encoding import template_kwargs_of, text_of
 from ..folders import readable
-from ..layouts import model_kwargs, text_tokens
+from ..layouts import embedded_positions, model_kwargs, text_tokens
 from ..logprobs import token_values
 from ..modeling_grm import GRMForSequenceClassification
 from ..signals import (
@@ -196,13 +196,15 @@ class Reader:
         """How the LM head goes on, without chance; one at a time, so that a text does not depend on its neighbours."""
         tokenizer, ends = self.scorer.tokenizer, self.grm.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        greedy = GenerationConfig(
-            do_sample=False, max_new_tokens=self.settings.max_new_tokens, eos_token_id=sorted(ends),
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        positions = embedded_positions(self.scorer.model) or math.inf
         texts = []
         for writing in writings:
             self.scorer.require_embedded(writing.ids)
+            greedy = GenerationConfig(  # what is left out is the model's own: penalties and beams of its chats
+                do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                max_new_tokens=int(min(self.settings.max_new_tokens, positions - len(writing.ids) + 1)),
+                eos_token_id=sorted(ends), pad_token_id=tokenizer.eos_token_id,
+            )
             ids = torch.tensor([writing.ids], device=self.grm.device)
             with torch.no_grad(), evaluating(self.scorer.model):
                 out = self.grm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
