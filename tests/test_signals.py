@@ -454,6 +454,22 @@ def test_follow_ups_cost_their_tokens():
     assert 1.0 < both / alone <= 1 + own / answer
 
 
+def test_what_signals_have_in_common_is_computed_once():
+    """Together they cost what each adds to the reward, and the prompt of a pair is computed once for both answers,
+    the verdicts on each and the verdict on both."""
+    model, _ = costly()
+    scorer, chats = GRMScorer(model, TOKENIZER), long_chats(4)
+    names = ["likelihood", "endogenous", "judge", "follow_up", "dropout"]
+    alone = flops(lambda: scorer.score(chats))
+    added = [flops(lambda name=name: scorer.signals(chats, ["head", name], wording=WORDING)) - alone for name in names]
+    together = flops(lambda: scorer.signals(chats, ["head", *names], wording=WORDING))
+    assert together < 1.01 * (alone + sum(added)) and together < 2 * alone
+    prompt = "x" * 800
+    pair = [{"prompt": prompt, "response": answer} for answer in ("one two", "three")]
+    both = flops(lambda: scorer.compare(prompt, "one two", "three", ["judge"], wording=WORDING))
+    assert both < 1.4 * flops(lambda: scorer.score(pair))
+
+
 # ----------------------------------------------------------------------------------------------------------- agreement
 
 

@@ -119,27 +119,31 @@ class Reader:
             raise ValueError(f"`reference` holds {len(self.known)} log-probabilities; there are {self.count} chats.")
 
     def records(self, asked: list[Asked]) -> list[dict[str, Any]]:
-        found = self._run(
-            {(i, name): SIGNALS[name].function(chat) for i, chat in enumerate(asked) for name in self.names}, asked
-        )
-        return [
+        return self._records(asked, {})[0]
+
+    def _records(self, asked, pairs) -> tuple[list[dict[str, Any]], dict]:
+        """A record of each chat, and what was found for `pairs`, computed together."""
+        alone = {(i, name): SIGNALS[name].function(chat) for i, chat in enumerate(asked) for name in self.names}
+        found = self._run(alone | pairs, asked)
+        records = [
             {"tokens": len(chat.answer.ids), "truncated": chat.answer.truncated}
             | record_of({name: found[i, name] for name in self.names})
             for i, chat in enumerate(asked)
         ]
+        return records, found
 
     def comparisons(
         self, asked: list[Asked], scales: Mapping[str, float], threshold: float | None
     ) -> list[Comparison]:
         """Of each two chats that follow each other."""
-        records, places = self.records(asked), range(0, len(asked), 2)
+        places = range(0, len(asked), 2)
         whole = {name: pair for name in self.names if (pair := SIGNALS[name].pair)}
-        found = self._run(
-            {(i, name): pair(asked[i], asked[i + 1]) for i in places for name, pair in whole.items()}, asked
-        )
+        pairs = {(i, name, "pair"): pair(asked[i], asked[i + 1]) for i in places for name, pair in whole.items()}
+        records, found = self._records(asked, pairs)
         return [
             compared(
-                self.names, records[i], records[i + 1], {name: found[i, name] for name in whole}, scales, threshold
+                self.names, records[i], records[i + 1], {name: found[i, name, "pair"] for name in whole}, scales,
+                threshold,
             )
             for i in places
         ]
