@@ -73,13 +73,13 @@ def full_logits(model, ids):
     return model.lm(input_ids=torch.tensor([ids])).logits[0]
 
 
-def tokens(text):
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+def tokens(text, tokenizer=TOKENIZER):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def said(model, before, text):
+def said(model, before, text, tokenizer=TOKENIZER):
     """Log-probabilities of the tokens of `text` behind `before`."""
-    first, ids = len(tokens(before)), tokens(before + text)
+    first, ids = len(tokens(before, tokenizer)), tokens(before + text, tokenizer)
     logps = full_logits(model, ids).log_softmax(-1)
     return [logps[i - 1, ids[i]].item() for i in range(first, len(ids))]
 
@@ -376,16 +376,34 @@ def test_nothing_is_left_behind():
     assert ([m.training for m in model.modules()], torch.get_rng_state().tolist()) == before
 
 
-@pytest.mark.parametrize("tokenizer", [llama_tokenizer(), bare_tokenizer()], ids=["llama", "bare"])
-def test_other_templates(tokenizer):
-    """The text of the next turn, and nothing else, is what counts: its tokens are those of its bytes."""
-    scorer = GRMScorer(grm(tokenizer=tokenizer), tokenizer)
-    chat = [user("one"), assistant("two")]
+@pytest.mark.parametrize(
+    ("tokenizer", "end"), [(llama_tokenizer(), ""), (bare_tokenizer(), "</s>")], ids=["llama", "bare"]
+)
+def test_other_templates(tokenizer, end):
+    """The text of the next turn, and nothing else, is what counts: its tokens are those of its bytes. The answer
+    counts with its end of turn, which is EOS where the template writes none."""
+    model = grm(tokenizer=tokenizer)
+    scorer = GRMScorer(model, tokenizer)
+    chat = [{"role": "system", "content": "Be brief."}, user("zero"), assistant("half"), user("one"), assistant("t")]
+
+    def render(messages, **opening):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **opening)
+
+    before = render(chat[:-1], add_generation_prompt=True)
+    answer = said(model, before, render(chat).removeprefix(before) + end, tokenizer)
+    assert len(answer) == 2  # one token and the end
+    behind = render([*chat, user("?")]).split("?")[0]
+    word = lambda text: np.mean(said(model, behind, text, tokenizer))  # noqa: E731
+    asked = render([*chat, user("Good?")], add_generation_prompt=True)
     encoded = scorer.encoder.encode_open([*chat, user("Nice")])
     assert tokenizer.decode(encoded.ids[encoded.start :]) == "Nice"
     assert encoded.ids[: len(encoded.ids) - 4].count(tokenizer.bos_token_id or -1) <= 1
-    (record,) = scorer.signals([chat], ["follow_up", "judge"], wording=WORDING)
-    assert math.isfinite(record["follow_up"]) and 0 <= record["judge"] <= 1
+    (record,) = scorer.signals([chat], ["likelihood", "follow_up", "judge"], wording=WORDING)
+    assert record["likelihood"] == near(np.mean(answer)) and record["likelihood/sum"] == near(sum(answer))
+    assert record["judge"] == near(math.exp(sum(said(model, asked, "Yes", tokenizer))))
+    truth = (word("Right.") + word("That is so.")) / 2 - word("Wrong!")
+    tone = word("Nice") - (word("Rude") + word("Dull") + word("Cold")) / 3
+    assert record["follow_up"] == near((truth + tone) / 2) and record["follow_up/tone"] == near(tone)
 
 
 def test_a_longer_conversation_is_cut_as_scores_are():
@@ -788,7 +806,7 @@ def test_grm_compare_says_what_the_validation_file_showed(folder, tmp_path, caps
         assert said in out and ("endogenous" in out) is (not names)
 
 
-def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys):
+def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     command = ["eval", str(model), "--data", str(folder / "pairs.jsonl"), "--signals", "likelihood,judge"]
@@ -814,6 +832,12 @@ def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys
           {"prompt": [user(f"Question {i}")], "response": "three"})], ["likelihood"])[0].lean("likelihood")
         for i in range(12)]
     assert summary["signals"]["likelihood"]["accuracy"] == np.mean([m > 0 for m in margins])
+    choice = {"names": ["judge"], "scales": {}, "threshold": 0.5, "pairs": 12}
+    monkeypatch.setattr(SignalReport, "choice", lambda self: choice)  # of pairs on which something helps
+    assert main([*command, "--output", str(tmp_path / "out"), "--choose"]) == 0
+    assert "chosen: judge; threshold: 0.5" in capsys.readouterr().out
+    stored = GRMForSequenceClassification.from_pretrained(model).config.signals
+    assert stored == {**choice, "suite": "own", "file_sha256": stored["file_sha256"]}
     # the same model still takes up its own results: no score depends on the choice
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
 
