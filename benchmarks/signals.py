@@ -85,13 +85,13 @@ def costs(scorer: GRMScorer, rows: list[dict], reference) -> dict[str, float]:
     return found
 
 
-def asked(scorer: GRMScorer, name: str, rows: list[dict], signals: list[str], **settings) -> tuple[SignalReport, dict]:
-    """The report of a test set, and what of it is stored."""
+def asked(scorer: GRMScorer, name: str, rows: list[dict], signals: list[str], **settings) -> dict:
+    """What the signals say about a test set."""
     with real_base.autocast():
         report = signal_report(scorer, Results(name, "", {}, examples_of(rows), []), signals, **settings)
     groups = {group: number for number, group in enumerate(dict.fromkeys(report.groups))}
     print(f"{name}: {len(report.groups)} pairs", flush=True)
-    return report, {
+    return {
         "margins": {key: [float(f"{value:.6g}") for value in values] for key, values in report.margins.items()},
         "probabilities": {key: [round(p, 6) for p in ps] for key, ps in report.probabilities.items()},
         "groups": [groups[group] for group in report.groups],
@@ -99,14 +99,11 @@ def asked(scorer: GRMScorer, name: str, rows: list[dict], signals: list[str], **
 
 
 def measure(scorer: GRMScorer, sets: dict[str, list[dict]], reference) -> dict:
-    """Margins and probabilities of every signal but `critique` on every test set, and what the validation pairs
-    choose."""
+    """Margins and probabilities of every signal but `critique` on every test set."""
     names = [name for name, signal in SIGNALS.items() if signal.needs != "generate"]
     found: dict = {"tests": {}, "costs": costs(scorer, sets[VALIDATION][:COUNTED], reference)}
     for name, rows in sets.items():
-        report, found["tests"][name] = asked(scorer, name, rows, names, reference=reference)
-        if name == VALIDATION:
-            found["choice"] = report.choice()
+        found["tests"][name] = asked(scorer, name, rows, names, reference=reference)
     return found
 
 
@@ -115,7 +112,7 @@ def critiques(scorer: GRMScorer, sets: dict[str, list[dict]]) -> dict:
     found = {}
     for name, rows in sets.items():
         one = list({real_base.first_user_turn(row): row for row in reversed(rows)}.values())[::-1]
-        found[name] = asked(scorer, name, one[:CRITIQUES], ["critique"], generate=True, max_new_tokens=64)[1]
+        found[name] = asked(scorer, name, one[:CRITIQUES], ["critique"], generate=True, max_new_tokens=64)
     return found
 
 
@@ -155,7 +152,7 @@ def pooled(runs: list[dict], test: str, part: str = "tests") -> SignalReport:
         name: [value for part in parts for value in part[kind][name]] for name in parts[0][kind]
     }
     groups = [str(group) for part in parts for group in part["groups"]]
-    return SignalReport(test, join("margins"), join("probabilities"), groups, 0, {})
+    return SignalReport(test, join("margins"), join("probabilities"), groups, 0, {"reference": "the base"})
 
 
 def points(value: float, low: float, high: float, signed: bool = False) -> str:
@@ -220,7 +217,7 @@ def markdown(found: dict) -> str:
         f"{last[0]['settings']['base']}, trained as in [the study on the real base](real_base.md) with the text "
         f"loss `sft` on {last[0]['settings']['pairs']} RMB pairs; {len(last)} seeds, {_size(last)}. "
         "Accuracy in % with 95 % intervals over prompts, each with all its pairs and runs; they hold for these runs. "
-        "No correction for the number of comparisons.",
+        "A tie is half right. No correction for the number of comparisons.",
         "",
         "## Accuracy of each signal",
         "",
@@ -243,7 +240,7 @@ def markdown(found: dict) -> str:
         ]
     lines += ["", "## Where signals agree", ""]
     for run in last:
-        choice, seed = run["choice"], run["settings"]["seed"]
+        choice, seed = pooled([run], VALIDATION).choice(), run["settings"]["seed"]
         chosen = ", ".join(f"`{name}`" for name in choice["names"]) or "no signal"
         threshold = "no threshold" if choice["threshold"] is None else f"threshold {choice['threshold']:.2f}"
         lines.append(f"- Seed {seed} chose on the validation pairs: {chosen}; {threshold}.")

@@ -490,7 +490,12 @@ def summary(trainer) -> str:
 
 def _add_signals(parser):
     signals = parser.add_argument_group("signals", "what the LM head says besides (docs/signals.md)")
-    signals.add_argument("--signals", metavar="NAMES", help="names, with commas between them")
+    signals.add_argument(
+        "--signals",
+        metavar="NAMES",
+        help="with commas between them, of likelihood, implicit, implicit_free, endogenous, judge, follow_up, "
+        "critique, dropout",
+    )
     signals.add_argument("--reference-model", metavar="MODEL", help="for `implicit` (default: the adapter is off)")
     signals.add_argument("--generate", action="store_true", help="let the LM head write, which `critique` needs")
     signals.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of a critique (default: 128)")
@@ -654,12 +659,12 @@ def _explain(args):
     from dataclasses import asdict
 
     from .scoring import GRMScorer
-    from .signals import SIGNALS
+    from .signals import SIGNALS, check_threshold
 
+    check_threshold(args.threshold)
     scorer = GRMScorer(_model(args))
-    chosen = scorer.model.config.signals
-    if args.signals or not (chosen and chosen["names"]):
-        chosen = None
+    stored = scorer.model.config.signals
+    chosen = None if args.signals or not (stored and stored["names"]) else stored
     everything = [name for name, signal in SIGNALS.items() if signal.needs in ("", "messages")]
     if not scorer.tokenizer.chat_template:
         everything = [name for name in everything if not SIGNALS[name].needs]
@@ -675,18 +680,27 @@ def _explain(args):
     for name, probability in found.probabilities.items():
         print(f"{name:<14}A {found.a[name]:>10.4f}   B {found.b[name]:>10.4f}   A is better: {probability:.3f}")
         print(f"{'':<14}{SIGNALS[name].sentence}")
-        for side, record in (("A", found.a), ("B", found.b)):
-            if text := record.get(f"{name}/text"):
-                print(f"{'':<14}{side}: {text}")
+        for side, record in (("A: ", found.a), ("B: ", found.b), ("", found.details)):
+            if said := _details(record, name):
+                print(f"{'':<14}{side}{said}")
     if found.winner == "tie":
         print("Tie: both answers have the same reward.")
         return
     agree = f"{round(found.agreement * len(found.probabilities))} of {len(found.probabilities)} signals agree"
     print(f"{found.winner.upper()} wins by the reward head. {agree}; their divergence is {found.divergence:.3f} bits.")
-    if found.threshold is None:
+    if found.threshold is None and stored and not stored["names"]:
+        print("On the validation file no signal helped: nothing says from which agreement on to trust this.")
+    elif found.threshold is None:
         print("Nothing says from which agreement on to trust this: see `grm eval --choose`.")
     elif found.abstain:
-        print(f"Abstain: fewer agree than on the validation file was enough ({found.threshold:.2f}).")
+        least = "--threshold asks for" if args.threshold is not None else "on the validation file was enough"
+        print(f"Abstain: fewer agree than {least} ({found.threshold:.2f}).")
+
+
+def _details(record, name):
+    """What belongs to a signal in a record, in words."""
+    found = {key.split("/", 1)[1]: value for key, value in record.items() if key.startswith(f"{name}/")}
+    return ", ".join(value if key == "text" else f"{key} {value:.4f}" for key, value in found.items())
 
 
 def _best_of_n(args):
@@ -719,14 +733,24 @@ def _eval(args):
     from .evaluation import compare, evaluate, read_results, signal_report, store_choice
     from .evaluation.report import terminal, write_report
     from .evaluation.scorers import as_scorer
+    from .evaluation.signals import ready
     from .rewards import RewardEnsemble
+    from .signals import check_threshold
 
     names, settings = _signals(args)
+    check_threshold(args.threshold)
     if args.choose and not (names and args.data and Path(args.data).is_file() and Path(args.model).is_dir()):
         raise ValueError("--choose needs --signals, a file of pairs (--data) and a model in a folder.")
+    if args.choose and not Path(args.model, "config.json").is_file():
+        raise ValueError(
+            f"--choose writes into a model's config.json, and {args.model!r} has none. Make an adapter a whole model "
+            "by `grm merge`."
+        )
     if not args.suite and not args.data:
         raise ValueError("nothing to evaluate on: pass --suite, or your own pairs by --data.")
     suites = (args.suite or "own").split(",")
+    if args.choose and len(suites) > 1:
+        raise ValueError("--choose is made on the pairs of one suite, and there are several.")
     if args.compare and not args.output:
         raise ValueError("--compare needs --output: rows are compared one by one, and they are kept there.")
     if args.card and not Path(args.model).is_dir():
@@ -736,6 +760,8 @@ def _eval(args):
         scorer = RewardEnsemble([args.model, *args.member])
     else:
         scorer = as_scorer(args.model, accelerator=accelerator, trust_remote_code=args.trust_remote_code)
+    if names:
+        names, settings = ready(scorer, names, settings)
     runs, comparisons, reports = [], [], []
     for suite in suites:
         results = evaluate(

@@ -1,6 +1,7 @@
 """Signals of both heads: each against an independent computation in float64, antisymmetry, what they share and cost,
 agreement, the choice on a validation file, and the commands."""
 
+import argparse
 import hashlib
 import importlib.util
 import json
@@ -18,10 +19,10 @@ from flops import flops
 from tiny import assistant, bare_tokenizer, chatml_tokenizer, llama_tokenizer, tiny_lm, user
 
 from grm_hf import GRMForSequenceClassification
-from grm_hf.cli import main
+from grm_hf.cli import command_line, main
 from grm_hf.evaluation import SignalReport, store_choice
 from grm_hf.evaluation.report import signals_text
-from grm_hf.metrics import compare_confidences, fit_temperature, risk_coverage, selective_accuracy
+from grm_hf.metrics import compare_confidences, fit_temperature, risk_coverage, selective_accuracy, wilson_interval
 from grm_hf.scoring import GRMScorer
 from grm_hf.signals import FOLLOW_UPS, SIGNALS, Settings, Wording, divergence
 
@@ -72,13 +73,13 @@ def full_logits(model, ids):
     return model.lm(input_ids=torch.tensor([ids])).logits[0]
 
 
-def tokens(text):
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+def tokens(text, tokenizer=TOKENIZER):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def said(model, before, text):
+def said(model, before, text, tokenizer=TOKENIZER):
     """Log-probabilities of the tokens of `text` behind `before`."""
-    first, ids = len(tokens(before)), tokens(before + text)
+    first, ids = len(tokens(before, tokenizer)), tokens(before + text, tokenizer)
     logps = full_logits(model, ids).log_softmax(-1)
     return [logps[i - 1, ids[i]].item() for i in range(first, len(ids))]
 
@@ -182,12 +183,15 @@ def test_the_judge_of_a_pair_is_asked_in_both_orders():
 
 def test_a_critique_is_greedy_and_the_reward_is_read_behind_it():
     model = grm()
+    of_a_chat_model = {"do_sample": True, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 3}
+    for name, value in of_a_chat_model.items():
+        setattr(model.generation_config, name, value)  # as a chat model brings them; a critique heeds none
     chat = CHATS[0]
     (record,) = GRMScorer(model, TOKENIZER).signals(
-        [chat], ["critique"], wording=WORDING, generate=True, max_new_tokens=6
+        [chat], ["critique"], wording=WORDING, generate=True, max_new_tokens=12
     )
     ids, new = tokens(render([*chat, user("Say why.")], "<|im_start|>assistant\n")), []
-    for _ in range(6):
+    for _ in range(12):
         best = int(full_logits(model, ids + new)[-1].argmax())
         if best == TOKENIZER.eos_token_id:
             break
@@ -197,6 +201,15 @@ def test_a_critique_is_greedy_and_the_reward_is_read_behind_it():
     behind = tokens(render([*chat, user("Say why."), assistant(text)]))
     with torch.no_grad():
         assert record["critique"] == near(model(input_ids=torch.tensor([behind])).logits.item(), 1e-7)
+
+
+def test_a_critique_ends_where_positions_do():
+    """A model that embeds 100 positions writes up to them, and what cannot be read behind that is said."""
+    scorer = GRMScorer(grm("gpt2", max_position_embeddings=100), TOKENIZER)
+    with pytest.raises(ValueError, match="the model has an embedding for 100 positions"):
+        scorer.signals(CHATS[:1], ["critique"], wording=WORDING, generate=True, max_new_tokens=60)
+    (record,) = scorer.signals(CHATS[:1], ["critique"], wording=WORDING, generate=True, max_new_tokens=2)
+    assert math.isfinite(record["critique"])
 
 
 def test_a_critique_without_text_leaves_the_reward_as_it_is(monkeypatch):
@@ -264,6 +277,8 @@ def test_stored_log_probabilities_and_folders_serve_as_the_reference(tmp_path):
     for folder in ("grm", "lm"):
         found = scorer.signals(CHATS[:2], ["implicit"], reference=tmp_path / folder)
         assert [r["implicit"] for r in found] == near([r["implicit"] for r in off[:2]], 1e-6)
+    with pytest.raises(ValueError, match="`reference` holds nan for chat 3; give finite numbers"):
+        scorer.signals(CHATS, ["implicit"], reference=[*stored[:3], math.nan])
     for wrong in (stored[:-1], [*stored, 0.0]):
         with pytest.raises(ValueError, match="`reference` holds .* log-probabilities; there are"):
             scorer.signals(CHATS, ["implicit"], reference=wrong)
@@ -292,8 +307,10 @@ def test_swapping_the_answers_swaps_every_probability():
     assert (ab.a, ab.b) == (near_record(ba.b), near_record(ba.a))
     assert {ab.winner, ba.winner} == {"a", "b"}
     assert ab.agreement == ba.agreement and ab.divergence == near(ba.divergence)
-    same = scorer.compare("Count.", "one", "one", names, **settings)
-    assert same.winner == "tie" and same.agreement == 0 and set(same.probabilities.values()) == {0.5}
+    texts = ["one", "two", "three four", "five, six", "seven!", "8", "nine"]
+    pairs = [[{"prompt": "Count.", "response": text}] * 2 for text in texts]
+    for same in scorer.comparisons(pairs, names, **settings):
+        assert same.winner == "tie" and same.agreement == 0 and set(same.probabilities.values()) == {0.5}
 
 
 class near_record:  # noqa: N801
@@ -341,6 +358,16 @@ def test_deterministic_signals_have_the_same_bits_whatever_they_are_computed_wit
         )
 
 
+def test_the_bits_of_a_likelihood_do_not_depend_on_the_value_behind_it():
+    """Wide enough that the bits of a product depend on its number of rows: an answer of three tokens."""
+    model = grm(dtype=torch.float32, hidden_size=576, vocab_size=2048, num_hidden_layers=1)
+    scorer = GRMScorer(model, TOKENIZER, deterministic=True)
+    chats = [[user("Q"), assistant(letter)] for letter in "ABCDEFGH"]
+    together = scorer.signals(chats, ["likelihood", "endogenous"])
+    assert [r["likelihood"] for r in together] == [r["likelihood"] for r in scorer.signals(chats, ["likelihood"])]
+    assert [r["endogenous"] for r in together] == [r["endogenous"] for r in scorer.signals(chats, ["endogenous"])]
+
+
 def test_nothing_is_left_behind():
     model, _ = adapted()
     model.train()
@@ -349,16 +376,34 @@ def test_nothing_is_left_behind():
     assert ([m.training for m in model.modules()], torch.get_rng_state().tolist()) == before
 
 
-@pytest.mark.parametrize("tokenizer", [llama_tokenizer(), bare_tokenizer()], ids=["llama", "bare"])
-def test_other_templates(tokenizer):
-    """The text of the next turn, and nothing else, is what counts: its tokens are those of its bytes."""
-    scorer = GRMScorer(grm(tokenizer=tokenizer), tokenizer)
-    chat = [user("one"), assistant("two")]
+@pytest.mark.parametrize(
+    ("tokenizer", "end"), [(llama_tokenizer(), ""), (bare_tokenizer(), "</s>")], ids=["llama", "bare"]
+)
+def test_other_templates(tokenizer, end):
+    """The text of the next turn, and nothing else, is what counts: its tokens are those of its bytes. The answer
+    counts with its end of turn, which is EOS where the template writes none."""
+    model = grm(tokenizer=tokenizer)
+    scorer = GRMScorer(model, tokenizer)
+    chat = [{"role": "system", "content": "Be brief."}, user("zero"), assistant("half"), user("one"), assistant("t")]
+
+    def render(messages, **opening):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **opening)
+
+    before = render(chat[:-1], add_generation_prompt=True)
+    answer = said(model, before, render(chat).removeprefix(before) + end, tokenizer)
+    assert len(answer) == 2  # one token and the end
+    behind = render([*chat, user("?")]).split("?")[0]
+    word = lambda text: np.mean(said(model, behind, text, tokenizer))  # noqa: E731
+    asked = render([*chat, user("Good?")], add_generation_prompt=True)
     encoded = scorer.encoder.encode_open([*chat, user("Nice")])
     assert tokenizer.decode(encoded.ids[encoded.start :]) == "Nice"
     assert encoded.ids[: len(encoded.ids) - 4].count(tokenizer.bos_token_id or -1) <= 1
-    (record,) = scorer.signals([chat], ["follow_up", "judge"], wording=WORDING)
-    assert math.isfinite(record["follow_up"]) and 0 <= record["judge"] <= 1
+    (record,) = scorer.signals([chat], ["likelihood", "follow_up", "judge"], wording=WORDING)
+    assert record["likelihood"] == near(np.mean(answer)) and record["likelihood/sum"] == near(sum(answer))
+    assert record["judge"] == near(math.exp(sum(said(model, asked, "Yes", tokenizer))))
+    truth = (word("Right.") + word("That is so.")) / 2 - word("Wrong!")
+    tone = word("Nice") - (word("Rude") + word("Dull") + word("Cold")) / 3
+    assert record["follow_up"] == near((truth + tone) / 2) and record["follow_up/tone"] == near(tone)
 
 
 def test_a_longer_conversation_is_cut_as_scores_are():
@@ -425,6 +470,22 @@ def test_follow_ups_cost_their_tokens():
     own = sum(len(tokens("<|im_start|>user\n" + text)) for text in texts)
     answer = len(tokens(before_and_answer(chats[0])[1]))
     assert 1.0 < both / alone <= 1 + own / answer
+
+
+def test_what_signals_have_in_common_is_computed_once():
+    """Together they cost what each adds to the reward, and the prompt of a pair is computed once for both answers,
+    the verdicts on each and the verdict on both."""
+    model, _ = costly()
+    scorer, chats = GRMScorer(model, TOKENIZER), long_chats(4)
+    names = ["likelihood", "endogenous", "judge", "follow_up", "dropout"]
+    alone = flops(lambda: scorer.score(chats))
+    added = [flops(lambda name=name: scorer.signals(chats, ["head", name], wording=WORDING)) - alone for name in names]
+    together = flops(lambda: scorer.signals(chats, ["head", *names], wording=WORDING))
+    assert together < 1.01 * (alone + sum(added)) and together < 2 * alone
+    prompt = "x" * 800
+    pair = [{"prompt": prompt, "response": answer} for answer in ("one two", "three")]
+    both = flops(lambda: scorer.compare(prompt, "one two", "three", ["judge"], wording=WORDING))
+    assert both < 1.4 * flops(lambda: scorer.score(pair))
 
 
 # ----------------------------------------------------------------------------------------------------------- agreement
@@ -552,11 +613,44 @@ def test_the_report_is_what_is_counted_by_hand():
     assert "worse than chance" in printed and "60 pairs of 30 prompts" in printed
 
 
+def test_a_signal_that_prefers_neither_response_is_at_chance():
+    """A judge whose verdicts follow the place of an answer ties, and so does the implicit reward of an LM head that
+    training has not moved. Neither is wrong."""
+    report, n = a_report(), 60
+    report.margins["judge"] = [0.0] * 24 + [0.1, -0.1] * 18
+    report.margins["implicit"] = [0.0] * n
+    for name in ("judge", "implicit"):
+        report.probabilities[name] = [0.5 + margin for margin in report.margins[name]]
+    found = report.summary()["signals"]
+    assert {found[name]["accuracy"] for name in ("judge", "implicit")} == {0.5}
+    assert {found[name]["verdict"] for name in ("judge", "implicit")} == {"at chance"}
+    assert (found["judge"]["ties"], found["implicit"]["ties"], found["head"]["ties"]) == (0.4, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("prompts", "verdict"), [(9, "too few prompts"), (12, "better than chance")])
+def test_pairs_that_are_all_right_are_not_certainty(prompts, verdict):
+    margins = {"head": [1.0] * prompts, "likelihood": [1.0] * prompts}
+    probabilities = dict.fromkeys(margins, [0.7] * prompts)
+    report = SignalReport("own", margins, probabilities, list(map(str, range(prompts))), 0, {})
+    summary = report.summary()
+    found = summary["signals"]["likelihood"]
+    assert found["accuracy"] == 1.0 and found["verdict"] == verdict
+    ends = [found["low"], found["high"]] if prompts > 9 else [math.nan] * 2
+    assert ends == pytest.approx(wilson_interval(prompts, prompts) if prompts > 9 else ends, nan_ok=True)
+    assert math.isnan(summary["risk_coverage"]["agreement"]["difference_low"]) is (prompts < 10)
+    assert summary["risk_coverage"]["margin"]["area"] == 0 and "nan" not in signals_text(summary)
+    assert report.choice()["threshold"] is None
+
+
 def test_only_what_helped_on_the_file_is_chosen():
     report = a_report(400)
     chosen = report.choice()
     assert chosen["names"] == ["likelihood"] and chosen["threshold"] == 1.0
     assert chosen["scales"] == {"likelihood": fit_temperature(report.margins["likelihood"])[0]}
+    copy = a_report(400)
+    copy.margins = {"head": copy.margins["head"], "likelihood": copy.margins["head"]}
+    found = copy.choice()
+    assert found["names"] == [] and found["threshold"] is None and list(found["scales"]) == ["likelihood"]
     coins = a_report(40)
     coins.margins = {"head": coins.margins["head"], "dropout": coins.margins["dropout"]}
     assert coins.choice() == {"names": [], "scales": {}, "threshold": None, "pairs": 40}
@@ -683,11 +777,36 @@ def test_grm_compare_explains(folder, capsys):
     assert main([*command, "--signals", "likelihood,critique", "--generate", "--max-new-tokens", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["probabilities"]) == ["head", "likelihood", "critique"] and "critique/text" in found["a"]
-    assert main([*command, "--signals", "judge", "--threshold", "1.1"]) == 0
-    assert "Abstain: " in capsys.readouterr().out
+    assert f"A: no {found_no(folder, 'one two'):.4f}" in out and "when_first 0." in out and "letters 0.0" in out
+    signals = ["likelihood", "judge", "follow_up"]
+    for threshold, said in (("1", "Abstain: fewer agree than --threshold asks for (1.00)."), ("0.1", None)):
+        assert main([*command, "--signals", ",".join(signals), "--threshold", threshold]) == 0
+        out = capsys.readouterr().out
+        assert said in out if said else "Abstain" not in out and "Nothing says" not in out
 
 
-def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys):
+def found_no(folder, answer):
+    (record,) = GRMScorer(str(folder / "model")).signals([{"prompt": "Count.", "response": answer}], ["judge"])
+    return record["judge/no"]
+
+
+def test_grm_compare_says_what_the_validation_file_showed(folder, tmp_path, capsys):
+    command = ["compare", "Count.", "one two", "three", "--explain", "--model", str(tmp_path / "model")]
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    values = json.loads(config.read_text())
+    for names, threshold, said in (
+        ([], None, "On the validation file no signal helped"),
+        (["likelihood", "judge", "follow_up"], 1.0, "fewer agree than on the validation file was enough (1.00)"),
+    ):
+        values["signals"] = {"names": names, "scales": {}, "threshold": threshold}
+        config.write_text(json.dumps(values))
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert said in out and ("endogenous" in out) is (not names)
+
+
+def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys, monkeypatch):
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     command = ["eval", str(model), "--data", str(folder / "pairs.jsonl"), "--signals", "likelihood,judge"]
@@ -705,13 +824,20 @@ def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys
     assert all(points[-1].startswith("470.0,") for points in lines.values())  # all pairs, at the right edge
     stored = GRMForSequenceClassification.from_pretrained(model).config.signals
     helped = [n for n, row in summary["signals"].items() if row["verdict"] == "better than chance" and n != "head"]
-    assert stored["names"] == helped and f"chosen: {', '.join(helped) or 'no signal'}" in out
+    assert stored["names"] == (helped if stored["threshold"] is not None else [])
+    assert f"chosen: {', '.join(stored['names']) or 'no signal'}" in out
     assert stored["file_sha256"] == hashlib.sha256((folder / "pairs.jsonl").read_bytes()).hexdigest()
     margins = [GRMScorer(str(model)).comparisons(
         [({"prompt": [user(f"Question {i}")], "response": f"one two {i}"},
           {"prompt": [user(f"Question {i}")], "response": "three"})], ["likelihood"])[0].lean("likelihood")
         for i in range(12)]
     assert summary["signals"]["likelihood"]["accuracy"] == np.mean([m > 0 for m in margins])
+    choice = {"names": ["judge"], "scales": {}, "threshold": 0.5, "pairs": 12}
+    monkeypatch.setattr(SignalReport, "choice", lambda self: choice)  # of pairs on which something helps
+    assert main([*command, "--output", str(tmp_path / "out"), "--choose"]) == 0
+    assert "chosen: judge; threshold: 0.5" in capsys.readouterr().out
+    stored = GRMForSequenceClassification.from_pretrained(model).config.signals
+    assert stored == {**choice, "suite": "own", "file_sha256": stored["file_sha256"]}
     # the same model still takes up its own results: no score depends on the choice
     assert main([*command, "--output", str(tmp_path / "out")]) == 0
 
@@ -719,6 +845,7 @@ def test_grm_eval_reports_signals_and_stores_what_helps(folder, tmp_path, capsys
 def test_commands_say_what_is_missing(folder, capsys):
     model = str(folder / "model")
     score = ["score", str(folder / "chats.jsonl"), "--model", model]
+    evaluation = ["eval", model, "--data", str(folder / "pairs.jsonl")]
     bad = folder / "bad.json"
     bad.write_text('{"ask": "?"}')
     for command, message in (
@@ -728,11 +855,29 @@ def test_commands_say_what_is_missing(folder, capsys):
         ([*score, "--generate"], "no signals: name some by --signals"),
         ([*score, "--signals", "judge", "--wording", str(bad)], "is no JSON object with any of follow_ups, question"),
         ([*score, "--model", model, "--signals", "judge"], "those of a single model"),
-        (["eval", model, "--data", str(folder / "pairs.jsonl"), "--choose"], "--choose needs --signals"),
+        ([*evaluation, "--choose"], "--choose needs --signals"),
+        ([*evaluation, "--choose", "--signals", "judge", "--suite", "own,own"], "of one suite, and there are several"),
+        (["eval", str(folder), *evaluation[2:], "--choose", "--signals", "judge"], "Make an adapter a whole model by"),
+        ([*evaluation, "--signals", "implicit"], "no adapter to switch off"),
+        ([*evaluation, "--signals", "judge", "--threshold", "75"], "it is a share of the signals, from 0 to 1"),
         (["compare", "a", "b", "c", "--model", model, "--threshold", "1"], "add --explain"),
+        (["compare", "a", "b", "c", "--model", model, "--explain", "--threshold", "2"], "`threshold` is 2.0"),
     ):
         assert main(command) == 1
-        assert message in capsys.readouterr().err, command
+        said = capsys.readouterr()
+        assert message in said.err, command
+        assert not said.out, command  # before the work, not behind it
+
+
+def test_the_commands_name_every_signal():
+    for command in ("score", "eval", "compare"):
+        words = " ".join(subcommand(command).format_help().split())
+        assert ", ".join(name for name in SIGNALS if name != "head") in words
+
+
+def subcommand(name):
+    (commands,) = (a for a in command_line()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------- docs

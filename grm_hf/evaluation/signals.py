@@ -16,20 +16,25 @@ from typing import Any
 import numpy as np
 
 from ..metrics import (
+    FEWEST_GROUPS,
     bootstrap_interval,
     compare_confidences,
     fit_temperature,
     pair_wins,
     risk_coverage,
     selective_accuracy,
+    tie_rate,
+    wilson_interval,
 )
-from ..scoring.reader import reference_scorer
-from ..signals import SIGNALS, checked, divergence
+from ..scoring.reader import Reader, reference_scorer
+from ..signals import SIGNALS, check_threshold, checked, divergence
 from ..signals import Settings as SignalSettings
 from .run import Results
 
 
 WINDOW = 64  # pairs that are computed at a time
+TIE = 0.5  # the win of a signal that prefers neither response: it then is at chance, and not wrong
+ENDS = ("low", "high", "difference_low", "difference_high")
 
 
 @dataclass
@@ -64,31 +69,39 @@ class SignalReport:
             threshold (`float`, *optional*, defaults to `1.0`): Of the agreement; 1 is all signals.
 
         Returns:
-            `dict`: for each of the `signals` its `accuracy` with a 95 % interval, its paired `difference` to the
-            head's and a `verdict`; for the pairs they `agreed` on, what [`selective_accuracy`] gives; and the
-            `risk_coverage` by three confidences: the head's margin, the agreement (equal ones by the margin), and the
-            divergence.
+            `dict`: for each of the `signals` its `accuracy` (a signal that prefers neither response is half right)
+            with a 95 % interval, its `ties`, its paired `difference` to the head's and a `verdict`; for the pairs they
+            `agreed` on, what [`selective_accuracy`] gives; and the `risk_coverage` by three confidences: the head's
+            margin, the agreement (equal ones by the margin), and the divergence. The ends of intervals are NaN for
+            fewer than ten prompts.
         """
-        margins = self.margins["head"]
-        signals = {}
+        check_threshold(threshold)
+        margins, prompts = self.margins["head"], len(set(self.groups))
+        signals: dict[str, dict[str, Any]] = {}
         for name, own in self.margins.items():
-            wins = pair_wins(own, 0)
+            wins = pair_wins(own, TIE)
+            against = wins - pair_wins(margins, TIE)
             low, high = bootstrap_interval(wins, self.groups)
-            against = bootstrap_interval(wins - pair_wins(margins, 0), self.groups)
+            if len(set(wins)) == 1:  # drawing again from equal values shows no spread: Wilson's, for as many prompts
+                low, high = wilson_interval(wins[0] * prompts, prompts)
+            difference_low, difference_high = bootstrap_interval(against, self.groups)
             signals[name] = {
                 "accuracy": float(wins.mean()),
                 "low": low,
                 "high": high,
-                "difference": float((wins - pair_wins(margins, 0)).mean()),
-                "difference_low": against[0],
-                "difference_high": against[1],
+                "ties": tie_rate(own),
+                "difference": float(against.mean()),
+                "difference_low": difference_low,
+                "difference_high": difference_high,
                 "verdict": "better than chance" if low > 0.5 else "worse than chance" if high < 0.5 else "at chance",
             }
+            if prompts < FEWEST_GROUPS:
+                signals[name] |= {**dict.fromkeys(ENDS, math.nan), "verdict": "too few prompts"}
         agreement = self.agreement()
         found: dict[str, Any] = {
             "suite": self.suite,
             "pairs": len(margins),
-            "prompts": len(set(self.groups)),
+            "prompts": prompts,
             "left_out": self.left_out,
             "signals": signals,
         }
@@ -99,23 +112,26 @@ class SignalReport:
             "agreement": _by_rank(agreement, np.abs(margins)),
             "divergence": [-divergence(ps) for ps in zip(*self.probabilities.values(), strict=True)],
         }
-        found["agreed"] = {"threshold": threshold, **selective_accuracy(margins, agreement, threshold, self.groups)}
-        found["risk_coverage"] = {
-            name: risk_coverage(margins, confidence)
-            for name, confidence in confidences.items()
-        }
+        found["agreed"] = {"threshold": threshold, **self._agreed(agreement, threshold)}
+        curves = {name: risk_coverage(margins, confidence, TIE) for name, confidence in confidences.items()}
         for name in ("agreement", "divergence"):
-            found["risk_coverage"][name] |= compare_confidences(
-                margins, confidences[name], confidences["margin"], self.groups
+            curves[name] |= compare_confidences(
+                margins, confidences[name], confidences["margin"], self.groups, TIE
             )
-        return found
+            if prompts < FEWEST_GROUPS:
+                curves[name] |= dict.fromkeys(ENDS[2:], math.nan)
+        return {**found, "risk_coverage": curves}
+
+    def _agreed(self, agreement, threshold) -> dict[str, float]:
+        return selective_accuracy(self.margins["head"], agreement, threshold, self.groups, TIE)
 
     def choice(self) -> dict[str, Any]:
         """
-        What a model's configuration keeps: the signals that are better than chance on these pairs by their 95 %
+        What a model's configuration keeps: of the signals that are better than chance on these pairs by their 95 %
         interval, the scale of each, and the least agreement at which the head is shown to be more accurate than on all
-        pairs (95 % interval, the share of answered pairs as large as possible). `threshold` is `None` where there is
-        none. A signal that needs a second model or generation is not chosen: `compare` has to find it in the model.
+        pairs (95 % interval, the share of answered pairs as large as possible). Where there is no such `threshold`,
+        agreement with them is not shown to help, and `names` is empty: a copy of the head is better than chance, too.
+        A signal that needs a second model or generation is not chosen: `compare` has to find it in the model.
         """
         verdicts = self.summary()["signals"]
         names = [
@@ -129,17 +145,33 @@ class SignalReport:
         scales = {name: fit_temperature(self.margins[name])[0] for name in names if SIGNALS[name].pair is None}
         agreement, threshold = self.agreement(names), None
         for least in sorted(set(agreement)) if names else []:
-            found = selective_accuracy(self.margins["head"], agreement, least, self.groups)
-            if found["difference_low"] > 0:
+            if self._agreed(agreement, least)["difference_low"] > 0:
                 threshold = least
                 break
-        return {"names": names, "scales": scales, "threshold": threshold, "pairs": len(agreement)}
+        helpful = names if threshold is not None else []
+        return {"names": helpful, "scales": scales, "threshold": threshold, "pairs": len(agreement)}
 
 
 def _by_rank(first, second) -> list[float]:
     """Numbers in the order of `first`, and of `second` where these are equal."""
     _, place = np.unique(np.stack([first, second], 1), axis=0, return_inverse=True)
     return place.reshape(-1).astype(float).tolist()
+
+
+def ready(scorer, names: Iterable[str], settings: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and settings of signals, with the reference loaded, once for all pairs; a `ValueError` if the scorer
+    cannot be asked for them."""
+    if not hasattr(scorer, "comparisons"):
+        raise ValueError(
+            f"{type(scorer).__name__} has no LM head to ask: signals are those of a single GRM. Leave them out."
+        )
+    names = checked(["head", *names], SignalSettings.of(settings))
+    if isinstance(settings.get("reference"), (list, tuple)):
+        raise ValueError("`reference` is a list of log-probabilities; for a report give the language model itself.")
+    if settings.get("reference") is not None:
+        settings = {**settings, "reference": reference_scorer(scorer, settings["reference"])}
+    Reader(scorer, names, settings)  # whether the model has what they need
+    return names, settings
 
 
 def signal_report(scorer, results: Results, names: Iterable[str], **settings) -> SignalReport:
@@ -155,15 +187,7 @@ def signal_report(scorer, results: Results, names: Iterable[str], **settings) ->
     Raises:
         `ValueError`: the scorer is no GRM's, fewer than two prompts, or as [`GRMScorer.signals`].
     """
-    if not hasattr(scorer, "comparisons"):
-        raise ValueError(
-            f"{type(scorer).__name__} has no LM head to ask: signals are those of a single GRM. Leave them out."
-        )
-    names = checked(["head", *names], SignalSettings.of(settings))
-    if isinstance(settings.get("reference"), (list, tuple)):
-        raise ValueError("`reference` is a list of log-probabilities; for a report give the language model itself.")
-    if settings.get("reference") is not None:
-        settings["reference"] = reference_scorer(scorer, settings["reference"])  # once for all windows
+    names, settings = ready(scorer, names, settings)
     chats, groups, left_out = [], [], 0
     for example in results.examples:
         for better, worse in example.pairs:
@@ -215,15 +239,17 @@ def store_choice(folder: str | os.PathLike, report: SignalReport, data: str | os
 
 def table(summary: dict[str, Any]) -> list[list[str]]:
     """The accuracy of each signal and its verdict, beneath a head line."""
-    rows = [["signal", "accuracy", "95 % interval", "against the head", "95 % interval", ""]]
+    rows = [["signal", "accuracy", "95 % interval", "tied", "against the head", "95 % interval", ""]]
     for name, found in summary["signals"].items():
+        few = math.isnan(found["low"])
         rows.append(
             [
                 name,
                 _percent(found["accuracy"]),
-                f"{_percent(found['low'])} to {_percent(found['high'])}",
+                "" if few else f"{_percent(found['low'])} to {_percent(found['high'])}",
+                _percent(found["ties"]),
                 "" if name == "head" else f"{100 * found['difference']:+.2f}",
-                "" if name == "head" else _points(found),
+                "" if few or name == "head" else _points(found),
                 found["verdict"],
             ]
         )
@@ -246,11 +272,9 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         if math.isnan(agreed["accuracy"]):
             lines.append(share)
         else:
-            few = math.isnan(agreed["difference_low"])
             lines.append(
                 f"{share}, where the head is right in {_percent(agreed['accuracy'])} % "
-                f"({100 * agreed['difference']:+.2f} against all pairs, "
-                f"{'too few for an interval' if few else _points(agreed)})"
+                f"({100 * agreed['difference']:+.2f} against all pairs, {_points(agreed)})"
             )
         for name, found in summary["risk_coverage"].items():
             against = "; smaller is better"
@@ -265,4 +289,6 @@ def _percent(share: float) -> str:
 
 
 def _points(found: dict[str, float]) -> str:
+    if math.isnan(found["difference_low"]):
+        return "too few for an interval"
     return f"{100 * found['difference_low']:+.2f} to {100 * found['difference_high']:+.2f}"

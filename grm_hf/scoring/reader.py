@@ -1,6 +1,7 @@
 """`Reader`: what signals (`grm_hf.signals`) ask for, computed by a scorer: on its tokens, in its batches, with a
 reference beside it."""
 
+import math
 import os
 import threading
 from array import array
@@ -16,7 +17,7 @@ from ..chats import as_messages, to_score
 from ..devices import alone, evaluating
 from ..encoding import template_kwargs_of, text_of
 from ..folders import readable
-from ..layouts import model_kwargs, text_tokens
+from ..layouts import embedded_positions, model_kwargs, text_tokens
 from ..logprobs import token_values
 from ..modeling_grm import GRMForSequenceClassification
 from ..signals import (
@@ -78,6 +79,9 @@ class Reader:
             return None
         if isinstance(given, (list, tuple)):
             self.known = [float(number) for number in given]
+            for i, number in enumerate(self.known):
+                if not math.isfinite(number):
+                    raise ValueError(f"`reference` holds {number} for chat {i}; give finite numbers.")
             return None
         return reference_scorer(self.scorer, given)
 
@@ -115,27 +119,31 @@ class Reader:
             raise ValueError(f"`reference` holds {len(self.known)} log-probabilities; there are {self.count} chats.")
 
     def records(self, asked: list[Asked]) -> list[dict[str, Any]]:
-        found = self._run(
-            {(i, name): SIGNALS[name].function(chat) for i, chat in enumerate(asked) for name in self.names}, asked
-        )
-        return [
+        return self._records(asked, {})[0]
+
+    def _records(self, asked, pairs) -> tuple[list[dict[str, Any]], dict]:
+        """A record of each chat, and what was found for `pairs`, computed together."""
+        alone = {(i, name): SIGNALS[name].function(chat) for i, chat in enumerate(asked) for name in self.names}
+        found = self._run(alone | pairs, asked)
+        records = [
             {"tokens": len(chat.answer.ids), "truncated": chat.answer.truncated}
             | record_of({name: found[i, name] for name in self.names})
             for i, chat in enumerate(asked)
         ]
+        return records, found
 
     def comparisons(
         self, asked: list[Asked], scales: Mapping[str, float], threshold: float | None
     ) -> list[Comparison]:
         """Of each two chats that follow each other."""
-        records, places = self.records(asked), range(0, len(asked), 2)
+        places = range(0, len(asked), 2)
         whole = {name: pair for name in self.names if (pair := SIGNALS[name].pair)}
-        found = self._run(
-            {(i, name): pair(asked[i], asked[i + 1]) for i in places for name, pair in whole.items()}, asked
-        )
+        pairs = {(i, name, "pair"): pair(asked[i], asked[i + 1]) for i in places for name, pair in whole.items()}
+        records, found = self._records(asked, pairs)
         return [
             compared(
-                self.names, records[i], records[i + 1], {name: found[i, name] for name in whole}, scales, threshold
+                self.names, records[i], records[i + 1], {name: found[i, name, "pair"] for name in whole}, scales,
+                threshold,
             )
             for i in places
         ]
@@ -192,13 +200,15 @@ class Reader:
         """How the LM head goes on, without chance; one at a time, so that a text does not depend on its neighbours."""
         tokenizer, ends = self.scorer.tokenizer, self.grm.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        greedy = GenerationConfig(
-            do_sample=False, max_new_tokens=self.settings.max_new_tokens, eos_token_id=sorted(ends),
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        positions = embedded_positions(self.scorer.model) or math.inf
         texts = []
         for writing in writings:
             self.scorer.require_embedded(writing.ids)
+            greedy = GenerationConfig(  # what is left out is the model's own: penalties and beams of its chats
+                do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                max_new_tokens=int(min(self.settings.max_new_tokens, positions - len(writing.ids) + 1)),
+                eos_token_id=sorted(ends), pad_token_id=tokenizer.eos_token_id,
+            )
             ids = torch.tensor([writing.ids], device=self.grm.device)
             with torch.no_grad(), evaluating(self.scorer.model):
                 out = self.grm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
@@ -261,30 +271,33 @@ def measure(
     ends = [i for i in asked if readings[i].values]
     drawn = [i for i, reading in enumerate(readings) if reading.draws]
     last = torch.tensor([path[-1] for path in paths])
-    index = torch.cat([tokens["text_index"], last[ends]])
+    index = tokens["text_index"]
     if "output_rows" in batch:
-        batch = {**batch, "output_rows": torch.cat([batch["output_rows"], index]).unique()}
+        batch = {**batch, "output_rows": torch.cat([batch["output_rows"], index, last[ends]]).unique()}
     device = batch["input_ids"].device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    targets = torch.cat([tokens["text_targets"], torch.zeros(len(ends), dtype=torch.long)])
+
+    def ask(hidden, model, index, targets):
+        return token_values(hidden, model, index.to(hidden.device), targets.to(hidden.device), alpha).double().cpu()
 
     def look(hidden, model):
-        said = token_values(hidden, model, index.to(hidden.device), targets.to(hidden.device), alpha)
+        said = ask(hidden, model, index, tokens["text_targets"])
+        # By themselves: the bits of a matrix product depend on its number of rows.
+        behind = ask(hidden, model, last[ends], torch.zeros(len(ends), dtype=torch.long))
         states = hidden.flatten(0, 1)[last[drawn].to(hidden.device)]
         states = states.to(torch.promote_types(states.dtype, torch.float32))
-        return said, model.score(states * masks.to(states)[:, None]).squeeze(-1) if drawn else None
+        return said, behind, model.score(states * masks.to(states)[:, None]).squeeze(-1) if drawn else None
 
     out = forward(**model_kwargs(batch), use_cache=False, lm_fn=look)
-    said, under_dropout = out.lm_output
-    said = said.double().cpu()
+    said, behind, under_dropout = out.lm_output
     table = torch.zeros(len(readings), WIDTH + len(masks), dtype=torch.float64)
     table[:, 0] = out.logits.squeeze(-1).double().cpu()
     if asked:
-        owner, count = tokens["text_owner"], len(tokens["text_index"])
-        table[asked, 1:3] = torch.zeros(len(asked), 2, dtype=torch.float64).index_add(0, owner, said[:count, :2])
+        owner, count = tokens["text_owner"], len(index)
+        table[asked, 1:3] = torch.zeros(len(asked), 2, dtype=torch.float64).index_add(0, owner, said[:, :2])
         begins = torch.searchsorted(owner, torch.arange(len(asked))).clamp(max=max(count - 1, 0))
         table[asked, 3] = said[begins, 2] if count else 0.0
-        table[ends, 4] = said[count:, 2]
+        table[ends, 4] = behind[:, 2]
     if drawn:
         table[drawn, WIDTH:] = under_dropout.double().cpu().T
     return table

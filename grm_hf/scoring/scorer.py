@@ -26,7 +26,7 @@ from ..folders import readable
 from ..layouts import LAYOUTS, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import HUB_ARGUMENTS, GRMForSequenceClassification
 from ..products import quick_products
-from ..signals import SIGNALS, Comparison, sigmoid
+from ..signals import SIGNALS, Comparison, check_threshold, sigmoid
 from .reader import Reader, tokenizing
 
 
@@ -359,6 +359,7 @@ class GRMScorer:
         if signals is None:
             signals = chosen.get("names", [])
             threshold = chosen.get("threshold") if threshold is None else threshold
+        check_threshold(threshold)
         reader = Reader(self, signals if isinstance(signals, str) else ["head", *signals], settings)
         asked = []
         for number, pair in enumerate(pairs):

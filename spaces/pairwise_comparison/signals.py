@@ -301,11 +301,12 @@ def judge_pair(a: Asked, b: Asked) -> Asking:
             said = (("assistant", both), ("user", wording.which), ("assistant", letter))
             asked.append(a.probability([*prompt, *({"role": role, "content": text} for role, text in said)]))
     ab, ba, ba_first, ab_second = yield asked
-    when_first, when_second = sigmoid(ab.logp - ba.logp), sigmoid(ab_second.logp - ba_first.logp)
+    first, second = ab.logp - ba.logp, ab_second.logp - ba_first.logp
     return {
-        "": (when_first + when_second) / 2,
-        "when_first": when_first,
-        "when_second": when_second,
+        # The mean of both sigmoids, and exactly 1/2 for opposite verdicts, so that a tie is a tie.
+        "": 0.5 + (math.tanh(first / 2) + math.tanh(second / 2)) / 4,
+        "when_first": sigmoid(first),
+        "when_second": sigmoid(second),
         "letters": sum(math.exp(read.logp) for read in (ab, ba, ba_first, ab_second)) / 2,
     }
 
@@ -363,9 +364,9 @@ SIGNALS = {
     "head": Signal("", head, "The reward head: the number that training was about.", True),
     "likelihood": Signal("", likelihood, "The LM head: mean log-probability of the answer's tokens."),
     "implicit": Signal("reference", implicit, "How much likelier training has made the answer, times beta."),
-    "implicit_free": Signal("", implicit_free, "The same without a reference: log-probability times beta."),
+    "implicit_free": Signal("", implicit_free, "`implicit` without a reference: log-probability times beta."),
     "endogenous": Signal("", endogenous, "The reward for which the LM head would be the best policy (EndoRM)."),
-    "judge": Signal("messages", judge, "What the LM head says when it is asked for a verdict.", pair=judge_pair),
+    "judge": Signal("messages", judge, "The LM head's verdict: p(Yes); of a pair, the better one.", pair=judge_pair),
     "follow_up": Signal("messages", follow_up, "How much likelier a pleased next turn is than a displeased one."),
     "critique": Signal("generate", critique, "The reward behind a critique that the LM head wrote.", True),
     "dropout": Signal("", dropout, "Mean reward over draws of the head's dropout, with its spread.", True),
@@ -426,6 +427,12 @@ def run(
             for key, several in asked.items()
         }
     return found
+
+
+def check_threshold(threshold: float | None) -> None:
+    """`ValueError` for a least agreement that no share can be."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"`threshold` is {threshold}; it is a share of the signals, from 0 to 1.")
 
 
 def record_of(values: dict[str, Values]) -> dict[str, Any]:
