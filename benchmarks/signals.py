@@ -28,12 +28,15 @@ from transformers import AutoModelForCausalLM
 
 from grm_hf import GRMScorer, base
 from grm_hf.evaluation import Example, Results, SignalReport, signal_report
+from grm_hf.evaluation.signals import TIE
+from grm_hf.metrics import selective_accuracy
 from grm_hf.scoring.reader import reference_scorer
 from grm_hf.signals import SIGNALS
 
 
 RESULTS = ROOT / "docs" / "results" / "signals.json"
 VALIDATION = "validation"
+GAIN = ("difference", "difference_low", "difference_high")
 AGREED = 0.75  # the share of signals, the head among them, that makes an agreement on the page
 TESTS = ("rmb", "hhh", "pandalm", "rm_bench")  # of the study's test sets
 SEEDS = 3
@@ -201,6 +204,24 @@ def accuracies(summaries: dict[str, dict], names: list[str]) -> list[str]:
     return lines
 
 
+def choice_of(run: dict, tests: list[str]) -> str:
+    """What a run chose on the validation pairs, and what the choice was worth on the test sets."""
+    choice = pooled([run], VALIDATION).choice()
+    if choice["threshold"] is None:
+        return "chose no signal on the validation pairs."
+    gains = []
+    for test in tests:
+        report = pooled([run], test)
+        reached = report.agreement(choice["names"])
+        gain = selective_accuracy(report.margins["head"], reached, choice["threshold"], report.groups, TIE)
+        gains.append(f"{test} {points(*(gain[key] for key in GAIN), signed=True)}")
+    names = " and ".join(f"`{name}`" for name in choice["names"])
+    return (
+        f"chose {names} on the validation pairs, from an agreement of {choice['threshold']:.2f} on. The head's "
+        f"accuracy there, against all pairs: {', '.join(gains)}."
+    )
+
+
 def markdown(found: dict) -> str:
     """The page."""
     last = latest(found)
@@ -240,10 +261,7 @@ def markdown(found: dict) -> str:
         ]
     lines += ["", "## Where signals agree", ""]
     for run in last:
-        choice, seed = pooled([run], VALIDATION).choice(), run["settings"]["seed"]
-        chosen = ", ".join(f"`{name}`" for name in choice["names"]) or "no signal"
-        threshold = "no threshold" if choice["threshold"] is None else f"threshold {choice['threshold']:.2f}"
-        lines.append(f"- Seed {seed} chose on the validation pairs: {chosen}; {threshold}.")
+        lines.append(f"- Seed {run['settings']['seed']} {choice_of(run, held)}")
     lines += [
         "",
         "Of the pairs on which at least three quarters of the signals, the head among them, are on its side: their "

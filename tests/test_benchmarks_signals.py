@@ -76,6 +76,22 @@ def test_a_run_at_toy_size(monkeypatch, tmp_path):
     assert len(said.splitlines()) <= 25 and said.count("`python benchmarks/results.py` writes this page") == 1
 
 
+def test_the_page_says_whether_a_choice_held():
+    """The judge is right on the validation pairs where the head is, and tells nothing on the test set."""
+    head = [1.0] * 30 + [-1.0] * 10
+    part = {"probabilities": {"head": [0.7] * 40, "judge": [0.7] * 40}}
+    part["groups"] = list(range(40))
+    part["margins"] = {"head": head, "judge": [1.0] * 40}
+    other = {**part, "margins": {"head": head, "judge": [1.0, -1.0] * 20}}
+    run = {"tests": {"validation": part, "hhh": other}}
+    assert benchmark.choice_of(run, ["hhh"]).startswith(
+        "chose `judge` on the validation pairs, from an agreement of 1.00 on. The head's accuracy there, against all "
+        "pairs: hhh +0.0 ("
+    )
+    run["tests"]["validation"] = {**part, "margins": {"head": head, "judge": [1.0, -1.0] * 20}}
+    assert benchmark.choice_of(run, ["hhh"]) == "chose no signal on the validation pairs."
+
+
 def test_pooled_runs_keep_prompts_together_and_the_page_is_counted_from_them():
     margins, probabilities = {"head": [1.0, -1.0], "judge": [0.2, 0.3]}, {"head": [0.7, 0.3], "judge": [0.7, 0.8]}
     part = {"margins": margins, "probabilities": probabilities, "groups": [0, 1]}

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import copy
 import http.client
 import importlib
 import json
@@ -370,6 +371,22 @@ def test_retries_and_replies_that_are_none():
         RemoteScorer(Flaky((400, '{"error": {"message": "no such thing"}}')).url).score(["a"])
 
 
+def test_the_client_outlasts_a_restart(monkeypatch):
+    waits = []
+    monkeypatch.setattr("grm_hf.rewards.remote.time.sleep", waits.append)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(ConnectionError):
+        RemoteScorer(url).score(["a"])
+    assert waits == [0.25, 0.5, 1, 2, 4, 8, 16, 16, 16]
+
+
+def test_settings_of_a_model_loaded_here_are_refused_for_an_address():
+    for setting in ({"max_tokens_per_batch": 100}, {"check": False}):
+        with pytest.raises(ValueError, match="are for a model that is loaded here"):
+            grm_reward_func("http://127.0.0.1:9", **setting)
+
+
 def test_the_client_takes_what_the_scorer_takes(served, scorer):
     pandas = pytest.importorskip("pandas")
     row = {"prompt": QUESTION, "response": "Rhine"}
@@ -636,7 +653,7 @@ def test_one_that_cannot_be_computed_does_not_spoil_the_others(scorer):
         work = asyncio.create_task(engine.run())
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [found[0][0], found[2][0]] == close(scorer.rewards_of_ids([[5], [9]]))
-        assert sentence(found[1]) == "out of memory"
+        assert sentence(found[1]) == "RuntimeError: out of memory"
         work.cancel()
         engine.close()
 
@@ -650,6 +667,21 @@ REQUESTS = {
     "many": [[n] * 4000 for n in (5, 6, 7, 8)],
     "shared": [[5] * 4000, [5] * 4000 + [6], [5] * 4000 + [7]],
 }
+
+
+def test_a_model_that_is_broken_is_not_healthy(scorer):
+    """A cluster then starts another one. The request is not to blame, so the reply is no 400."""
+    broken = copy.deepcopy(scorer.model)
+    whole = broken.score.out.weight.data.clone()
+    with running(GRMScorer(broken, scorer.tokenizer)) as (_, url):
+        broken.score.out.weight.data.fill_(float("nan"))
+        code, message = refused(f"{url}/score", {"chats": ["a"]})
+        assert code == 500 and "rewards are not finite numbers" in message
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{url}/health")
+        broken.score.out.weight.data.copy_(whole)
+        assert len(post(f"{url}/score", {"chats": ["a"]})["rewards"]) == 1
+        assert urllib.request.urlopen(f"{url}/health").status == 200
 
 
 def test_the_token_budget(scorer):

@@ -98,6 +98,11 @@ def grm_reward_func(
     ```
     """
     if is_address(model):
+        if max_tokens_per_batch != 8192 or check is not True:
+            raise ValueError(
+                "`max_tokens_per_batch` and `check` are for a model that is loaded here; the server has its own (`grm "
+                "serve --max-tokens-per-batch`, `grm verify --url`). Leave them out."
+            )
         scorer = RemoteScorer(model, tokenizer, **load_kwargs)
     else:
         scorer = policy_scorer(model, tokenizer, max_tokens_per_batch, check, load_kwargs)

@@ -95,15 +95,16 @@ class RemoteScorer:
             Sent as a bearer token. A password in the address (`http://:KEY@host:8000`) does the same.
         timeout (`float`, *optional*, defaults to `180`):
             Seconds that one request may take.
-        retries (`int`, *optional*, defaults to `5`):
-            How often a request is sent again, to the next address, after a temporary failure.
+        retries (`int`, *optional*, defaults to `9`):
+            How often a request is sent again, to the next address, after a temporary failure. The waits between
+            them double from a quarter of a second up to 16 seconds; nine come to a minute.
 
     Raises:
         `ValueError`: an address is invalid, a server refuses a request, or a reply is not one number for each text;
         `ConnectionError`: no server answered.
     """
 
-    def __init__(self, urls, tokenizer=None, api_key=None, timeout=180.0, retries=5):
+    def __init__(self, urls, tokenizer=None, api_key=None, timeout=180.0, retries=9):
         urls = [urls] if isinstance(urls, str) else list(urls)
         if not urls:
             raise ValueError("There is no address. Give one, such as http://localhost:8000.")
@@ -191,7 +192,8 @@ class RemoteScorer:
                 failure, wait = str(error), None
             if attempt == self.retries:
                 raise ConnectionError(f"{url} gave no reward in {attempt + 1} attempts; {failure}")
-            time.sleep(float(wait) if wait and wait.isdecimal() else min(0.25 * 2**attempt, 8.0))
+            asked = float(wait) if wait and wait.isdecimal() else 0.0
+            time.sleep(max(asked, min(0.25 * 2**attempt, 16.0)))
         try:
             rewards = [_number(reward) for reward in self.protocol.reply(reply)]
         except (KeyError, IndexError, TypeError, ValueError) as error:

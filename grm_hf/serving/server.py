@@ -97,6 +97,7 @@ class Batcher:
         self.vocab_size = scorer.model.get_input_embeddings().weight.shape[0]
         self.waiting: deque[_Waiting] = deque()
         self.scored_texts = self.scored_tokens = self.truncated_texts = 0
+        self.failure: str | None = None  # why the last computation failed, if it did
         self._arrived = asyncio.Event()
         self._tokenise, self._compute = ThreadPoolExecutor(1, "tokenise"), ThreadPoolExecutor(1, "compute")
 
@@ -168,13 +169,15 @@ class Batcher:
                 item.future.set_result(item.rewards)
         self.scored_texts += len(ids)
         self.scored_tokens += sum(map(len, ids))
+        self.failure = None
 
     async def _alone(self, item: _Waiting, part: list[int]) -> None:
         try:
             await self._compute_batch([(item, part)])
-        except Exception as error:
+        except Exception as error:  # the model's fault: the request was checked
+            self.failure = f"{type(error).__name__}: {sentence(error)}"
             if not item.future.done():
-                item.future.set_exception(error)
+                item.future.set_exception(RuntimeError(self.failure))
 
     def close(self) -> None:
         for pool in (self._tokenise, self._compute):
@@ -221,6 +224,8 @@ def make_app(scorer: GRMScorer, name: str, routes=tuple(ROUTES), api_key=None, l
 
     @app.get("/health")
     async def health():
+        if engine.failure is not None:
+            return _error(503, f"The last computation failed. {engine.failure}")
         return Response()
 
     @app.get("/metrics")
@@ -265,7 +270,7 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return _error(500, f"{type(error).__name__}: {sentence(error)}")
+    return _error(500, sentence(error))
 
 
 class _Gate:

@@ -301,6 +301,7 @@ class Encoder:
     def tokenize(self, text: str, boundary: int, special_tokens: bool) -> tuple[list[int], int]:
         """Token ids of a text, and the index of the first token that reaches beyond the character `boundary`."""
         tokenizer: Any = self.tokenizer
+        require_whole(text)
         call = partial(tokenizer, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False)
         encoding = call(text, return_offsets_mapping=tokenizer.is_fast)
         ids = list(encoding["input_ids"])
@@ -468,6 +469,8 @@ def template_kwargs_of(row: dict) -> dict:
     given = row.get("chat_template_kwargs") or {}
     if not isinstance(given, dict):
         raise ValueError(f"`chat_template_kwargs` is {describe(given)}; it must be a dictionary.")
+    if taken := sorted(given.keys() & {"self", "prompt", "response", "chat", "tools"}):
+        raise ValueError(f"`chat_template_kwargs` has {taken[0]!r}, which belongs beside it in the row.")
     return without_nulls(given)
 
 
@@ -477,6 +480,15 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def require_whole(text: str) -> None:
+    """Refuse a text with half of a character, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"the text has {half!r}, half of a character (a lone surrogate). Read it as UTF-8.") from None
 
 
 def require_embedded(ids: Sequence[int], embeddings: int | None, positions: int | None, tokenizer: Any) -> None:
