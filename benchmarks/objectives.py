@@ -25,7 +25,6 @@ COMPARED = (
     (FLIPPED, "none_zero", "none"),
     (FLIPPED, "sft_zero", "sft"),
     (CLEAN, "bnrm", "none"),
-    (CLEAN, "sft_bnrm", "sft"),
 )
 WORDS = {
     "none": "Bradley-Terry",
@@ -33,7 +32,6 @@ WORDS = {
     "none_zero": "Bradley-Terry, sum to zero",
     "sft_zero": "GRM (sft), sum to zero",
     "bnrm": "Bradley-Terry, head bnrm",
-    "sft_bnrm": "GRM (sft), head bnrm",
 }
 HOME, AWAY = ["rmb"], [test for test in TESTS if test != "rmb"]
 
