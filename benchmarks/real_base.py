@@ -91,6 +91,9 @@ TESTS = {
     "gsm8k": ("gsm8k_solutions", 100),
 }
 SHORT = 1000  # characters of prompt and response together
+# What the judge of an experiment on over-optimisation learns from (the study's runs are its proxies): files, and the
+# most characters of prompt and response together.
+GOLD = {"rmb_pairwise_train": 1500, "pandalm_testset": 1500, "ultrafeedback_train": 1500, "autoj_pairwise": 1500}
 PROMPTS = (
     "What is a good way to learn the names of the stars?",
     "My sister is sad because her cat died. What can I say to her?",
@@ -147,6 +150,13 @@ def run_unit(method: str, data: dict, rate: float, origin: str) -> dict:
     return {"kind": "run", "method": method, "learning_rate": rate, **data, "tests": TESTS, **common(origin, method)}
 
 
+def gold_unit(rate: float, origin: str) -> dict:
+    return {
+        "kind": "gold", "method": "none", "learning_rate": rate, "seed": 0, "files": GOLD, "tests": TESTS,
+        **common(origin),
+    }  # fmt: skip
+
+
 def base_unit(origin: str) -> dict:
     """The base before any training: its answers, and how likely it finds the fixed texts."""
     return {"kind": "base", **common(origin)}
@@ -173,14 +183,17 @@ def chosen_rate(method: str, origin: str, results: Path) -> float | None:
 
 def units(origin: str, results: Path) -> list[dict]:
     """Settings of every unit that can be named today, in order: a method's runs appear once its rate is chosen."""
-    named, seen = [base_unit(origin)], set()
-    for method, data in [*plan(), *objectives_plan()]:
-        if method not in seen and method not in RATE_OF:
-            seen.add(method)
-            named += selection_units(method, origin)
-        rate = chosen_rate(method, origin, results)
-        if rate is not None:
-            named.append(run_unit(method, data, rate, origin))
+    named: list[dict] = [base_unit(origin)]
+    for runs in (plan(), objectives_plan()):
+        for method, data in runs:
+            if method not in RATE_OF and method not in {unit.get("method") for unit in named}:
+                named += selection_units(method, origin)
+            rate = chosen_rate(method, origin, results)
+            if rate is not None:
+                named.append(run_unit(method, data, rate, origin))
+        rate = chosen_rate("none", origin, results)
+        if rate is not None and runs == plan():
+            named.append(gold_unit(rate, origin))
     return named
 
 
@@ -233,6 +246,16 @@ def training_rows(train: str, pairs: int, flipped: float, seed: int) -> list[dic
     ]
 
 
+def gold_rows() -> list[dict]:
+    """The pairs of `GOLD`, in order. None has a prompt of a test set, or of the pairs that proxies learn from."""
+    known = [*short_rows("rmb_pairwise_train"), *(row for test in TESTS for row in test_rows(test))]
+    turns = {first_user_turn(row) for row in known}
+    rows = [row for file, longest in GOLD.items() for row in short_rows(file, longest)]
+    rows = [row for row in rows if first_user_turn(row) not in turns]
+    random.Random(0).shuffle(rows)
+    return [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+
+
 @cache
 def test_rows(test: str) -> list[dict]:
     """The rows of a test set. None of its prompts is in a training set."""
@@ -282,6 +305,10 @@ def autocast():
 
 
 def trained(settings: dict, folder: Path, work: str) -> GRMRewardTrainer:
+    if settings["kind"] == "gold":
+        rows = gold_rows()
+    else:
+        rows = training_rows(*(settings[name] for name in ("train", "pairs", "flipped", "seed")))
     method = {**(METHODS | OBJECTIVES)[settings["method"]]}
     head = method.pop("head_type")
     trainer = GRMRewardTrainer(
@@ -301,9 +328,7 @@ def trained(settings: dict, folder: Path, work: str) -> GRMRewardTrainer:
             logging_steps=5,
             **settings["recipe"],
         ),
-        train_dataset=Dataset.from_list(
-            training_rows(*(settings[name] for name in ("train", "pairs", "flipped", "seed")))
-        ),
+        train_dataset=Dataset.from_list(rows),
     )
     trainer.train()
     return trainer
@@ -388,6 +413,7 @@ def do(settings: dict, folder: Path) -> dict:
         with tempfile.TemporaryDirectory() as work:
             trainer = trained(settings, folder, work)
         lm, tokenizer = trainer.model.eval().lm, trainer.processing_class
+        result["pairs"] = trainer.data_counts["train"].rows
         result["training_seconds"] = round(time.process_time())
         result["loss"] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     if settings["kind"] == "select":
@@ -395,7 +421,7 @@ def do(settings: dict, folder: Path) -> dict:
     else:
         result["perplexity"] = round(perplexity(lm, tokenizer, test_rows("hhh")), 3)
         result["written"] = written(lm, tokenizer)
-    if settings["kind"] == "run":
+    if settings["kind"] in ("run", "gold"):
         result["tests"] = {test: scored(trainer, test_rows(test)) for test in TESTS}
     result["processor_seconds"] = round(time.process_time())
     result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

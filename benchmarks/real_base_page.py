@@ -54,7 +54,7 @@ def load(results: Path = RESULTS, methods=METHODS) -> tuple[dict, dict, dict | N
         settings = unit["settings"]
         if settings["kind"] == "base":
             base = unit
-        elif settings["method"] not in methods:
+        elif settings["method"] not in methods or settings["kind"] == "gold":
             continue
         elif settings["kind"] == "select":
             selection[settings["method"], settings["learning_rate"]] = unit
@@ -62,6 +62,12 @@ def load(results: Path = RESULTS, methods=METHODS) -> tuple[dict, dict, dict | N
             condition = (settings["train"], settings["pairs"], settings["flipped"])
             runs[condition, settings["method"], settings["seed"]] = unit
     return runs, selection, base, json.loads((results / "tests.json").read_text(encoding="utf-8"))
+
+
+def gold(results: Path = RESULTS) -> dict | None:
+    """The unit of the judge of over-optimisation."""
+    units = (json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json"))
+    return next((unit for unit in units if unit.get("settings", {}).get("kind") == "gold"), None)
 
 
 def in_distribution(condition) -> str:
@@ -181,7 +187,8 @@ def markdown(results: Path = RESULTS) -> str:
         found = difference(runs, about, condition, "sft", tests, level)
         cells = difference_cells(found, len(both(runs, condition, "sft")))
         lines.append(f"| {CONDITIONS[condition]} | {where} {cells}")
-    for part in (_every_test(runs, about), _language(runs, base), _rm_bench(runs, about), _paper(runs)):
+    judge = _over_optimisation(runs, gold(results), about)
+    for part in (_every_test(runs, about), _language(runs, base), _rm_bench(runs, about), judge, _paper(runs)):
         lines += ["", *part]
     return "\n".join([*lines, ""])
 
@@ -420,6 +427,43 @@ def _rm_bench(runs, about) -> list[str]:
                 cells = " | ".join(f"{each[mask].mean():.1f}" for mask in groups.values())
                 lines.append(f"| {words} | {method} | {cells} |")
     return lines
+
+
+def _over_optimisation(runs, gold, about) -> list[str]:
+    """Whether the gold model judges better than its proxies, without which over-optimisation cannot be seen."""
+    proxies = [run for (c, m, _), run in runs.items() if c == ("rmb", 600, 0.0) and m in ("none", "sft")]
+    lines = [
+        "## Over-optimisation",
+        "",
+        "An experiment on over-optimisation needs a judge (gold) that is better than the reward models that a policy "
+        "is optimised against (proxies).",
+    ]
+    if gold is None or not proxies:
+        return [lines[0], "", f"{lines[2]} The judge is not trained yet."]
+    size, values, groups = sum(len(about[test]["prompts"]) for test in TESTS), [], []
+    for test in TESTS:
+        weight = size / (len(TESTS) * len(about[test]["prompts"]))  # each test set counts the same
+        values.append(weight * (wins(gold, test) - np.mean([wins(run, test) for run in proxies], axis=0)))
+        groups += [(test, prompt) for prompt in about[test]["prompts"]]
+    difference = np.concatenate(values)
+    interval = bootstrap_interval(difference, groups, resamples=20_000)
+    accuracies = {test: [wins(gold, test).mean(), np.mean([wins(run, test) for run in proxies])] for test in TESTS}
+    shown = (
+        "It is better, so the experiment can be done."
+        if interval[0] > 0
+        else "It is not shown to be better, so the experiment cannot be done here and is left out."
+    )
+    return [
+        lines[0],
+        "",
+        f"{lines[2]} The judge is a Bradley-Terry model that learned from {gold['pairs']} other pairs; the proxies "
+        f"are the {len(proxies)} runs of `none` and `sft` on 600 RMB pairs. Averaged over the test sets, the judge is "
+        f"more accurate by {difference.mean():+.1f} points (95 % over prompts: {_span(interval)}). {shown}",
+        "",
+        "| tested on | judge | proxies |",
+        "|---|---|---|",
+        *(f"| {NAMES[test]} | {judge:.1f} | {theirs:.1f} |" for test, (judge, theirs) in accuracies.items()),
+    ]
 
 
 def _paper(runs) -> list[str]:

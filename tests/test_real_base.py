@@ -46,7 +46,7 @@ def row(prompt, chosen, rejected, **more):
 def few_pairs(monkeypatch):
     """Ten prompts of each file with two pairs each, in the place of shared/data."""
 
-    def rows(name):
+    def rows(name, longest=0):
         return [row(f"{name} {i}?", f"yes {j}", f"no, no {j}") for i in range(10) for j in range(2)]
 
     monkeypatch.setattr(real_base, "short_rows", rows)
@@ -60,8 +60,8 @@ def test_every_unit_has_a_file_of_its_own():
     plans = [*real_base.plan(), *real_base.objectives_plan()]
     units = [real_base.run_unit(method, data, 1e-5, ORIGIN) for method, data in plans]
     units += [unit for method in [*real_base.METHODS, "bnrm"] for unit in real_base.selection_units(method, ORIGIN)]
-    names = {real_base.digest(unit) for unit in [*units, real_base.base_unit(ORIGIN)]}
-    assert len(names) == len(units) + 1
+    units += [real_base.base_unit(ORIGIN), real_base.gold_unit(1e-5, ORIGIN)]
+    assert len({real_base.digest(unit) for unit in units}) == len(units)
     seeds = {}
     for method, data in real_base.plan():
         seeds.setdefault((data["train"], data["pairs"], data["flipped"], method), set()).add(data["seed"])
@@ -83,6 +83,7 @@ def test_a_method_waits_for_its_learning_rate(tmp_path):
         real_base.write(real_base.file_of(unit, tmp_path), found)
     assert real_base.chosen_rate("sft", ORIGIN, tmp_path) == real_base.RATES[1]
     assert real_base.chosen_rate("none", ORIGIN, tmp_path) is None
+    assert "gold" not in kinds()  # it waits for the rate of `none`
     named = [unit for unit in real_base.units(ORIGIN, tmp_path) if unit["kind"] == "run"]
     assert {unit["method"] for unit in named} == {"sft", "sft_zero"}  # a term has no rate of its own
     assert {unit["learning_rate"] for unit in named} == {real_base.RATES[1]}
@@ -117,6 +118,13 @@ def test_no_test_prompt_is_trained_on(few_pairs, monkeypatch):
     trained = {real_base.first_user_turn(row) for train in real_base.TRAIN for row in real_base.split(train)[0]}
     for test in real_base.TESTS:
         assert not trained & {real_base.first_user_turn(row) for row in real_base.test_rows(test)}, test
+
+
+def test_the_judge_learns_from_other_prompts(few_pairs):
+    rows = real_base.gold_rows()
+    turns = {real_base.first_user_turn(row).split(" ")[0] for row in rows}
+    # All of RMB's training pairs are short here, so they are the proxies'; PandaLM's held-out prompts are a test set.
+    assert turns == {"pandalm_testset", "ultrafeedback_train", "autoj_pairwise"} and len(rows) == 16 + 20 + 20
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +252,20 @@ def test_the_page_on_objectives_says_what_the_intervals_say(tmp_path):
     assert [float(cell) for cell in cells[5:]] == pytest.approx(expected[5:], abs=0.01)
     assert page.findings(folder)[1].startswith("10 of")  # the study's own page passes them over
     assert not objectives.has_runs(synthetic(tmp_path / "b", better=1, seeds=1))
+
+
+@pytest.mark.parametrize("right, words", [(60, "It is better, so"), (38, "is left out"), (10, "is left out")])
+def test_over_optimisation_needs_a_judge_that_is_better(tmp_path, right, words):
+    folder = synthetic(tmp_path / "a", better=1)
+    assert "The judge is not trained yet." in page.markdown(folder)
+    runs = page.load(folder)[0]
+    scores = {"chosen": [1.0 if i >= 60 - right else -1.0 for i in range(60)], "rejected": [0.0] * 60}
+    unit = {"settings": real_base.gold_unit(1e-5, ORIGIN), "pairs": 1234, "tests": dict.fromkeys(page.TESTS, scores)}
+    real_base.write(real_base.file_of(unit["settings"], folder), unit)
+    text = page.markdown(folder)
+    assert words in text and "learned from 1234 other pairs; the proxies are the 16 runs" in text
+    assert f"| RMB | {100 * right / 60:.1f} | 62.3 |" in text  # 36, 37 or 38 of 60, one more with sft
+    assert page.load(folder)[0].keys() == runs.keys()
 
 
 def test_what_else_a_run_is_asked_for():
