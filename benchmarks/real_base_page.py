@@ -6,13 +6,14 @@ that `benchmarks/real_base.py` left in docs/results/real_base, whether the study
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 from real_base import METHODS, PROMPTS, RATES, RESULTS, ROOT, SELECTION, TESTS, plan
 
-from grm_hf.metrics import accuracy, bootstrap_interval, pair_margins, pair_wins, seed_interval
+from grm_hf.metrics import accuracy, pair_margins, pair_wins, seed_interval, strata_interval
 
 
 FIGURE = ROOT / "docs" / "images" / "real_base.png"
@@ -45,13 +46,22 @@ PAPER = {
 
 def load(results: Path = RESULTS, methods=METHODS) -> tuple[dict, dict, dict | None, dict]:
     """Runs by (condition, method, seed); selection units by (method, rate); the base's unit; the tests. All but those
-    of `methods` are passed over."""
+    of `methods` are passed over. Units that do not belong together are refused."""
     runs, selection, base = {}, {}, None
+    seen: dict[str, Path] = {}
     for path in sorted(results.glob("*.json")):
         if path.name == "tests.json":
             continue
         unit = json.loads(path.read_text(encoding="utf-8"))
         settings = unit["settings"]
+        shared = {name: settings[name] for name in ("base", "precision", "recipe", "short")}
+        seen.setdefault(json.dumps(shared, sort_keys=True), path)
+        if len(seen) > 1:
+            one, other = (path.name for path in seen.values())
+            raise ValueError(
+                f"{one} and {other} in {results} differ in base, precision or recipe. A study has one of each: move "
+                "the units of the other to a folder of their own."
+            )
         if settings["kind"] == "base":
             base = unit
         elif settings["method"] not in methods or settings["kind"] == "gold":
@@ -59,8 +69,10 @@ def load(results: Path = RESULTS, methods=METHODS) -> tuple[dict, dict, dict | N
         elif settings["kind"] == "select":
             selection[settings["method"], settings["learning_rate"]] = unit
         else:
-            condition = (settings["train"], settings["pairs"], settings["flipped"])
-            runs[condition, settings["method"], settings["seed"]] = unit
+            key = (settings["train"], settings["pairs"], settings["flipped"]), settings["method"], settings["seed"]
+            if key in runs:
+                raise ValueError(f"{results} has two runs of {key}, {path.name} is one. Remove that of an old rate.")
+            runs[key] = unit
     return runs, selection, base, json.loads((results / "tests.json").read_text(encoding="utf-8"))
 
 
@@ -96,25 +108,32 @@ def difference(
     seeds = both(runs, condition, method, baseline)
     if len(seeds) < 2:
         return None
-    size = sum(len(about[test]["prompts"]) for test in tests)
-    values, groups = [], []
-    for test in tests:
-        weight = size / (len(tests) * len(about[test]["prompts"]))  # each test set counts the same
-        each = [wins(runs[condition, method, s], test) - wins(runs[condition, baseline, s], test) for s in seeds]
-        values.append(weight * np.stack(each))
-        groups += [(test, prompt) for prompt in about[test]["prompts"]]
-    table = np.concatenate(values, axis=1)  # (seeds, rows)
-    spread = seed_interval(table.mean(1), level)
-    over_prompts = bootstrap_interval(table.mean(0), groups, level, resamples=20_000)
+    tables = {  # of each test set: (seeds, rows)
+        test: np.stack(
+            [wins(runs[condition, method, s], test) - wins(runs[condition, baseline, s], test) for s in seeds]
+        )
+        for test in tests
+    }
+    each = np.mean([table.mean(1) for table in tables.values()], axis=0)
+    spread = seed_interval(each, level)
+    over_prompts = interval_over_prompts({test: table.mean(0) for test, table in tables.items()}, about, level)
     over_seeds = (spread["low"], spread["high"])
     return {
         "seeds": len(seeds),
-        "each": table.mean(1).tolist(),
+        "each": each.tolist(),
         "mean": spread["mean"],
         "over_seeds": over_seeds,
         "over_prompts": over_prompts,
         "verdict": verdict(over_seeds, over_prompts),
     }
+
+
+def interval_over_prompts(values: dict[str, np.ndarray], about: dict, level: float) -> tuple[float, float]:
+    """Of the average over test sets, each of which counts the same."""
+    rows = [(test, (test, prompt)) for test in values for prompt in about[test]["prompts"]]
+    strata, groups = zip(*rows, strict=True)
+    equal = dict.fromkeys(values, 1.0)
+    return strata_interval(np.concatenate([*values.values()]), strata, equal, groups, level, resamples=20_000)
 
 
 def verdict(*intervals: tuple[float, float]) -> str:
@@ -127,12 +146,19 @@ def verdict(*intervals: tuple[float, float]) -> str:
 
 
 def detectable(deviation: float, seeds: int, level: float, power: float = 0.8) -> float:
-    """The true difference that this many seeds show with probability `power`, if single differences have this standard
-    deviation. The interval is Student's t; the power is a normal approximation."""
+    """The true difference whose interval over this many seeds (Student's t) lies above zero with probability `power`,
+    if single differences are normal with this standard deviation."""
     ramp = np.arange(seeds)
     spread = seed_interval(ramp / ramp.std(ddof=1), level)  # of any values whose standard deviation is 1
     half = (spread["high"] - spread["low"]) / 2
-    return deviation * (half + NormalDist().inv_cdf(power) / math.sqrt(seeds))
+    found = np.linspace(0.001, 5, 5000)  # standard deviations as they may be estimated: a chi distribution
+    density = np.exp((seeds - 2) * np.log(found) - (seeds - 1) * found**2 / 2)
+    low, high = 0.0, half + 10.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        shown = [NormalDist().cdf(math.sqrt(seeds) * (middle - half * each)) for each in found.tolist()]
+        low, high = (middle, high) if np.average(shown, weights=density) < power else (low, middle)
+    return deviation * low
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -229,10 +255,12 @@ def mean_over_seeds(runs, condition, method, value) -> str:
 def _opening(runs, base, about, level, done, planned) -> list[str]:
     first = ("rmb", 600, 0.0)
     sentences = [
-        "The study trains all weights of SmolLM2-135M-Instruct on real preference pairs, with or without a text loss.",
-        f"{done} of {planned} runs are done"
-        + ("." if done in (0, planned) else "; every number here is computed from these."),
+        "The study trains all weights of SmolLM2-135M-Instruct on real preference pairs, with or without a text "
+        f"loss, in {planned} runs."
     ]
+    if done < planned:
+        rest = "; every number here is computed from these." if done else "."
+        sentences.append(f"{done} of {planned} runs are done{rest}")
     if not done:
         return [*sentences, _power(level)]
     places = ("on held-out pairs of the training set", "on the other test sets")
@@ -257,8 +285,8 @@ def _opening(runs, base, about, level, done, planned) -> list[str]:
 
 def _power(level: float) -> str:
     return (
-        f"With 8 seeds the study has an 80 % chance of showing a true difference of "
-        f"{detectable(_pilot_deviation(), 8, level):.1f} points."
+        f"With 8 seeds the interval over seeds has an 80 % chance of showing a true difference of "
+        f"{detectable(_pilot_deviation(), 8, level):.1f} points; a verdict also needs the interval over prompts."
     )
 
 
@@ -276,11 +304,11 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
         "`sft`, `dpo_noref` and `dpo` have the MLP head and add that text loss, with alpha 0.01 and beta 0.1.",
         "- A seed draws the pairs, the labels, their order and the head. Within a seed all methods share these; "
         "only `linear` has a head of its own.",
-        f"- Each method has its own learning rate, for all training sets. It has the lowest log loss on "
-        f"{_held_out(selection)} held-out RMB training pairs after training on {SELECTION['pairs']} others, with one "
-        "seed that is not used again. "
+        "- Each method has its own learning rate, for all training sets. "
+        f"Of {', '.join(f'{rate:g}' for rate in RATES)} it has the lowest log loss on {_held_out(selection)} held-out "
+        f"RMB training pairs after training on {SELECTION['pairs']} others, with one seed that is not used again. "
         + "; ".join(
-            f"{method} {min(found, key=found.__getitem__):g} ("
+            f"{method} {min(RATES, key=found.__getitem__):g} ("
             + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in found.items())
             + ")"
             for method, found in rates.items()
@@ -296,7 +324,8 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
         f"- The power was stated before the study, from three earlier seeds: their differences have a standard "
         f"deviation of {_pilot_deviation():.1f} points. Corrected for {comparisons} comparisons, 8 seeds show a true "
         f"difference of {detectable(_pilot_deviation(), 8, level):.1f} points with probability 0.8; 5 seeds show one "
-        f"of {detectable(_pilot_deviation(), 5, level):.1f}.",
+        f"of {detectable(_pilot_deviation(), 5, level):.1f}. This is the power of the interval over seeds; that of "
+        "the interval over prompts was not stated before.",
     ]
     if base:
         versions = ", ".join(f"{name} {number}" for name, number in base["versions"].items())
@@ -304,7 +333,12 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
     if units:
         seconds = sum(unit["processor_seconds"] for unit in units)
         each = seconds / len(units) / 60
-        lines.append(f"- Cost so far: {seconds / 3600:.1f} hours of one core, {each:.0f} minutes a unit.")
+        where = Counter(unit.get("device", "cpu") for unit in units)
+        lines.append(
+            f"- Cost so far: {seconds / 3600:.1f} hours of one core, {each:.0f} minutes a unit. Units by device: "
+            + ", ".join(f"{device} {count}" for device, count in sorted(where.items()))
+            + "."
+        )
     return lines
 
 
@@ -414,7 +448,10 @@ def _rm_bench(runs, about) -> list[str]:
         "## RM-Bench by domain and style",
         "",
         "Accuracy in %, means over seeds. In an easy pair the right answer has the more elaborate style; in a normal "
-        "pair both have the same style; in a hard pair the right answer has the plainer style.",
+        "pair both have the same style; in a hard pair the right answer has the plainer style. "
+        f"The {len(styles)} pairs are of {len(set(about['rm_bench']['prompts']))} items, which have nine each in "
+        "RM-Bench; here they have those that are short. Its domains code, whose answers are long, and math are not "
+        "tested.",
         "",
         "| trained on | method | " + " | ".join(f"{name} ({mask.sum()})" for name, mask in groups.items()) + " |",
         "|---|---" + "|---" * len(groups) + "|",
@@ -440,13 +477,9 @@ def _over_optimisation(runs, gold, about) -> list[str]:
     ]
     if gold is None or not proxies:
         return [lines[0], "", f"{lines[2]} The judge is not trained yet."]
-    size, values, groups = sum(len(about[test]["prompts"]) for test in TESTS), [], []
-    for test in TESTS:
-        weight = size / (len(TESTS) * len(about[test]["prompts"]))  # each test set counts the same
-        values.append(weight * (wins(gold, test) - np.mean([wins(run, test) for run in proxies], axis=0)))
-        groups += [(test, prompt) for prompt in about[test]["prompts"]]
-    difference = np.concatenate(values)
-    interval = bootstrap_interval(difference, groups, resamples=20_000)
+    better = {test: wins(gold, test) - np.mean([wins(run, test) for run in proxies], axis=0) for test in TESTS}
+    difference = float(np.mean([values.mean() for values in better.values()]))
+    interval = interval_over_prompts(better, about, 0.95)
     accuracies = {test: [wins(gold, test).mean(), np.mean([wins(run, test) for run in proxies])] for test in TESTS}
     shown = (
         "It is better, so the experiment can be done."
@@ -458,7 +491,7 @@ def _over_optimisation(runs, gold, about) -> list[str]:
         "",
         f"{lines[2]} The judge is a Bradley-Terry model that learned from {gold['pairs']} other pairs; the proxies "
         f"are the {len(proxies)} runs of `none` and `sft` on 600 RMB pairs. Averaged over the test sets, the judge is "
-        f"more accurate by {difference.mean():+.1f} points (95 % over prompts: {_span(interval)}). {shown}",
+        f"more accurate by {difference:+.1f} points (95 % over prompts: {_span(interval)}). {shown}",
         "",
         "| tested on | judge | proxies |",
         "|---|---|---|",
@@ -517,7 +550,7 @@ def draw(results: Path = RESULTS, path: Path = FIGURE) -> None:
     level = _level()
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    ticks = []
+    ticks, widest = [], 8.0
     for condition, words in CONDITIONS.items():
         for tests, where in zip(_primary_tests(condition), ("in distribution", "other test sets"), strict=True):
             y = -len(ticks)
@@ -527,8 +560,9 @@ def draw(results: Path = RESULTS, path: Path = FIGURE) -> None:
                 axes.plot(found["each"], [y] * found["seeds"], "o", color="C0", alpha=0.4, markersize=4)
                 axes.plot(found["over_seeds"], [y, y], color="C0")
                 axes.plot(found["mean"], y, "D", color="C0")
+                widest = max(widest, *(1.05 * abs(value) for value in (*found["each"], *found["over_seeds"])))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(yticks=[-i for i in range(len(ticks))], yticklabels=ticks)
-    axes.set(xlabel="GRM (sft) minus Bradley-Terry (none), accuracy in points", xlim=(-8, 8))
+    axes.set(xlabel="GRM (sft) minus Bradley-Terry (none), accuracy in points", xlim=(-widest, widest))
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150, metadata={"Software": None})

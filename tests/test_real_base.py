@@ -3,6 +3,7 @@ one unit of each kind at toy size, and the page against results whose difference
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -199,7 +200,7 @@ def synthetic(folder, better, seeds=8, methods=("none", "sft")):
     def save(unit, **result):
         real_base.write(real_base.file_of(unit, folder), {"settings": unit, "processor_seconds": 60, **result})
 
-    save(real_base.base_unit(ORIGIN), perplexity=14.0, written=["I am"] * 5, versions={"torch": "2"})
+    save(real_base.base_unit(ORIGIN), perplexity=14.0, written=["We are"] * 5, versions={"torch": "2"})
     for method in methods:
         for unit in real_base.selection_units(method, ORIGIN):
             save(unit, held_out={"log_loss": unit["learning_rate"], "pairs": 200})
@@ -210,8 +211,9 @@ def synthetic(folder, better, seeds=8, methods=("none", "sft")):
                 "chosen": [1.0] * right + [0.0] * (count - right), "rejected": [0.0] * right + [1.0] * (count - right),
             }
             data = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": seed}
-            unit = real_base.run_unit(method, data, 1e-5, ORIGIN)
-            save(unit, tests=dict.fromkeys(real_base.TESTS, scores), perplexity=15.0 + seed, written=["I | am"] * 5)
+            unit = real_base.run_unit(method, data, real_base.RATES[0], ORIGIN)
+            said = {"perplexity": 15.0 + seed, "written": [f"I | {method}"] * 5}
+            save(unit, tests=dict.fromkeys(real_base.TESTS, scores), **said)
     return folder
 
 
@@ -224,6 +226,17 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     assert "| 1,200 RMB pairs | RMB | 0 | | | | too few seeds yet |" in text
     assert "sft 3e-05 (0.0000 at 3e-05" in text and "Not chosen yet: linear, dpo_noref, dpo." in text
     assert "perplexity on HHH's chosen answers is 14.0 before training, 18.50 ± 2.05 after" in text
+    assert "It has" not in text and "Of 3e-05, 0.0001, 0.0003 it has the lowest log loss on 200 held-out RMB" in text
+    assert "Units by device: cpu 22." in text
+    assert f"| {page.PROMPTS[0]} | We are | I \\| none | I \\| sft |" in text
+    # The first rows are right: 36, 37 or 38 of 60, twelve more with sft; plain, elaborate and equal style in turn.
+    right = {method: [36 + seed % 3 + more for seed in range(8)] for method, more in (("none", 0), ("sft", 12))}
+    for method, counts in right.items():
+        by_style = [np.mean([len(range(first, count, 3)) / 20 for count in counts]) for first in (1, 2, 0)]
+        (line,) = re.findall(rf"600 RMB pairs \| {method} \| ([\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+) \|\n", text)
+        expected = 100 * np.array([np.mean(counts) / 60, *by_style])
+        assert [float(cell) for cell in line.split(" | ")] == pytest.approx(expected, abs=0.051)
+    assert "The 60 pairs are of 60 items" in text
     rows = page.forest(tmp_path / "a")
     assert list(rows) == ["600 RMB pairs,\nin distribution", "600 RMB pairs,\nother test sets"]
     assert rows["600 RMB pairs,\nin distribution"]["GRM sft"] == pytest.approx([20.0, 20.0, 20.0])
@@ -234,6 +247,26 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     text = page.markdown(synthetic(tmp_path / "d", better=-36))  # 36.875 right of 60 for none, 0.875 for sft
     assert "On average the runs rank 31.5 % of hh harmless's pairs rightly, less than a coin." in text
     assert "in 100.0 % of RMB's and 100.0 % of PandaLM's pairs, and in 100.0 % of hh harmless's" in text
+
+
+def test_the_page_opens_with_five_sentences(tmp_path, monkeypatch):
+    folder = synthetic(tmp_path / "a", better=12)
+    assert len(page.findings(folder)) == 6  # while runs are missing
+    done = [(method, data) for method, data in page.plan() if method in ("none", "sft")]
+    monkeypatch.setattr(page, "plan", lambda: [unit for unit in done if page._key(unit)[0] == ("rmb", 600, 0.0)])
+    assert len(page.findings(folder)) == 5 and page.findings(folder)[0].endswith("in 16 runs.")
+
+
+@pytest.mark.parametrize("other", [{"base": "another"}, {"precision": "float32"}, {"learning_rate": 1e-5}])
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, other):
+    """The same run on the Hub's weights, on another processor, or at a rate that was chosen before."""
+    folder = synthetic(tmp_path / "a", better=1)
+    unit = real_base.run_unit("sft", real_base.plan()[0][1], real_base.RATES[0], ORIGIN)
+    known = json.loads(real_base.file_of(unit, folder).read_text())
+    known["settings"] = {**known["settings"], **other}
+    real_base.write(real_base.file_of(known["settings"], folder), known)
+    with pytest.raises(ValueError, match="two runs of" if "learning_rate" in other else "differ in base, precision"):
+        page.markdown(folder)
 
 
 def test_the_page_on_objectives_says_what_the_intervals_say(tmp_path):
@@ -298,10 +331,23 @@ def test_each_test_set_counts_the_same_in_an_average(tmp_path):
     assert found["mean"] == pytest.approx((20.0 + 0.0) / 2)
 
 
-def test_power_is_that_of_students_test():
-    # 8 runs, level 0.95: t(7) = 2.3646; 5 runs: t(4) = 2.7764
-    assert page.detectable(1.0, 8, 0.95) == pytest.approx((2.3646 + 0.8416) / math.sqrt(8), rel=1e-3)
-    assert page.detectable(2.0, 5, 0.95) == pytest.approx(2 * (2.7764 + 0.8416) / math.sqrt(5), rel=1e-3)
+@pytest.mark.parametrize("deviation, seeds, level", [(1.0, 8, 0.95), (2.0, 5, 0.95), (1.6, 8, 0.99375), (1, 2, 0.95)])
+def test_power_is_that_of_students_test(deviation, seeds, level):
+    stats = pytest.importorskip("scipy.stats")
+    found = page.detectable(deviation, seeds, level)
+    beyond = stats.t.ppf((1 + level) / 2, seeds - 1)
+    assert stats.nct.sf(beyond, seeds - 1, found / deviation * math.sqrt(seeds)) == pytest.approx(0.8, abs=2e-3)
+
+
+def test_an_interval_over_prompts_is_that_of_each_test_set_by_itself():
+    """Test sets whose differences are unlike do not widen it; a prompt keeps its pairs."""
+    generator = np.random.default_rng(0)
+    about = {"rmb": {"prompts": np.repeat(np.arange(100), 3).tolist()}, "hhh": {"prompts": list(range(80))}}
+    values = {"rmb": 100 + generator.normal(0, 20, 100).repeat(3), "hhh": generator.normal(0, 20, 80)}
+    low, high = page.interval_over_prompts(values, about, 0.95)
+    means = np.array([each.mean() for each in values.values()])
+    error = math.sqrt(values["rmb"][::3].var() / 100 + values["hhh"].var() / 80) / 2
+    assert (low, high) == pytest.approx((means.mean() - 1.96 * error, means.mean() + 1.96 * error), abs=0.1 * error)
 
 
 def test_log_likelihoods_are_those_of_each_text_alone():
