@@ -14,10 +14,13 @@ benchmarks/published_model.py. The study: benchmarks/real_base.py, several at a 
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -258,6 +261,22 @@ def run_all(toy: bool, results: Path, until: float) -> list[dict]:
     return found
 
 
+def finished(command: list[str], until: float) -> bool:
+    """Runs a command. At that time, or if this process is interrupted, it ends with all the processes it started."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        code = process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code:
+        print(f"{' '.join(command[1:])} ended with {code}")
+    return True
+
+
 def go_on(until: float, workers: int) -> None:
     """The candidate and its twin, then the study's remaining units, until the time is over. What is cut off is done
     again later."""
@@ -265,9 +284,7 @@ def go_on(until: float, workers: int) -> None:
     left = [["published_model.py", name] for name in names if not (published_model.RESULTS / f"{name}.json").is_file()]
     for script, *arguments in [*left, ["real_base.py", "--workers", str(workers)]]:
         command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-        try:
-            subprocess.run(command, timeout=max(0.0, until - time.monotonic()), check=True)
-        except subprocess.TimeoutExpired:
+        if not finished(command, until):
             print(f"no time left for {script} {' '.join(arguments)}; run this again")
 
 
@@ -288,11 +305,12 @@ def main() -> None:
             sys.exit("There is no GPU here. `--toy` shows that the script works.")
         RESULTS.mkdir(parents=True, exist_ok=True)
         run_all(False, RESULTS, until)
-        go_on(until, args.workers)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     if not results:
         sys.exit(f"{RESULTS} has no results yet.")
     write_section("gpu", section(results))
+    if not args.report:
+        go_on(until, args.workers)
 
 
 if __name__ == "__main__":

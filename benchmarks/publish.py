@@ -53,7 +53,9 @@ DATA = {  # source: what the card says of it
     "pandalm": "PandaLM's human-labelled test set, Apache-2.0",
     "ultrafeedback": "UltraFeedback, as cleaned by Argilla, MIT",
     "gsm8k": "model solutions of GSM8K questions, a right one over a wrong one, MIT",
-    "hh_singleturn": "Anthropic's hh-rlhf, single turns, MIT",
+    "ultrafeedback_train": "UltraFeedback, as cleaned by Argilla, MIT",
+    "hh_helpful_base_train": "Anthropic's hh-rlhf, helpful, MIT",
+    "hh_harmless_base_train": "Anthropic's hh-rlhf, harmless, MIT",
 }
 JUDGES = ("grm", "bradley_terry", "likelihood", "mean_likelihood")
 
@@ -63,12 +65,12 @@ JUDGES = ("grm", "bradley_terry", "likelihood", "mean_likelihood")
 
 def candidates() -> dict[str, float]:
     """Of each candidate at hand the log loss on the validation pairs, averaged over their sources; twins excepted."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    return {
-        name: float(np.mean([source["log_loss"] for source in results[name]["validation"].values()]))
-        for name in CANDIDATES
-        if name in results and not name.endswith("_bt")
-    }
+    paths = {name: RESULTS / f"{name}.json" for name in CANDIDATES if not name.endswith("_bt")}
+    found = {name: json.loads(path.read_text())["validation"] for name, path in paths.items() if path.is_file()}
+    sources = {name: sorted(validation) for name, validation in found.items()}
+    if len(set(map(tuple, sources.values()))) > 1:  # an average with easier pairs in it is lower
+        raise ValueError(f"Candidates were judged on other pairs than others: {sources}. Train those of fewer again.")
+    return {name: float(np.mean([each["log_loss"] for each in of.values()])) for name, of in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder

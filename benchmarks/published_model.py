@@ -145,7 +145,8 @@ def cut(trained: GRMRewardTrainer, name: str) -> GRMRewardTrainer:
     }
     assert adapters.keys() == new.keys() == start.keys()
     for key, adapter in adapters.items():
-        left, values, right = torch.linalg.svd(new[key].weight.double() - start[key].double(), full_matrices=False)
+        difference = new[key].weight.double() - start[key].to(new[key].weight.device).double()
+        left, values, right = torch.linalg.svd(difference, full_matrices=False)
         roots = values[:RANK].sqrt()
         adapter.lora_A["default"].weight.copy_(roots[:, None] * right[:RANK])
         adapter.lora_B["default"].weight.copy_(left[:, :RANK] * roots / adapter.scaling["default"])

@@ -1,7 +1,6 @@
 """The script for a GPU, at toy size on this processor: every side runs, what has a file is not done again, and MFU is
 what the formula says."""
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 
 pytest.importorskip("trl.kernels.chunked_logprob", reason="needs the newest TRL")
+psutil = pytest.importorskip("psutil", reason="demo extra")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu  # noqa: E402
@@ -39,12 +39,11 @@ def test_no_time_left(tmp_path, capsys):
 def test_candidate_and_study_go_on_while_there_is_time(tmp_path, monkeypatch, capsys):
     ran = []
 
-    def run(command, timeout, check):
+    def finished(command, until):
         ran.append([Path(command[1]).name, *command[2:]])
-        if timeout == 0:
-            raise subprocess.TimeoutExpired(command, timeout)
+        return until > time.monotonic()
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "finished", finished)
     monkeypatch.setattr(gpu.published_model, "RESULTS", tmp_path)
     candidates = [["published_model.py", name] for name in ("broad", "broad_bt")]
     everything = [*candidates, ["real_base.py", "--workers", "3"]]
@@ -59,6 +58,19 @@ def test_candidate_and_study_go_on_while_there_is_time(tmp_path, monkeypatch, ca
         "no time left for published_model.py broad_bt; run this again",
         "no time left for real_base.py --workers 3; run this again",
     ]
+
+
+def test_what_is_cut_off_ends_with_the_units_it_started(tmp_path, capsys):
+    """`real_base.py` computes each unit in a process of its own."""
+    sleeper = "import time, pathlib, sys; pathlib.Path(sys.argv[1]).touch(); time.sleep({0})"
+    unit = [sys.executable, "-c", sleeper.format(60), str(tmp_path / "started")]
+    parent = f"import subprocess; subprocess.Popen({unit!r}).wait()"
+    assert not gpu.finished([sys.executable, "-c", parent], time.monotonic() + 3)
+    assert (tmp_path / "started").exists()
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not any(str(tmp_path / "started") in command for command in commands)
+    assert gpu.finished([sys.executable, "-c", "raise SystemExit(3)"], time.monotonic() + 60)
+    assert "ended with 3" in capsys.readouterr().out
 
 
 def test_mfu_is_flops_over_time_and_peak():

@@ -376,6 +376,24 @@ def test_the_card_of_the_published_model_is_made_from_what_was_measured():
     assert policies["reward_temperature"] == publish._candidate(measured)["temperature"] != 1.0
 
 
+def test_the_card_can_name_the_data_of_every_candidate():
+    for candidate in publish.CANDIDATES.values():
+        assert {*candidate["sources"], *candidate["files"]} <= set(publish.DATA)
+
+
+def test_candidates_are_compared_on_the_same_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    monkeypatch.setattr(publish, "CANDIDATES", dict.fromkeys(("one", "two", "two_bt", "three")))
+    for name, losses in {"one": (0.6, 0.7), "two": (0.5, 0.7), "two_bt": (0.1, 0.1)}.items():
+        found = {source: {"log_loss": loss} for source, loss in zip(("pandalm", "gsm8k"), losses, strict=True)}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"validation": found}))
+    assert publish.candidates() == pytest.approx({"one": 0.65, "two": 0.6})
+    found["off_topic"] = {"log_loss": 0.01}
+    (tmp_path / "three.json").write_text(json.dumps({"validation": found}))
+    with pytest.raises(ValueError, match="judged on other pairs"):
+        publish.candidates()
+
+
 def test_pairs_off_topic_answer_another_prompt():
     texts = ["sure", "sure", "north", "blue", "42"]
     rows = [{"prompt": [user(f"{i}?")], "chosen": [assistant(text)], "rejected": []} for i, text in enumerate(texts)]
