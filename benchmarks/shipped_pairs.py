@@ -23,7 +23,8 @@ OFFENSIVE = re.compile(
     r"kill|murder|suicid|weapon|bomb|shoot|stab|rape|\bsex|porn|nude|naked|fuck|shit|bitch|cunt|slut|whore|racis|nazi"
     r"|hitler|\bdrugs?\b|cocaine|heroin|abus|terror|poison|steal|rob\b|robb|hack|illegal|crimin|torture|slave|genocid"
     r"|kidnap|molest|blackmail|stalk|corpse|\bdamn|\bass\b|asshole|dick\b|nigg|fag|retard|drunk|bully|scam|shoplift"
-    r"|home address|smuggl|suffocat|strangl|arson|meth\b|ransom|insult|hatred|penis|vagina|devil|counterfeit|dirty",
+    r"|home address|smuggl|suffocat|strangl|arson|meth\b|ransom|insult|hatred|penis|vagina|devil|counterfeit|dirty"
+    r"|decapitat|\bblacks\b|\bjewish\b|immigra|despise|credit card number|cheating on|impersonat",
     re.IGNORECASE,
 )
 SOURCES = {"pandalm": "pandalm_testset", "gsm8k": "gsm8k_solutions", "ultrafeedback": "ultrafeedback_train"}

@@ -22,9 +22,10 @@ import publish  # noqa: E402
 import published_model  # noqa: E402
 import real_base  # noqa: E402
 import real_base_page as page  # noqa: E402
+import shipped_pairs  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
-from grm_hf import GRMScorer  # noqa: E402
+from grm_hf import GRMScorer, base  # noqa: E402
 from grm_hf.configuration_grm import ADAPTER_POLICIES  # noqa: E402
 
 
@@ -140,8 +141,8 @@ def tiny_base(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.trainer
 def test_units_at_toy_size(few_pairs, tiny_base, tmp_path):
-    base = real_base.do(real_base.base_unit(ORIGIN), tiny_base)
-    assert base["perplexity"] > 1 and len(base["written"]) == len(real_base.PROMPTS)
+    unit = real_base.do(real_base.base_unit(ORIGIN), tiny_base)
+    assert unit["perplexity"] > 1 and len(unit["written"]) == len(real_base.PROMPTS)
     data = {"train": "rmb", "pairs": 16, "flipped": 0.25, "seed": 0}  # two steps; the first is one of warm-up
     found = {}
     for method in [*real_base.METHODS, *real_base.OBJECTIVES]:
@@ -182,6 +183,31 @@ def test_a_seed_draws_head_and_order_alike_for_every_method(few_pairs, tiny_base
         assert order == seen["none", 0][1], method
         assert method == "linear" or torch.equal(head, seen["none", 0][0]), method
     assert not torch.equal(seen["none", 0][0], seen["none", 1][0]) and seen["none", 0][1] != seen["none", 1][1]
+
+
+# --------------------------------------------------------------------------------------------------- the shipped pairs
+
+
+def test_no_shipped_pair_is_offensive():
+    for name in base.shipped.SPLITS:
+        assert not any(map(shipped_pairs.is_offensive, base.load_pairs(name).to_list())), name
+    assert shipped_pairs.is_offensive(row("Are BLACKS lazy?", "no", "yes"))
+    assert not shipped_pairs.is_offensive(row("Where is my jewelry?", "here", "there"))
+
+
+def test_no_prompt_of_a_shipped_split_is_in_another_in_another_spelling():
+    def turns(name):
+        spelled = (real_base.first_user_turn(row) for row in base.load_pairs(name).to_list())
+        return {" ".join(re.findall(r"\w+", text.casefold())) for text in spelled}
+
+    train, validation, test = map(turns, base.shipped.SPLITS)
+    assert not train & validation and not test & (train | validation)
+
+
+@pytest.mark.skipif(not real_base.DATA.is_dir(), reason="needs the preference data beside the repository")
+def test_the_shipped_pairs_are_what_the_script_makes():
+    for name, rows in shipped_pairs.splits().items():
+        assert base.load_pairs(name).to_list() == rows, name
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
