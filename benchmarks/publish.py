@@ -78,21 +78,24 @@ def candidates() -> dict[str, float]:
 
 def write_folder(run: Path, folder: Path) -> None:
     """The adapter of a run as a repository carries it: its matrices in bfloat16, to which training rounded them, its
-    policies, and the configuration of its base alone. `grm_hf.base` completes the base from the package."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "base").mkdir(parents=True)
-    for name in FILES:
-        shutil.copyfile(run / name, folder / name)
-    adapter = json.loads((folder / "adapter_config.json").read_text())
-    adapter["base_model_name_or_path"] = base.BASE_NAME
-    (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(run / "base" / "config.json", folder / "base" / "config.json")
-    config = GRMConfig.from_pretrained(folder / "base")
-    config.reward_temperature = json.loads((RESULTS / f"{run.name}.json").read_text())["temperature"]
-    save_policies(config, folder)
-    weights = load_file(run / "adapter_model.safetensors")
-    rounded = {name: w.bfloat16() if ".lora_" in name else w for name, w in weights.items()}
-    save_file(rounded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    policies, and the configuration of its base alone. `grm_hf.base` completes the base from the package. What was in
+    the folder goes once the new files are all there."""
+    with tempfile.TemporaryDirectory() as place:
+        draft = Path(place) / "draft"
+        (draft / "base").mkdir(parents=True)
+        for name in (*FILES, "base/config.json"):
+            shutil.copyfile(run / name, draft / name)
+        adapter = json.loads((draft / "adapter_config.json").read_text())
+        adapter["base_model_name_or_path"] = base.BASE_NAME
+        (draft / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+        config = GRMConfig.from_pretrained(draft / "base")
+        config.reward_temperature = json.loads((RESULTS / f"{run.name}.json").read_text())["temperature"]
+        save_policies(config, draft)
+        weights = load_file(run / "adapter_model.safetensors")
+        rounded = {name: w.bfloat16() if ".lora_" in name else w for name, w in weights.items()}
+        save_file(rounded, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(draft, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ measured
@@ -130,8 +133,8 @@ def measure(name: str) -> dict:
     sets = tests()
     result: dict = {"candidate": name, "tests": {}}
     with tempfile.TemporaryDirectory() as twin:
-        write_folder(RUNS / name, MODEL)
         write_folder(RUNS / f"{name}_bt", Path(twin))
+        write_folder(RUNS / name, MODEL)
         scorers = {
             judge: GRMScorer(str(folder), layout="shared_prefix")
             for judge, folder in (("grm", MODEL), ("bradley_terry", twin))

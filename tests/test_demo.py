@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,60 @@ def test_refused_before_anything_is_trained(tmp_path, monkeypatch):
 def test_methods_differ_in_the_text_loss_alone():
     assert {key for settings in demo.METHODS.values() for key in settings} == {"regularizer", "alpha"}
     assert demo.METHODS["Bradley-Terry"] == {"regularizer": "none"}
+
+
+@pytest.mark.parametrize("processors, memory, runs", [(8, 24, 2), (8, 11.9, 1), (8, 3, 1), (1, 24, 1), (None, 24, 1)])
+def test_runs_at_a_time(monkeypatch, processors, memory, runs):
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: processors)
+    assert demo.at_a_time(memory) == runs
+
+
+@pytest.mark.parametrize("workers, minutes", [(2, 4), (1, 7)])
+def test_the_forecast_is_made_of_the_first_steps(monkeypatch, capsys, workers, minutes):
+    """Three steps took 18 s; the one before them is not counted. 96 test pairs are as long as 4 steps, and a minute is
+    for the rest."""
+    clock = iter([0.0, 100.0, 118.0])
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: next(clock))
+    for method in ("GRM", "Bradley-Terry"):  # one of them says it
+        forecast = demo._Forecast(method, 96, workers)
+        args, state = SimpleNamespace(per_device_train_batch_size=8), SimpleNamespace(max_steps=26, global_step=0)
+        while state.global_step < 10:
+            forecast.on_step_begin(args, state, None)
+            state.global_step += 1
+            forecast.on_step_end(args, state, None)
+    # (26 + 96 / 24) * 6 s = 3 minutes a run
+    assert capsys.readouterr().out == f"this machine takes 6.0 s a step: about {minutes} minutes in all\n"
+
+
+def test_answers_stand_under_whose_they_are(tmp_path):
+    entry = {"accuracy": 0.5, "interval": [0.4, 0.6], "log_loss": 0.6}
+    test = {"pairs": 9, "longer": 0.5, "difference": {"accuracy": 0.0, "interval": [-0.1, 0.1]}}
+    runs = {name: {"perplexity": p, "answers": [f"{name} | {i}" for i in range(5)], "peak": 2e9}
+            for name, p in zip(demo.METHODS, (15.0, 14.5), strict=True)}  # fmt: skip
+    results = {
+        "base": "a base", "pairs": 8, "precision": "bf16", "seconds": 60.0, "workers": 2, "runs": runs,
+        "before": {"perplexity": 14.0, "answers": [f"base {i}" for i in range(5)]},
+        "comparison": {name: test | dict.fromkeys(demo.METHODS, entry) for name in demo.TESTS},
+        "reloaded": [{"question": "Why?", "answer": "So.", "here": 0.5, "clean_process": 0.5}],
+    }  # fmt: skip
+    text = demo.report(results, tmp_path)
+    assert "base 14.00, Bradley-Terry 15.00, GRM 14.50." in text
+    for i, prompt in enumerate(demo.PROMPTS):
+        assert f"| {prompt} | base {i} | Bradley-Terry \\| {i} | GRM \\| {i} |" in text
+    assert "-10.0 to +10.0), no difference shown" in text
+
+
+def test_answers_are_greedy():
+    tokenizer = chatml_tokenizer()
+    lm = tiny_lm("llama_tied", vocab_size=len(tokenizer), max_position_embeddings=256).eval()
+    chat = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True).input_ids
+    written = []
+    while len(written) < 7 and tokenizer.eos_token_id not in written:
+        with torch.no_grad():
+            written.append(int(lm(torch.tensor([ids + written])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert language.answers(lm, tokenizer, ["Hi", "Hi"], max_new_tokens=7) == [expected] * 2
 
 
 @pytest.mark.slow

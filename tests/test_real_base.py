@@ -4,6 +4,7 @@ one unit of each kind at toy size, and the page against results whose difference
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -418,6 +419,24 @@ def test_candidates_are_compared_on_the_same_pairs(tmp_path, monkeypatch):
     (tmp_path / "three.json").write_text(json.dumps({"validation": found}))
     with pytest.raises(ValueError, match="judged on other pairs"):
         publish.candidates()
+
+
+def test_a_run_that_is_not_at_hand_does_not_cost_the_published_model(tmp_path, monkeypatch):
+    folder, run = tmp_path / "published", tmp_path / "on_topic"
+    shutil.copytree(publish.MODEL, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    shutil.copytree(publish.MODEL, run)
+    (run / "adapter_model.safetensors").unlink()
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    (tmp_path / "on_topic.json").write_text('{"temperature": 2.5}')
+    for missing in (run, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError):
+            publish.write_folder(missing, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    shutil.copy(publish.MODEL / "adapter_model.safetensors", run)
+    publish.write_folder(run, folder)
+    assert json.loads((folder / ADAPTER_POLICIES).read_text())["reward_temperature"] == 2.5
+    assert (folder / "base" / "config.json").is_file() and not (folder / "golden_rows.json").exists()
 
 
 def test_pairs_off_topic_answer_another_prompt():

@@ -103,7 +103,7 @@ def run(
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     memory = psutil.virtual_memory().available / 1e9
-    workers = max(1, min(len(METHODS), os.cpu_count() or 1, int(memory / GIGABYTES)))
+    workers = at_a_time(memory)
     about = {
         "base": origin or base.origin(folder),
         "precision": "bf16" if _fast_bf16() else "float32",
@@ -141,6 +141,11 @@ def run(
     (output / "report.md").write_text(text, encoding="utf-8")
     print(text)
     return results
+
+
+def at_a_time(memory: float) -> int:
+    """How many runs go on together with so many GB of free memory, on this machine's processors; at least one."""
+    return max(1, min(len(METHODS), os.cpu_count() or 1, int(memory / GIGABYTES)))
 
 
 def _fast_bf16() -> bool:
