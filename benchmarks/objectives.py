@@ -45,7 +45,8 @@ def rewards(run: dict, test: str) -> np.ndarray:
 
 
 def best_of(run: dict, about: dict) -> float:
-    """The share of RM-Bench's items whose highest of six rewards is a right answer's, in %."""
+    """The share of RM-Bench's items whose highest reward is a right answer's, in %. An item has two to six answers
+    here: those of its short pairs."""
     best: dict[int, list[float]] = {}
     for prompt, chosen, rejected in zip(about["rm_bench"]["prompts"], *rewards(run, "rm_bench"), strict=True):
         sides = best.setdefault(prompt, [-np.inf, -np.inf])
@@ -67,7 +68,7 @@ def columns(about: dict) -> dict[str, Callable[[dict], float]]:
         "mean reward": lambda run: float(rewards(run, "rmb").mean()),
         "its deviation": lambda run: float(rewards(run, "rmb").std()),
         "correlation with length": lambda run: length_bias(run, about),
-        "best of 6": lambda run: best_of(run, about),
+        "best of an item": lambda run: best_of(run, about),
         "perplexity": lambda run: run["perplexity"],
     }
 
@@ -136,8 +137,8 @@ def markdown(results: Path = RESULTS) -> str:
         "## What else changes",
         "",
         "Means with half widths of 95 % intervals over seeds. Rewards are those of RMB's responses. Correlation of "
-        "reward and length: over HHH's responses. Best of 6: RM-Bench items whose highest reward is a right answer's, "
-        "in %. Perplexity: of HHH's chosen responses.",
+        "reward and length: over HHH's responses. Best of an item: RM-Bench items whose highest reward is a right "
+        "answer's, in %. Perplexity: of HHH's chosen responses.",
         "",
         "| trained on | method | " + " | ".join(parts) + " |",
         "|---" * (2 + len(parts)) + "|",

@@ -263,7 +263,7 @@ def test_rows(test: str) -> list[dict]:
     rows = split("pandalm")[1] if test == "pandalm" else short_rows(name)
     trained = {first_user_turn(row) for train in TRAIN for row in split(train)[0]}
     rows = [row for row in rows if first_user_turn(row) not in trained]
-    if test == "rm_bench":  # an item's rows share six texts: whole items, so that few texts give many rows
+    if test == "rm_bench":  # item by item: an item's rows share texts (at most six), and few texts give many rows
         domains = ("chat", "safety-refuse", "safety-response")
         return [row for d in domains for row in [row for row in rows if row["subset"] == d][:count]]
     return rows[:count]
