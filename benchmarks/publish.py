@@ -54,7 +54,6 @@ DATA = {  # source: what the card says of it
     "ultrafeedback": "UltraFeedback, as cleaned by Argilla, MIT",
     "gsm8k": "model solutions of GSM8K questions, a right one over a wrong one, MIT",
     "ultrafeedback_train": "UltraFeedback, as cleaned by Argilla, MIT",
-    "hh_helpful_base_train": "Anthropic's hh-rlhf, helpful, MIT",
     "hh_harmless_base_train": "Anthropic's hh-rlhf, harmless, MIT",
 }
 JUDGES = ("grm", "bradley_terry", "likelihood", "mean_likelihood")

@@ -47,7 +47,7 @@ COMMON = {
 }
 INSTRUCTIONS = ["pandalm", "ultrafeedback"]
 FULL = {**COMMON, "sources": INSTRUCTIONS, "full": True}
-BROAD = ["ultrafeedback_train", "hh_helpful_base_train", "hh_harmless_base_train"]
+BROAD = ["ultrafeedback_train", "hh_harmless_base_train"]
 CANDIDATES: dict[str, dict] = {
     "instructions_full": {**FULL, "learning_rate": 3e-5},
     "on_topic": {**FULL, "learning_rate": 1e-4, "off_topic": 300},
