@@ -90,6 +90,15 @@ def test_combiners_have_finite_values_and_gradients_everywhere(name):
         assert rewards.isfinite().all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["geometric", "harmonic"])
+@pytest.mark.parametrize("other", [-3e38, -200.0, 0.0, 200.0, 3e38])
+def test_an_attribute_without_weight_counts_nothing_however_extreme_it_is(name, other):
+    """In float32, whose smallest weight is far above the softplus of -200."""
+    function, weights = COMBINERS[name].function, torch.tensor([0.75, 0.0, 0.25])
+    found = function(torch.tensor([1.0, other, -2.0]), weights)
+    torch.testing.assert_close(found, function(torch.tensor([1.0, -2.0]), torch.tensor([0.75, 0.25])))
+
+
 @given(st.lists(st.floats(0.01, 5), min_size=3, max_size=3), st.integers(0, 2))
 def test_means_do_not_depend_on_the_scale_of_weights_nor_on_attributes_without_weight(values, place):
     for name in ("geometric", "harmonic"):
@@ -898,6 +907,8 @@ def test_fitting_warns_of_pairs_that_separate_and_refuses_what_it_cannot_fit():
     assert fitted["help"] > 0 and all(map(math.isfinite, fitted.values()))
     with pytest.raises(ValueError, match="the same in every pair"):
         fit_attribute_weights(Rated(model, table[:, [0, 0]]), [{}, {}])
+    with pytest.raises(ValueError, match="Every pair is a tie"):
+        fit_attribute_weights(Rated(model, table), [{"label": 0.5}, {"label": 0.5}])
     with pytest.raises(ValueError, match="no pairs"):
         fit_attribute_weights(Rated(model, table[:0]), [])
     for label in (3.0, -1, GAP, "yes", True):
