@@ -459,6 +459,10 @@ WAYS = {
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 100},
         [consecutive(4, 4), consecutive(4, 4, 4, 2)[2:]],
     ),
+    "short": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        [consecutive(4, 4, 4), consecutive(12, 2)[1:]],
+    ),
 }
 
 
@@ -473,6 +477,7 @@ WAYS = {
         ("gate", "sft", "packed", "whole"),
         ("gate", "sft", "shared_prefix", "budget"),
         ("gate", "none", "padded", "both"),
+        ([0.7, -0.3], "sft", "shared_prefix", "short"),
     ],
 )
 def test_steps_over_mixed_rows_are_those_by_hand(tmp_path, double, weights, kind, layout, way):
@@ -602,6 +607,8 @@ def test_a_run_on_rated_completions_alone(tmp_path):
     assert found["eval_loss"] == pytest.approx(found["eval_attribute_loss"], rel=1e-5)
     assert "eval_accuracy" not in found and "eval_mean_reward" not in found
     assert run.model.config.reward_std == 1.0 and run.data_counts["train"].pairs == 0
+    run.create_model_card()
+    assert "Loss: `1 * mean_i (a_i - rating_i)^2`" in (tmp_path / "README.md").read_text()
     again = trainer(tmp_path / "dpo", model_of(), dataset(rows), peft_config=lora(), regularizer="dpo", max_steps=1)
     again.train()  # a text loss has nothing to do, and does not mind
 
