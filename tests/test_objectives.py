@@ -357,7 +357,8 @@ def test_the_formula_of_the_card_is_the_loss(tmp_path, pair_loss, text, label, s
     run.create_model_card()
     (formula,) = re.findall(r"^Loss: `(.+)`$", (tmp_path / "README.md").read_text(), re.MULTILINE)
     assert ("label" in formula) == (label is not None)
-    found = eval(formula.replace("log sigmoid(", "log_sigmoid("), {"log_sigmoid": lambda z: -np.logaddexp(0, -z)}, seen)
+    written = formula.replace("log sigmoid(", "log_sigmoid(")
+    found = eval(written, {"log_sigmoid": lambda z: -np.logaddexp(0, -z)}, seen)
     assert found == pytest.approx(seen["loss"], rel=1e-5)
 
 

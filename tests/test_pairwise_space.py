@@ -217,7 +217,8 @@ def test_every_head_is_read(space, head, tmp_path):
     with torch.no_grad():
         assert reading.rewards == close([model(ids[:, : t + 1]).logits.item() for t in range(len(reading.ids))])
     compared = space.reward_models.compare(this, PROMPT, A, B)["rewards"].values()
-    assert list(compared) == close(GRMScorer(model, tokenizer).score([{"prompt": PROMPT, "response": x} for x in (A, B)]))
+    expected = GRMScorer(model, tokenizer).score([{"prompt": PROMPT, "response": answer} for answer in (A, B)])
+    assert list(compared) == close(expected)
 
 
 CONVERSATION = [
