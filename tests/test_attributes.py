@@ -521,22 +521,25 @@ def test_rated_completions_change_no_other_term(tmp_path, double, text):
 
 @pytest.mark.trainer
 def test_gamma_zero_changes_no_bit(tmp_path):
+    """Of a run on pairs that have ratings."""
     from trainers import grm, pairs, trainer
 
-    plain = grm()
+    plain, data = grm(), pairs(chosen_help=[3.0] * 16, rejected_short=[-2.0] * 16)
     runs = {}
-    for name, model in {"plain": plain, "attributes": model_of(attribute_weights=None)}.items():
-        if name == "attributes":
+    for name, model in {"plain": plain, "attributes": model_of(), "gamma": model_of()}.items():
+        if name != "plain":
             model.lm.load_state_dict(plain.lm.state_dict())
             model.score.reward.load_state_dict(plain.score.state_dict())
         runs[name] = trainer(
-            tmp_path / name, copy.deepcopy(model), pairs(), pairs(6, seed=1), regularizer="sft", max_steps=8,
-            gradient_accumulation_steps=2, attribute_loss_weight=0.0, batch_sum_to_zero=0.5,
+            tmp_path / name, copy.deepcopy(model), data, pairs(6, seed=1), regularizer="sft", max_steps=8,
+            gradient_accumulation_steps=2, attribute_loss_weight=float(name == "gamma"), batch_sum_to_zero=0.5,
         )  # fmt: skip
         runs[name].train()
+    rated = dict(runs.pop("gamma").model.named_parameters())
     one, other = (dict(run.model.named_parameters()) for run in runs.values())
     for name, parameter in one.items():
         assert torch.equal(parameter, other[name.replace("score.", "score.reward.")]), name
+    assert not torch.equal(rated["score.reward.out.weight"], other["score.reward.out.weight"])
     plain_log, log = (run.state.log_history for run in runs.values())
     for before, after in zip(plain_log, log, strict=True):
         for name in before.keys() - {"tokens_per_second", "train_runtime", "total_flos"}:

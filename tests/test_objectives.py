@@ -273,21 +273,24 @@ def test_the_mean_beforehand_has_the_dropout_of_the_step(tmp_path, double):
 
 
 @pytest.mark.trainer
-def test_weight_zero_changes_no_bit_and_the_term_pulls_the_mean(tmp_path):
+def test_a_weight_of_nothing_changes_no_bit_and_the_term_pulls_the_mean(tmp_path):
+    """With 1e-300 everything is computed, the forward beforehand with its dropout too, and the term rounds to 0."""
     from trainers import grm, trainer
 
     runs = {}
     for name, weight in {
         "default": {},
-        "zero": {"batch_sum_to_zero": 0.0},
+        "nothing": {"batch_sum_to_zero": 1e-300},
         "some": {"batch_sum_to_zero": 5.0},
     }.items():
-        model = grm()
+        model = grm(attention_dropout=0.3)
         with torch.no_grad():
             model.score.out.bias += 2
-        runs[name] = trainer(tmp_path / name, model, gradient_accumulation_steps=2, max_steps=8, **weight)
+        runs[name] = trainer(
+            tmp_path / name, model, gradient_accumulation_steps=2, max_steps=8, disable_dropout=False, **weight
+        )
         runs[name].train()
-    for one, other in zip(runs["default"].model.parameters(), runs["zero"].model.parameters(), strict=True):
+    for one, other in zip(runs["default"].model.parameters(), runs["nothing"].model.parameters(), strict=True):
         assert torch.equal(one, other)
     logs = {
         name: [row["mean_reward"] for row in run.state.log_history if "mean_reward" in row]
