@@ -13,7 +13,7 @@ import numpy as np
 from real_base import METHODS, OBJECTIVES, RESULTS, ROOT, TESTS, objectives_plan
 from real_base_page import CONDITIONS, NAMES, both, difference, difference_cells, load, mean_over_seeds
 
-from grm_hf.metrics import pearson
+from grm_hf.metrics import pearson, seed_interval
 
 
 PAGE = ROOT / "docs" / "results" / "objectives.md"
@@ -44,14 +44,23 @@ def rewards(run: dict, test: str) -> np.ndarray:
     return np.array([run["tests"][test]["chosen"], run["tests"][test]["rejected"]])
 
 
+def items(about: dict) -> dict[int, tuple[int, int]]:
+    """RM-Bench's prompts of which at least three responses are short: how many of these are right, and wrong."""
+    styles: dict[int, tuple[set, set]] = {}
+    for prompt, (right, wrong) in zip(about["rm_bench"]["prompts"], about["rm_bench"]["styles"], strict=True):
+        for seen, style in zip(styles.setdefault(prompt, (set(), set())), (right, wrong), strict=True):
+            seen.add(style)
+    counts = {prompt: (len(right), len(wrong)) for prompt, (right, wrong) in styles.items()}
+    return {prompt: sides for prompt, sides in counts.items() if sum(sides) > 2}
+
+
 def best_of(run: dict, about: dict) -> float:
-    """The share of RM-Bench's items whose highest reward is a right answer's, in %. An item has two to six answers
-    here: those of its short pairs."""
-    best: dict[int, list[float]] = {}
-    for prompt, chosen, rejected in zip(about["rm_bench"]["prompts"], *rewards(run, "rm_bench"), strict=True):
-        sides = best.setdefault(prompt, [-np.inf, -np.inf])
-        sides[:] = max(sides[0], chosen), max(sides[1], rejected)
-    return 100 * float(np.mean([right > wrong for right, wrong in best.values()]))
+    """The share of `items` whose highest reward is a right answer's, in %. A tie is half."""
+    best = {prompt: [-np.inf, -np.inf] for prompt in items(about)}
+    for prompt, *pair in zip(about["rm_bench"]["prompts"], *rewards(run, "rm_bench"), strict=True):
+        if prompt in best:
+            best[prompt] = [max(known, reward) for known, reward in zip(best[prompt], pair, strict=True)]
+    return 100 * float(np.mean([(right > wrong) + 0.5 * (right == wrong) for right, wrong in best.values()]))
 
 
 def length_bias(run: dict, about: dict) -> float:
@@ -68,9 +77,19 @@ def columns(about: dict) -> dict[str, Callable[[dict], float]]:
         "mean reward": lambda run: float(rewards(run, "rmb").mean()),
         "its deviation": lambda run: float(rewards(run, "rmb").std()),
         "correlation with length": lambda run: length_bias(run, about),
-        "best of an item": lambda run: best_of(run, about),
+        "best of n": lambda run: best_of(run, about),
         "perplexity": lambda run: run["perplexity"],
     }
+
+
+def change(runs: dict, condition, method: str, baseline: str, value: Callable[[dict], float]) -> str:
+    """A value minus that of a baseline: the mean over the seeds that both have, and the half width of its interval."""
+    seeds = both(runs, condition, method, baseline)
+    if len(seeds) < 2:
+        return ""
+    of_seeds = [value(runs[condition, method, seed]) - value(runs[condition, baseline, seed]) for seed in seeds]
+    spread = seed_interval(of_seeds)
+    return f"{spread['mean']:+.2f} ± {(spread['high'] - spread['low']) / 2:.2f}"
 
 
 def level() -> float:
@@ -131,14 +150,17 @@ def markdown(results: Path = RESULTS) -> str:
         where = NAMES[tests[0]] if len(tests) == 1 else f"the {len(tests)} others, averaged"
         cells = difference_cells(found, len(both(runs, condition, method, baseline)))
         lines.append(f"| {CONDITIONS[condition]} | {WORDS[method]} | {WORDS[baseline]} | {where} {cells}")
-    parts = columns(about)
+    parts, sides = columns(about), list(items(about).values())
+    n = [right + wrong for right, wrong in sides]
+    chance = 100 * float(np.mean([right / (right + wrong) for right, wrong in sides]))
     lines += [
         "",
         "## What else changes",
         "",
         "Means with half widths of 95 % intervals over seeds. Rewards are those of RMB's responses. Correlation of "
-        "reward and length: over HHH's responses. Best of an item: RM-Bench items whose highest reward is a right "
-        "answer's, in %. Perplexity: of HHH's chosen responses.",
+        f"reward and length: over HHH's responses. Best of n: of the {len(sides)} RM-Bench prompts of which at least "
+        f"three responses are short, those whose highest reward is a right answer's, in %. There n is {min(n)} to "
+        f"{max(n)}, and chance gives {chance:.1f} %. Perplexity: of HHH's chosen responses.",
         "",
         "| trained on | method | " + " | ".join(parts) + " |",
         "|---" * (2 + len(parts)) + "|",
@@ -147,6 +169,18 @@ def markdown(results: Path = RESULTS) -> str:
         cells = [mean_over_seeds(runs, condition, method, value) for value in parts.values()]
         if all(cells):
             lines.append(f"| {CONDITIONS[condition]} | {WORDS[method]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "The same against the training without it: mean differences over the seeds that both have, and half widths of "
+        "their 95 % intervals, which are corrected for nothing.",
+        "",
+        "| trained on | method | against | " + " | ".join(parts) + " |",
+        "|---" * (3 + len(parts)) + "|",
+    ]
+    for condition, method, baseline in COMPARED:
+        cells = [change(runs, condition, method, baseline, value) for value in parts.values()]
+        if all(cells):
+            lines.append(f"| {CONDITIONS[condition]} | {WORDS[method]} | {WORDS[baseline]} | {' | '.join(cells)} |")
     rates = {
         rate: unit["held_out"]["log_loss"] for (method, rate), unit in sorted(selection.items()) if method == "bnrm"
     }

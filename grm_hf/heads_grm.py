@@ -182,8 +182,9 @@ def _harmonic_mean(attributes, weights):
     # In logarithms, because 1 / softplus(a) overflows; far below 0, log softplus(a) is a.
     small = torch.nn.functional.softplus(attributes.clamp(min=-30)).log()
     logs = torch.where(attributes < -30, attributes, small)
-    shares = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
-    return torch.exp(-torch.logsumexp(shares - logs, dim=-1, keepdim=True))
+    shares = weights.clamp(min=torch.finfo(weights.dtype).tiny).log() - logs
+    shares = torch.where(weights > 0, shares, -torch.inf)  # without a weight it counts nothing, however small it is
+    return torch.exp(-torch.logsumexp(shares, dim=-1, keepdim=True))
 
 
 # To add one: an entry here and its test. Configuration, docs and card read this table.

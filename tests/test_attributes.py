@@ -90,6 +90,15 @@ def test_combiners_have_finite_values_and_gradients_everywhere(name):
         assert rewards.isfinite().all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["geometric", "harmonic"])
+@pytest.mark.parametrize("other", [-3e38, -200.0, 0.0, 200.0, 3e38])
+def test_an_attribute_without_weight_counts_nothing_however_extreme_it_is(name, other):
+    """In float32, whose smallest weight is far above the softplus of -200."""
+    function, weights = COMBINERS[name].function, torch.tensor([0.75, 0.0, 0.25])
+    found = function(torch.tensor([1.0, other, -2.0]), weights)
+    torch.testing.assert_close(found, function(torch.tensor([1.0, -2.0]), torch.tensor([0.75, 0.25])))
+
+
 @given(st.lists(st.floats(0.01, 5), min_size=3, max_size=3), st.integers(0, 2))
 def test_means_do_not_depend_on_the_scale_of_weights_nor_on_attributes_without_weight(values, place):
     for name in ("geometric", "harmonic"):
@@ -450,6 +459,10 @@ WAYS = {
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 100},
         [consecutive(4, 4), consecutive(4, 4, 4, 2)[2:]],
     ),
+    "short": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+        [consecutive(4, 4, 4), consecutive(12, 2)[1:]],
+    ),
 }
 
 
@@ -464,6 +477,7 @@ WAYS = {
         ("gate", "sft", "packed", "whole"),
         ("gate", "sft", "shared_prefix", "budget"),
         ("gate", "none", "padded", "both"),
+        ([0.7, -0.3], "sft", "shared_prefix", "short"),
     ],
 )
 def test_steps_over_mixed_rows_are_those_by_hand(tmp_path, double, weights, kind, layout, way):
@@ -507,22 +521,25 @@ def test_rated_completions_change_no_other_term(tmp_path, double, text):
 
 @pytest.mark.trainer
 def test_gamma_zero_changes_no_bit(tmp_path):
+    """Of a run on pairs that have ratings."""
     from trainers import grm, pairs, trainer
 
-    plain = grm()
+    plain, data = grm(), pairs(chosen_help=[3.0] * 16, rejected_short=[-2.0] * 16)
     runs = {}
-    for name, model in {"plain": plain, "attributes": model_of(attribute_weights=None)}.items():
-        if name == "attributes":
+    for name, model in {"plain": plain, "attributes": model_of(), "gamma": model_of()}.items():
+        if name != "plain":
             model.lm.load_state_dict(plain.lm.state_dict())
             model.score.reward.load_state_dict(plain.score.state_dict())
         runs[name] = trainer(
-            tmp_path / name, copy.deepcopy(model), pairs(), pairs(6, seed=1), regularizer="sft", max_steps=8,
-            gradient_accumulation_steps=2, attribute_loss_weight=0.0, batch_sum_to_zero=0.5,
+            tmp_path / name, copy.deepcopy(model), data, pairs(6, seed=1), regularizer="sft", max_steps=8,
+            gradient_accumulation_steps=2, attribute_loss_weight=float(name == "gamma"), batch_sum_to_zero=0.5,
         )  # fmt: skip
         runs[name].train()
+    rated = dict(runs.pop("gamma").model.named_parameters())
     one, other = (dict(run.model.named_parameters()) for run in runs.values())
     for name, parameter in one.items():
         assert torch.equal(parameter, other[name.replace("score.", "score.reward.")]), name
+    assert not torch.equal(rated["score.reward.out.weight"], other["score.reward.out.weight"])
     plain_log, log = (run.state.log_history for run in runs.values())
     for before, after in zip(plain_log, log, strict=True):
         for name in before.keys() - {"tokens_per_second", "train_runtime", "total_flos"}:
@@ -593,6 +610,8 @@ def test_a_run_on_rated_completions_alone(tmp_path):
     assert found["eval_loss"] == pytest.approx(found["eval_attribute_loss"], rel=1e-5)
     assert "eval_accuracy" not in found and "eval_mean_reward" not in found
     assert run.model.config.reward_std == 1.0 and run.data_counts["train"].pairs == 0
+    run.create_model_card()
+    assert "Loss: `1 * mean_i (a_i - rating_i)^2`" in (tmp_path / "README.md").read_text()
     again = trainer(tmp_path / "dpo", model_of(), dataset(rows), peft_config=lora(), regularizer="dpo", max_steps=1)
     again.train()  # a text loss has nothing to do, and does not mind
 
@@ -898,6 +917,8 @@ def test_fitting_warns_of_pairs_that_separate_and_refuses_what_it_cannot_fit():
     assert fitted["help"] > 0 and all(map(math.isfinite, fitted.values()))
     with pytest.raises(ValueError, match="the same in every pair"):
         fit_attribute_weights(Rated(model, table[:, [0, 0]]), [{}, {}])
+    with pytest.raises(ValueError, match="Every pair is a tie"):
+        fit_attribute_weights(Rated(model, table), [{"label": 0.5}, {"label": 0.5}])
     with pytest.raises(ValueError, match="no pairs"):
         fit_attribute_weights(Rated(model, table[:0]), [])
     for label in (3.0, -1, GAP, "yes", True):

@@ -45,6 +45,7 @@ RUNS = {
     "sft-tokens": ("sft", "full", "shared_prefix"),
     "sft-zero": ("sft", "full", "padded"),
     "sft-tokens-zero": ("sft", "full", "shared_prefix"),
+    "dpo-lora-zero": ("dpo", "lora", "shared_prefix"),
     "none-attributes": ("none", "full", "padded"),
     "sft-attributes-zero": ("sft", "full", "packed"),
     "sft-tokens-attributes-zero": ("sft", "full", "shared_prefix"),

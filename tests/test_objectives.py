@@ -2,6 +2,7 @@
 computation in float64."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -199,9 +200,10 @@ def by_hand(run, steps, coefficient):
 @pytest.mark.trainer
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 @pytest.mark.parametrize("kind", ["none", "sft"])
-@pytest.mark.parametrize("way", ["whole", "budget", "accumulated", "both"])
+@pytest.mark.parametrize("way", ["whole", "budget", "accumulated", "both", "short"])
 def test_steps_are_those_by_hand(tmp_path, double, kind, layout, way):
-    """Two steps of a run over 14 pairs, whose last batches have fewer."""
+    """Two steps of a run over 14 pairs, whose last batches have fewer. With `short` the second step has one batch of
+    two pairs, the first three of four."""
     settings, steps = {
         "whole": ({"per_device_train_batch_size": 8}, [consecutive(8), consecutive(8, 6)[1:]]),
         "budget": (
@@ -216,6 +218,10 @@ def test_steps_are_those_by_hand(tmp_path, double, kind, layout, way):
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 100},
             [consecutive(4, 4), consecutive(4, 4, 4, 2)[2:]],
         ),
+        "short": (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+            [consecutive(4, 4, 4), consecutive(12, 2)[1:]],
+        ),
     }[way]
     run = run_of(tmp_path, 14, regularizer=kind, layout=layout, batch_sum_to_zero=0.7, max_steps=2, **settings)
     expected = by_hand(run, steps, 0.7)
@@ -225,6 +231,21 @@ def test_steps_are_those_by_hand(tmp_path, double, kind, layout, way):
         torch.testing.assert_close(parameter, expected[name], rtol=1e-8, atol=1e-10, msg=name)
     moved = run.model.score.out.bias - without["score.out.bias"]  # the term alone moves it
     assert moved.abs() > 1e-4
+
+
+@pytest.mark.trainer
+@pytest.mark.parametrize("kind", ["none", "sft", "dpo_noref", "dpo"])
+def test_a_run_with_label_one_is_the_run_without_labels_to_the_last_bit(tmp_path, kind):
+    from trainers import pairs, trainer
+
+    found = []
+    for columns in ({}, {"label": [1.0] * 16}):
+        run = trainer(
+            tmp_path / str(len(columns)), data=pairs(16, **columns), regularizer=kind, alpha=0.3, label_smoothing=0.1
+        )
+        run.train()
+        found.append(list(run.model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.trainer
@@ -252,21 +273,24 @@ def test_the_mean_beforehand_has_the_dropout_of_the_step(tmp_path, double):
 
 
 @pytest.mark.trainer
-def test_weight_zero_changes_no_bit_and_the_term_pulls_the_mean(tmp_path):
+def test_a_weight_of_nothing_changes_no_bit_and_the_term_pulls_the_mean(tmp_path):
+    """With 1e-300 everything is computed, the forward beforehand with its dropout too, and the term rounds to 0."""
     from trainers import grm, trainer
 
     runs = {}
     for name, weight in {
         "default": {},
-        "zero": {"batch_sum_to_zero": 0.0},
+        "nothing": {"batch_sum_to_zero": 1e-300},
         "some": {"batch_sum_to_zero": 5.0},
     }.items():
-        model = grm()
+        model = grm(attention_dropout=0.3)
         with torch.no_grad():
             model.score.out.bias += 2
-        runs[name] = trainer(tmp_path / name, model, gradient_accumulation_steps=2, max_steps=8, **weight)
+        runs[name] = trainer(
+            tmp_path / name, model, gradient_accumulation_steps=2, max_steps=8, disable_dropout=False, **weight
+        )
         runs[name].train()
-    for one, other in zip(runs["default"].model.parameters(), runs["zero"].model.parameters(), strict=True):
+    for one, other in zip(runs["default"].model.parameters(), runs["nothing"].model.parameters(), strict=True):
         assert torch.equal(one, other)
     logs = {
         name: [row["mean_reward"] for row in run.state.log_history if "mean_reward" in row]
@@ -306,6 +330,39 @@ def test_the_card_states_the_objective(tmp_path):
         "0.99 * (-log sigmoid(r_c - r_r) + 0.1 * (r_c + r_r)^2 + 0.5 * (mean reward of a step)^2)"
         " + 0.01 * -log sigmoid(beta * s_c)" in text
     )
+
+
+@pytest.mark.trainer
+@pytest.mark.parametrize("label", [None, 0.75])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("pair_loss", "text"), [("bt", "dpo_noref"), ("margin", "none"), ("scaled", "sft")])
+def test_the_formula_of_the_card_is_the_loss(tmp_path, pair_loss, text, label, smoothing):
+    """The formula, computed as it is written in the card, is the logged loss of a step on one pair."""
+    from trainers import pairs, trainer
+
+    columns = {} if label is None else {"label": [label]}
+    run = trainer(
+        tmp_path, data=pairs(1, margin=[2.0], **columns), pair_loss=pair_loss, regularizer=text, alpha=0.25,
+        label_smoothing=smoothing, max_steps=1, layout="padded",
+    )  # fmt: skip
+    seen = {"label": label, "margin": 2.0, "beta": run.args.beta}
+    part = run._loss_of_part
+
+    def watched(model, inputs):
+        loss, of_pairs = part(model, inputs)
+        sums = run.response_logps(model, inputs).tolist() if text != "none" else [0.0, 0.0]
+        seen.update(loss=loss.item(), r_c=of_pairs["chosen"].item(), r_r=of_pairs["rejected"].item())
+        seen.update(s_c=sums[0], s_r=sums[-1])
+        return loss, of_pairs
+
+    run._loss_of_part = watched
+    run.train()
+    run.create_model_card()
+    (formula,) = re.findall(r"^Loss: `(.+)`$", (tmp_path / "README.md").read_text(), re.MULTILINE)
+    assert ("label" in formula) == (label is not None)
+    written = formula.replace("log sigmoid(", "log_sigmoid(")
+    found = eval(written, {"log_sigmoid": lambda z: -np.logaddexp(0, -z)}, seen)
+    assert found == pytest.approx(seen["loss"], rel=1e-5)
 
 
 @pytest.mark.trainer

@@ -24,12 +24,14 @@ from pages import imported, put
 from safetensors.torch import load_file, save_file
 from tiny import (
     FAMILIES,
+    OTHER_HEADS,
     bare_tokenizer,
     byte_tokenizer,
     chat_grm,
     chatml_tokenizer,
     llama_tokenizer,
     tiny_lm,
+    with_head,
     word_tokenizer,
 )
 from tokenizers import decoders
@@ -200,6 +202,23 @@ def test_a_reading_is_the_reward_of_every_prefix_and_the_language_models_own_pro
     expected = [logprobs[t - 1, reading.ids[t]].item() for t in range(reading.start, len(reading.ids))]
     assert reading.logprobs == close(expected)
     assert "".join(reading.pieces) == tokenizer.decode(reading.ids)
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_every_head_is_read(space, head, tmp_path):
+    """From the files of the model, as the page does, token by token."""
+    tokenizer = TOKENIZERS["chatml"]
+    model = with_head(head, tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    this = space.reward_models.Models(tmp_path).load(tmp_path.name)
+    reading = space.reward_models.read(this, space.reward_models.encode(this, PROMPT, A))
+    ids = torch.tensor([reading.ids])
+    with torch.no_grad():
+        assert reading.rewards == close([model(ids[:, : t + 1]).logits.item() for t in range(len(reading.ids))])
+    compared = space.reward_models.compare(this, PROMPT, A, B)["rewards"].values()
+    expected = GRMScorer(model, tokenizer).score([{"prompt": PROMPT, "response": answer} for answer in (A, B)])
+    assert list(compared) == close(expected)
 
 
 CONVERSATION = [

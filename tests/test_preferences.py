@@ -180,6 +180,10 @@ def test_the_preferences_and_votes_of_helpsteer3(file, caplog):
         "1 pairs whose preference is 0.",
         "1 pairs without votes.",
     ]
+    answered = write_rows(path.with_name("answered.jsonl"), [comparison(1, [1], context=MESSAGES[:2]), rows[0]])
+    for config in ("preference", "labels"):
+        assert len(load_preferences("nvidia/HelpSteer3", config, path=answered)) == 1
+        assert said(caplog)[-1].endswith("left out: 1 rows whose context does not end with the user.")
 
 
 # ------------------------------------------------------------------------------------------------------- UltraFeedback
@@ -221,7 +225,7 @@ def test_the_pairs_of_ultrafeedback_are_all_that_differ(file, caplog):
         ("argilla/ultrafeedback-binarized-preferences-cleaned", "chosen-rating", "rejected-rating"),
     ],
 )
-def test_the_binarized_sets(file, caplog, name, better, worse):
+def test_the_binarized_sets(file, tmp_path, caplog, name, better, worse):
     def row(*scores, **fields):
         sides = {"chosen": MESSAGES + assistant("good"), "rejected": MESSAGES + assistant("bad")}
         return {"prompt": "Where does it end?", **sides, better: scores[0], worse: scores[1], **fields}
@@ -234,6 +238,12 @@ def test_the_binarized_sets(file, caplog, name, better, worse):
         "margin": 1.5,
     }
     assert "left out: 1 pairs whose chosen response is not rated higher" in said(caplog)[0]
+    odd = [row(8.5, 7.0), row(math.nan, 7.0), row(9.0, 7.0, chosen=MESSAGES + user("good"))]
+    assert len(load_preferences(name, path=write_rows(tmp_path / "odd.jsonl", odd))) == 1
+    assert said(caplog)[1].endswith(
+        "left out: 1 pairs whose chosen response is not rated higher, 1 pairs whose last message is not the "
+        "assistant's."
+    )
     with pytest.raises(ValueError, match=r"rows\.\S+, row 1: `chosen` and `rejected` do not share the messages"):
         load_preferences(name, path=file([row(8.5, 7.0, rejected=user("else") + assistant("bad"))]))
 

@@ -175,14 +175,15 @@ def test_a_seed_draws_head_and_order_alike_for_every_method(few_pairs, tiny_base
         seen[unit["method"], unit["seed"]] = head, [batch["input_ids"].tolist() for batch in batches]
 
     monkeypatch.setattr(real_base.GRMRewardTrainer, "train", begin)
-    for method, seed in [*((method, 0) for method in real_base.METHODS), ("none", 1)]:
+    methods = [*real_base.METHODS, *real_base.OBJECTIVES]
+    for method, seed in [*((method, 0) for method in methods), ("none", 1)]:
         data = {"train": "rmb", "pairs": 12, "flipped": 0.25, "seed": seed}
         unit = real_base.run_unit(method, data, 1e-3, ORIGIN)
         real_base.trained(unit, tiny_base, str(tmp_path))
-    for method in real_base.METHODS:
+    for method in methods:
         head, order = seen[method, 0]
         assert order == seen["none", 0][1], method
-        assert method == "linear" or torch.equal(head, seen["none", 0][0]), method
+        assert method in ("linear", "bnrm") or torch.equal(head, seen["none", 0][0]), method
     assert not torch.equal(seen["none", 0][0], seen["none", 1][0]) and seen["none", 0][1] != seen["none", 1][1]
 
 
@@ -220,7 +221,10 @@ def synthetic(folder, better, seeds=8, methods=("none", "sft")):
     count = 60
     rows = {"prompts": list(range(count)), "chosen": [9] * count, "rejected": [5] * count}
     about = {test: dict(rows) for test in real_base.TESTS}
-    about["rm_bench"] |= {"domains": ["chat"] * count, "styles": ["01", "10", "00"] * (count // 3)}
+    prompts = [i // 3 for i in range(count)]  # each with two right and two wrong answers
+    about["rm_bench"] |= {
+        "prompts": prompts, "domains": ["chat"] * count, "styles": ["01", "10", "00"] * (count // 3)
+    }  # fmt: skip
     folder.mkdir()
     real_base.write(folder / "tests.json", about)
 
@@ -303,13 +307,19 @@ def test_the_page_on_objectives_says_what_the_intervals_say(tmp_path):
     assert "| 600 RMB pairs | GRM (sft), sum to zero | GRM (sft) | RMB | 5 | +20.0 | +20.0 to +20.0 |" in text
     assert "| Bradley-Terry, head bnrm | Bradley-Terry | the 6 others, averaged | 5 | +0.0 |" in text
     assert "0.0000 at 3e-05" in text
-    # Every prompt has one right and one wrong answer here: the best is the right one where the pair is won.
+    # A prompt of RM-Bench has three pairs here, which are won from the first on: if some of them are, it is a tie.
+    assert "of the 20 RM-Bench prompts of which at least three responses are short" in text
+    assert "There n is 4 to 4, and chance gives 50.0 %." in text
     (line,) = [x for x in text.splitlines() if x.startswith("| 600 RMB pairs | GRM (sft), sum to zero | 8")]
     cells = [cell.strip().split(" ")[0] for cell in line.split("|")[3:-1]]
     right = np.mean([48, 49, 50, 48, 49]) / 60
-    expected = (100 * right, 100 * right, 0.5, 0.5, 0.0, 100 * right, 17.0)
+    best = np.mean([16, 16.5, 16.5, 16, 16.5]) / 20
+    expected = (100 * right, 100 * right, 0.5, 0.5, 0.0, 100 * best, 17.0)
     assert [float(cell) for cell in cells[:4]] == pytest.approx(expected[:4], abs=0.01)
     assert [float(cell) for cell in cells[5:]] == pytest.approx(expected[5:], abs=0.01)
+    # The runs of both have the same seeds, and win the same rows more in each.
+    same = " | ".join(["+20.00 ± 0.00"] * 2 + ["+0.00 ± 0.00"] * 2)
+    assert f"| 600 RMB pairs | GRM (sft), sum to zero | GRM (sft) | {same} |" in text
     assert page.findings(folder)[1].startswith("10 of")  # the study's own page passes them over
     assert not objectives.has_runs(synthetic(tmp_path / "b", better=1, seeds=1))
 
@@ -330,12 +340,15 @@ def test_over_optimisation_needs_a_judge_that_is_better(tmp_path, right, words):
 
 def test_what_else_a_run_is_asked_for():
     scores = {"chosen": [3.0, 1.0, 0.0, 5.0], "rejected": [2.0, 4.0, -1.0, 6.0]}
-    run = {"tests": {"rm_bench": scores, "hhh": scores}}
+    # Of prompt 0 two responses are short, which make a pair. Of prompt 1 the best is right, and of prompt 2 a tie.
+    best = {"chosen": [0.0, 1.0, 3.0, 1.0, 1.0], "rejected": [9.0, 2.0, 2.0, 1.0, 0.0]}
+    run = {"tests": {"rm_bench": best, "hhh": scores}}
     about = {
-        "rm_bench": {"prompts": [0, 0, 1, 2]},  # the best of the first item is a wrong answer
+        "rm_bench": {"prompts": [0, 1, 1, 2, 2], "styles": ["01", "00", "10", "22", "21"]},
         "hhh": {"chosen": [3, 1, 0, 5], "rejected": [2, 4, -1, 6]},
     }
-    assert objectives.best_of(run, about) == pytest.approx(100 / 3)
+    assert objectives.items(about) == {1: (2, 1), 2: (1, 2)}
+    assert objectives.best_of(run, about) == 75.0
     assert objectives.length_bias(run, about) == pytest.approx(1.0)
 
 

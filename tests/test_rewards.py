@@ -20,7 +20,7 @@ from rollouts import (
     read_by_ppo,
     rollout,
 )
-from tiny import byte_tokenizer, chatml_tokenizer
+from tiny import OTHER_HEADS, byte_tokenizer, chatml_tokenizer, with_head
 
 from grm_hf.configuration_grm import save_policies
 from grm_hf.pairs import Encoder
@@ -512,6 +512,24 @@ def test_ppo_reads_the_number_of_the_model(name, end):
     found = read_by_ppo(wrapped, ids, tokenizer.pad_token_id, context).tolist()
     assert found == pytest.approx(expected(model.eval(), tokenizer), abs=1e-5)
     assert wrapped.config.hidden_size == 16
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_every_head_gives_ppo_and_reward_functions_its_number(head, tmp_path):
+    """In memory, where the model may be in training mode, and from a folder."""
+    model = with_head(head, CHATML)
+    by_hand = expected(model, CHATML)
+    assert max(by_hand) - min(by_hand) > 1e-3
+    model.save_pretrained(tmp_path)
+    CHATML.save_pretrained(tmp_path)
+    ids, context, _ = rollout(CHATML)
+    for source in (model.train(), str(tmp_path)):
+        wrapped = ppo_reward_model(source, CHATML, CHATML if source is model else None)
+        found = read_by_ppo(wrapped, ids, CHATML.pad_token_id, context).tolist()
+        assert found == pytest.approx(by_hand, abs=1e-5)
+        function = grm_reward_func(source, CHATML if source is model else None)
+        assert function(PROMPTS, completions()) == pytest.approx(by_hand, abs=1e-5)
+        model.train()
 
 
 def test_ppo_with_another_tokenizer_renders_anew():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from rollouts import ANSWERS, PROMPTS, completions, expected, grm
-from tiny import chatml_tokenizer, llama_tokenizer, tiny_llama
+from tiny import OTHER_HEADS, chatml_tokenizer, llama_tokenizer, tiny_llama, with_head
 from transformers import AutoModelForSequenceClassification
 
 
@@ -110,6 +110,22 @@ def test_module_folder_and_callable_give_the_same_numbers(kind, folders, tmp_pat
     with torch.no_grad():
         found = trainer._calculate_rewards([{"prompt": p} for p in PROMPTS], PROMPTS, completions(), [[1]] * 3)
     by_hand = torch.tensor(expected(grm(), TOKENIZER))
+    torch.testing.assert_close(found, by_hand[:, None].expand(3, 3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_every_head_gives_grpo_its_number(head, folders, tmp_path):
+    model = with_head(head, TOKENIZER)
+    by_hand = torch.tensor(expected(model, TOKENIZER))
+    model.save_pretrained(tmp_path / "grm")
+    TOKENIZER.save_pretrained(tmp_path / "grm")
+    save_golden(model, TOKENIZER, tmp_path / "grm")
+    module = AutoModelForSequenceClassification.from_pretrained(tmp_path / "grm")
+    rewards = [module, str(tmp_path / "grm"), grm_reward_func(str(tmp_path / "grm"))]
+    trainer = group_trainer(folders, "GRPO", rewards, tmp_path / "out")
+    trainer.model.eval()
+    with torch.no_grad():
+        found = trainer._calculate_rewards([{"prompt": p} for p in PROMPTS], PROMPTS, completions(), [[1]] * 3)
     torch.testing.assert_close(found, by_hand[:, None].expand(3, 3), atol=1e-5, rtol=1e-5)
 
 

@@ -26,7 +26,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from client import close, post, refused
-from tiny import bare_tokenizer, chat_grm, chatml_tokenizer, llama_tokenizer, tiny_lm
+from tiny import OTHER_HEADS, bare_tokenizer, chat_grm, chatml_tokenizer, llama_tokenizer, tiny_lm, with_head
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
 from grm_hf.cli import main
@@ -305,6 +305,20 @@ def test_the_client_scores_through_every_route(served, folder, scorer, path):
     completions = [[{"role": "assistant", "content": answer}] for answer in ANSWERS] + ["text"]
     assert remote(prompts, completions) == close(local(prompts, completions))
     assert remote.__name__ == ("grm" if path == "" else path.rpartition("/")[2]) or path == ""
+
+
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_every_head_is_served(head):
+    tokenizer = llama_tokenizer()
+    model = with_head(head, tokenizer)
+    chats = [chat(answer) for answer in ANSWERS[:3]]
+    ids = [tokenizer.apply_chat_template(one, return_tensors="pt", return_dict=True)["input_ids"] for one in chats]
+    with torch.no_grad():
+        by_hand = [model(row).logits.item() for row in ids]
+    assert max(by_hand) - min(by_hand) > 1e-3
+    with running(GRMScorer(model, tokenizer)) as (_, url):
+        found = grm_reward_func(url)([QUESTION] * 3, [[one[-1]] for one in chats])
+    assert found == close(by_hand)
 
 
 def test_transforms_of_the_client(served, folder):

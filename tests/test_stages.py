@@ -107,6 +107,21 @@ def test_a_model_in_bfloat16_is_computed_in_float32(run, tmp_path):
     verify(tmp_path / "out")
 
 
+def test_tied_weights_are_extrapolated_once(tmp_path):
+    ends = []
+    for seed, name in enumerate(("start", "end")):
+        model = grm(seed, tie_word_embeddings=True)
+        assert model.lm.lm_head.weight is model.lm.get_input_embeddings().weight
+        model.save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+        ends.append({name: value.detach().double() for name, value in model.state_dict().items()})
+    found = extrapolate(tmp_path / "start", tmp_path / "end", tmp_path / "out", 0.5).model
+    assert found.lm.lm_head.weight is found.lm.get_input_embeddings().weight
+    for name, value in found.state_dict().items():
+        exact = 1.5 * ends[1][name] - 0.5 * ends[0][name]
+        torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-7, msg=name)
+
+
 def test_adapters_are_merged_first(adapters, tmp_path):
     whole = [tmp_path / "merged-start", tmp_path / "merged-end"]
     for adapter, folder in zip(adapters, whole, strict=True):

@@ -224,6 +224,26 @@ def chat_grm(tokenizer, family="llama", seed=0, head_hidden_size=8, **overrides)
     return GRMForSequenceClassification.from_base(lm, head_hidden_size=head_hidden_size).eval()
 
 
+# Every other way from a hidden state to a reward than one MLP.
+OTHER_HEADS = {
+    "attributes beside": {"attribute_names": ["a", "b"]},
+    "weighted attributes": {"attribute_names": ["a", "b"], "attribute_weights": [0.7, -0.3]},
+    "a gate": {"attribute_names": ["a", "b"], "attribute_weights": "gate", "attribute_combiner": "geometric"},
+    "a mean": {"attribute_names": ["a", "b"], "attribute_weights": [1, 2], "attribute_combiner": "harmonic"},
+    "factors": {"head_type": "bnrm"},
+}
+
+
+def with_head(name, tokenizer):
+    """A reward model for chats of one tokenizer with one of `OTHER_HEADS`, whose rewards differ visibly."""
+    lm = tiny_llama(tokenizer)
+    model = GRMForSequenceClassification.from_base(lm, head_hidden_size=8, **OTHER_HEADS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.score.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    return model
+
+
 def texts(lengths=LENGTHS, seed=0):
     """Token ids of several lengths, without any special token."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,9 @@ def preference(row, better, worse):
             "`chosen` and `rejected` do not share the messages before their last one, which are the prompt"
         )
     margin = row(better, NUMBER) - row(worse, NUMBER)
-    if margin <= 0:  # which of two equal ones is called chosen is chance
+    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        yield Skipped("pairs whose last message is not the assistant's")
+    elif not margin > 0:  # NaN, too; which of two equal ones is called chosen is chance
         yield Skipped("pairs whose chosen response is not rated higher")
     else:
         yield pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], margin=float(margin))

@@ -33,8 +33,8 @@ def fit_attribute_weights(scorer: GRMScorer, pairs: Iterable[dict]) -> dict[str,
         `dict[str, float]`: the weight of each attribute. They are in `scorer.model.config` too.
 
     Raises:
-        `ValueError`: the model has no attributes, or combines them otherwise than by a sum; there are no pairs; a
-        `label` is not from 0 to 1; or the attributes do not differ in any of them.
+        `ValueError`: the model has no attributes, or combines them otherwise than by a sum; there are no pairs, or
+        ties alone; a `label` is not from 0 to 1; or the attributes do not differ in any of them.
     """
     if (combiner := getattr(scorer.model.config, "attribute_combiner", "sum")) != "sum":
         raise ValueError(
@@ -46,6 +46,8 @@ def fit_attribute_weights(scorer: GRMScorer, pairs: Iterable[dict]) -> dict[str,
     attributes = scorer.attributes_of_pairs(pairs)
     if not attributes:
         raise ValueError("There are no pairs to fit the weights on.")
+    if all(label == 0.5 for label in labels):
+        raise ValueError("Every pair is a tie (its label is 0.5), so all weights would be 0 and all rewards equal.")
     names = scorer.model.config.attribute_names
     x = torch.tensor([[a[name] - b[name] for name in names] for a, b in attributes], dtype=torch.float64)
     scale = x.square().mean(0).sqrt()

@@ -229,20 +229,40 @@ def _plain(setting):
 
 
 def _formula(trainer, config):
-    args = trainer.args
-    pair = PAIR_LOSSES[trainer.pair_loss].formula
+    args, train = trainer.args, trainer.data_counts["train"]
+    of_attributes = f"{args.attribute_loss_weight:g} * mean_i (a_i - rating_i)^2"
+    if train.rated and not train.pairs:  # rated completions count for nothing else
+        return of_attributes
+    label = "label" if "label" in (trainer._columns(trainer.train_dataset) or ()) else "1"
+    pair = _of_labels(PAIR_LOSSES[trainer.pair_loss].formula, label, args.label_smoothing)
     if args.center_rewards_coefficient is not None:
         pair = f"{pair} + {args.center_rewards_coefficient:g} * (r_c + r_r)^2"
     if args.batch_sum_to_zero:
         pair += f" + {args.batch_sum_to_zero:g} * (mean reward of a step)^2"
     if args.text_loss != "none":
         pair = f"({pair})" if " + " in pair else pair
-        pair = f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {TEXT_LOSSES[args.text_loss].formula}"
+        text = TEXT_LOSSES[args.text_loss].formula
+        text = _of_labels(text, label) if args.text_side == "both" else text
+        pair = f"{1 - args.alpha:g} * {pair} + {args.alpha:g} * {text}"
     if trainer._attribute_names is not None:
-        pair += f" + {args.attribute_loss_weight:g} * mean_i (a_i - rating_i)^2"
+        pair += f" + {of_attributes}"
     if config.head_type == "bnrm":
         pair += f" + {args.kl_weight:g} * KL(factors and weights || Gamma(1, 1))"
     return pair
+
+
+def _of_labels(formula, label, smoothing=0.0):
+    """The formula of a loss that compares two responses, with soft labels (or `"1"`) and label smoothing."""
+    if label == "1" and not smoothing:
+        return formula
+    right, wrong = f"{label}", f"(1 - {label})"
+    if smoothing:
+        right, wrong = f"{1 - smoothing:g}", f"{smoothing:g}"
+        if label != "1":
+            slope = f"{1 - 2 * smoothing:g} * {label}"
+            right, wrong = f"({smoothing:g} + {slope})", f"({1 - smoothing:g} - {slope})"
+    before, _, z = formula.removesuffix(")").partition("log sigmoid(")
+    return f"{before}({right} * log sigmoid({z}) + {wrong} * log sigmoid(-({z})))"
 
 
 def _adapter_settings(model):
