@@ -267,7 +267,7 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
         (line,) = re.findall(rf"600 RMB pairs \| {method} \| ([\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+) \|\n", text)
         expected = 100 * np.array([np.mean(counts) / 60, *by_style])
         assert [float(cell) for cell in line.split(" | ")] == pytest.approx(expected, abs=0.051)
-    assert "The 60 pairs are of 60 items" in text
+    assert "The 60 pairs are of 20 items" in text
     rows = page.forest(tmp_path / "a")
     assert list(rows) == ["600 RMB pairs,\nin distribution", "600 RMB pairs,\nother test sets"]
     assert rows["600 RMB pairs,\nin distribution"]["GRM sft"] == pytest.approx([20.0, 20.0, 20.0])
