@@ -42,6 +42,7 @@ _WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 # What became of a row; and, added to it, what the chat template left out of the row.
 _KEPT, _TRUNCATED, _RESPONSE_CUT, _DROPPED, _BAD, _TOO_LONG = range(6)
 _OUTCOME, _UNREAD, _SWAPPED, _RATED = 7, {"thinking": 8, "tools": 16}, 32, 64
+LARGEST = 1e18  # of a margin or a rating: float32 holds its square
 NAMED = 20  # bad rows that an error names
 LOOKAHEAD = 1000  # rows of a stream among which the first pair and the first rated completion are looked for
 _SLOTS = 257  # of counts: this process, and as many workers of a data loader
@@ -648,12 +649,15 @@ def _is_swapped(label: float = 1.0, margin: float | None = None, **_) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
     if name == "label" and not (finite and 0 <= value <= 1):
         raise ValueError(
             f"`label` is {value!r}; beside `chosen` and `rejected` it is the share of annotators who preferred "
             "`chosen`, from 0 to 1. Rename the column if it means something else."
         )
     if not finite:
-        raise ValueError(f"`{name}` is {value!r}; it must be a finite number. Correct it, or remove the row.")
+        raise ValueError(
+            f"`{name}` is {value!r}; it must be a finite number, of at most {LARGEST:g}. Correct it, or remove the "
+            "row."
+        )
     return float(value)

@@ -305,6 +305,7 @@ def test_rated_texts_and_cut_and_dropped_ones():
         ([rated(help="high")], "row 0: `help` is 'high'; it must be a finite number", NAMES),
         ([pair(chosen_help=True)], "row 0: `chosen_help` is True; it must be a finite", NAMES),
         ([rated(help=1.0), rated(help=math.inf)], "row 1: `help` is inf; it must be a finite", NAMES),
+        ([rated(help=1e300, short=2)], "row 0: `help` is 1e.300; it must be a finite number, of at most", NAMES),
         ([{"completion": "a", "help": 1}], "a rated `completion` needs its `prompt`", NAMES),
         ([{"prompt": "a", "completion": said("b"), "help": 1}], "text and messages are mixed", NAMES),
         (

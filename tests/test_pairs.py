@@ -444,7 +444,7 @@ def test_bad_rows(case, chatml):
         list(prepared)
 
 
-MARGINS = [float("nan"), float("inf"), True, "1"]
+MARGINS = [float("nan"), float("inf"), True, "1", 1e300, -1e19]
 
 
 @pytest.mark.parametrize("margin", MARGINS)
