@@ -163,7 +163,7 @@ def compare(page):
 
 def arrived(page, place="verdict"):
     """The page has gone to a result."""
-    page.wait_for_function(f"document.querySelector('#{place}').contains(document.activeElement)")
+    page.wait_for_function(f"document.querySelector('#{place}')?.contains(document.activeElement)")
     return page.locator(f"#{place}")
 
 
