@@ -176,8 +176,8 @@ class Batcher:
             await self._compute_batch([(item, part)])
         except Exception as error:  # the model's fault: the request was checked
             self.failure = f"{type(error).__name__}: {sentence(error)}"
-            if not item.future.done():
-                item.future.set_exception(RuntimeError(self.failure))
+            if not item.future.done():  # a ValueError would be told as the sender's fault
+                item.future.set_exception(RuntimeError(error) if isinstance(error, ValueError) else error)
 
     def close(self) -> None:
         for pool in (self._tokenise, self._compute):
@@ -270,7 +270,7 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return _error(500, sentence(error))
+    return _error(500, f"{type(error).__name__}: {sentence(error)}")
 
 
 class _Gate:
