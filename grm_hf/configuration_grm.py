@@ -49,8 +49,11 @@ def take_policies(config, adapter, hub=None):
         hub[f"_raise_exceptions_for_{kind}"] = False
     file = cached_file(adapter, ADAPTER_POLICIES, **hub)
     if file is not None:
-        with open(file, encoding="utf-8") as stream:
-            stored = json.load(stream)
+        try:
+            with open(file, encoding="utf-8") as stream:
+                stored = dict(json.load(stream))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"'{file}' cannot be read ({error}). Copy it again, or delete it.") from None
         for name in POLICIES:
             setattr(config, name, stored.get(name, getattr(config, name)))
 

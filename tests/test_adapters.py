@@ -135,6 +135,9 @@ def test_how_an_adapter_reads_and_scales_is_saved_with_it(tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert policies(GRMForSequenceClassification.from_pretrained(tmp_path / "again")) == expected
 
+    (tmp_path / "run" / FILE).write_text('{"bos_pol')
+    with pytest.raises(ValueError, match=f"{FILE}' cannot be read .* Copy it again"):
+        GRMForSequenceClassification.from_pretrained(tmp_path / "run")
     (tmp_path / "run" / FILE).unlink()  # an adapter of an earlier release, or one that peft saved
     assert policies(GRMForSequenceClassification.from_pretrained(tmp_path / "run"))["reward_temperature"] == 1.0
 
