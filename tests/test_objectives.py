@@ -300,6 +300,28 @@ def test_a_weight_of_nothing_changes_no_bit_and_the_term_pulls_the_mean(tmp_path
 
 
 @pytest.mark.trainer
+@pytest.mark.parametrize("budget", [None, 60])
+def test_a_loss_by_hand_takes_its_batch_for_the_step(tmp_path, double, budget):
+    """Before training and after it, which leaves nothing of its own steps behind."""
+    from trainers import grm, pairs, trainer
+
+    settings = {"gradient_accumulation_steps": 2, "max_tokens_per_batch": budget, "max_steps": 1}
+    run = trainer(tmp_path, grm().double(), pairs(8), batch_sum_to_zero=0.7, regularizer="none", **settings)
+    batch = next(iter(run.get_train_dataloader()))
+    for _ in range(2):
+        rewards = {}
+        for weight in (0.7, 0.0):
+            run.args.batch_sum_to_zero = weight
+            loss, outputs = run.compute_loss(run.model, batch, return_outputs=True)
+            rewards[weight] = loss, outputs["logits"]
+        term = 0.7 * rewards[0.0][1].mean() ** 2
+        assert term > 1e-6
+        torch.testing.assert_close(rewards[0.7][0] - rewards[0.0][0], term, rtol=1e-9, atol=1e-12)
+        run.args.batch_sum_to_zero = 0.7
+        run.train()
+
+
+@pytest.mark.trainer
 def test_evaluation_counts_no_tie_as_right_or_wrong_and_leaves_the_term_out(tmp_path):
     from trainers import pairs, trainer
 

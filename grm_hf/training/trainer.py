@@ -344,13 +344,13 @@ class GRMRewardTrainer(RewardTrainer):
         return batches, number
 
     @torch.no_grad()
-    def _rewards_beforehand(self, batches):
-        """All rewards of an optimiser step, `(n,)`, with the dropout that its forwards will have."""
+    def _rewards_beforehand(self, batches, training=True):
+        """All rewards of an optimiser step, `(n,)`, with the dropout that its forwards will have (in `training`)."""
         device = self.accelerator.device
         here = [device] if device.type == "cuda" else []
         model, rewards = self.model_wrapped, []
         with alone(self.model), torch.random.fork_rng(here), self.compute_loss_context_manager():
-            model.train()
+            model.train(training)
             for batch in batches:
                 for part in _parts(self._prepare_inputs(batch)):
                     sides = self._forward(model, part, None).logits.flatten().chunk(2)
@@ -375,12 +375,12 @@ class GRMRewardTrainer(RewardTrainer):
         parts = _parts(inputs)
         pairs = sum(map(num_sequences, parts))
         loss = 0.0
-        self._mode, self._pairs_at_once = "train", pairs / 2
+        self._mode = "train"
         with alone(self.model):  # a scorer in another thread waits, and sets evaluation mode afterwards
             for i, part in enumerate(parts, 1):
                 with nullcontext() if i == len(parts) else self.accelerator.no_sync(model):
-                    share = {"share": num_sequences(part) / pairs} if len(parts) > 1 else {}
-                    loss += super().training_step(model, part | share, *args, **kwargs)
+                    share = num_sequences(part) / pairs
+                    loss += super().training_step(model, part | {"share": share}, *args, **kwargs)
         return loss
 
     def _lm_fn(self, inputs, loss=None):
@@ -406,10 +406,16 @@ class GRMRewardTrainer(RewardTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        parts = [self._loss_of_part(model, part) for part in _parts(inputs)]
+        parts = _parts(inputs)
+        share = inputs.get("share")  # of the batch of a training step, in [0, 1]
+        if share is None:  # called by hand, or in evaluation: this batch is the step
+            ahead = self.args.batch_sum_to_zero and self._mode == "train" and len(parts) > 1
+            self._step = self._step_of(self._rewards_beforehand([inputs], model.training), 1) if ahead else None
+        self._pairs_at_once = sum(map(num_sequences, parts)) / 2 / (share or 1.0)
+        parts = [self._loss_of_part(model, part) for part in parts]
         columns = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}
         pairs = len(columns["chosen"])
-        loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in parts) * inputs.get("share", 1.0)
+        loss = sum(mean * (len(part["chosen"]) / pairs) for mean, part in parts) * (share or 1.0)
         rejected = columns["rejected"]
         if "is_pair" in columns:
             rejected = torch.where(columns["is_pair"] > 0, rejected, torch.nan)
