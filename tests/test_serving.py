@@ -563,6 +563,34 @@ def test_a_body_that_grows_beyond_the_limit(served):
     assert post(f"{served}/score", {"chats": ["a"]})["rewards"]
 
 
+def test_bodies_that_wait_are_bounded_together(scorer, monkeypatch):
+    """Also those that no thread has tokenised yet. What was answered or refused is let go of."""
+    monkeypatch.setattr("grm_hf.serving.server.AT_ONCE", 2)
+    started, let_go = threading.Event(), threading.Event()
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(scorer, name)
+
+        def rewards_of_ids(self, ids):
+            started.set()
+            assert let_go.wait(60)
+            return scorer.rewards_of_ids(ids)
+
+    body = {"chats": ["a" * 700]}
+    with running(Slow(), limits=Limits(body=1000)) as (app, url), ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, f"{url}/score", body) for _ in range(2)]
+        assert started.wait(60)
+        while app.state.engine.queued + len(waiting) < 3:
+            time.sleep(0.01)
+        status, message = refused(f"{url}/score", body)
+        assert status == 503 and message.endswith("bytes of other requests wait already.")
+        assert refused(f"{url}/score", {"chats": ["a" * 1001]})[0] == 413
+        let_go.set()
+        assert all(len(future.result()["rewards"]) == 1 for future in waiting)
+        assert len(post(f"{url}/score", body)["rewards"]) == 1
+
+
 def test_two_hundred_at_once_among_cancelled_and_bad_ones(scorer):
     """Nothing is lost, nobody else is stopped, and texts that arrive together are computed together."""
     answers = [f"{'river ' * (number % 7)}{number}" for number in range(200)]

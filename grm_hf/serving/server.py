@@ -31,6 +31,7 @@ from ..scoring import GRMScorer
 from .routes import ROUTES, router, sentence
 
 
+AT_ONCE = 64  # bodies of the largest size that are held in memory, however many requests they are
 KINDS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "TooLargeError"}
 
 
@@ -278,6 +279,7 @@ class _Gate:
 
     def __init__(self, app, api_key: str | None, limits: Limits, registry: CollectorRegistry):
         self.app, self.api_key, self.limits = app, api_key, limits
+        self.held = 0  # bytes of requests that are not answered yet
         self.requests = Counter("grm_requests", "Requests answered", ["route", "status"], registry=registry)
         self.seconds = Histogram("grm_request_seconds", "From request to reply", ["route"], registry=registry)
 
@@ -285,7 +287,7 @@ class _Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, read = time.perf_counter(), 0
+        start, read, kept = time.perf_counter(), 0, 0
         known = {route.path for route in ROUTES.values()} | {"/health", "/metrics", "/v1/models"}
         route = scope["path"] if scope["path"] in known else "other"
 
@@ -296,21 +298,31 @@ class _Gate:
             await send(message)
 
         async def limited():
-            nonlocal read
+            nonlocal read, kept
             message = await receive()
-            read += len(message.get("body", b""))
-            if read <= self.limits.body:
+            size = len(message.get("body", b""))
+            read += size
+            if read > self.limits.body:
+                refusal = StarletteHTTPException(413, f"The request is larger than {self.limits.body} bytes.")
+            elif self.held + size > AT_ONCE * self.limits.body:
+                full = f"{self.held} bytes of other requests wait already."
+                refusal = StarletteHTTPException(503, full, {"Retry-After": "1"})
+            else:
+                self.held, kept = self.held + size, kept + size
                 return message
             while message.get("more_body") and read <= 8 * self.limits.body:  # who still sends reads no reply
                 message = await receive()
                 read += len(message.get("body", b""))
-            raise StarletteHTTPException(413, f"The request is larger than {self.limits.body} bytes.")
+            raise refusal
 
         headers = {name.lower(): value for name, value in scope["headers"]}
         app = self.app
         if scope["path"] != "/health" and not self._may(headers.get(b"authorization", b"")):
             app = _error(401, "The API key is missing or wrong: send `Authorization: Bearer KEY`.")
-        await app(scope, limited, counted)
+        try:
+            await app(scope, limited, counted)
+        finally:
+            self.held -= kept
 
     def _may(self, header: bytes) -> bool:
         if self.api_key is None:
