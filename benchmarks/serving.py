@@ -110,6 +110,8 @@ class Side:
     """The process of a side."""
 
     def __init__(self, name: str, python: str, folder: str, texts: Path, log: Path):
+        from grm_hf.serving.server import MEMORY
+
         self.name = name
         environment = {
             **os.environ,
@@ -120,6 +122,7 @@ class Side:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
+            **{name: str(value) for _, name, value in MEMORY},
         }
         self.log = open(log, "w")
         self.process = subprocess.Popen(
@@ -265,7 +268,8 @@ def report(results: dict) -> str:
         "",
         "`python benchmarks/serving.py --vllm PYTHON`: processor seconds of one thread, median of "
         f"{results['rounds']} rounds in which the sides took turns. {results['processor']}; {versions}. "
-        "SmolLM2-135M with a default MLP head. Rewards of all sides agree.",
+        "SmolLM2-135M with a default MLP head. Every process keeps freed memory, as `grm serve` does. Rewards of all "
+        "sides agree.",
         "",
         f"| case | tokens | {' | '.join(names)} |",
         f"|---|---|{'---|' * len(names)}",

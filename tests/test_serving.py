@@ -591,6 +591,45 @@ def test_bodies_that_wait_are_bounded_together(scorer, monkeypatch):
         assert len(post(f"{url}/score", body)["rewards"]) == 1
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_the_server_keeps_the_memory_of_freed_tensors(tmp_path):
+    """In every thread, up to a bound."""
+    code = """
+import ctypes, resource, sys, threading
+from pathlib import Path
+import torch
+from grm_hf.serving.server import keep_memory
+
+if not hasattr(ctypes.CDLL(None), "mallopt"):
+    sys.exit("no mallopt")
+if sys.argv[1] == "keep":
+    keep_memory()
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+def use_and_free():
+    before = resident()
+    tensors = [torch.ones(16, 2**18) for _ in range(4)]
+    del tensors
+    print(resident() - before)
+
+thread = threading.Thread(target=use_and_free)
+thread.start()
+thread.join()
+"""
+
+    def run(word):
+        done = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, timeout=120)
+        if "no mallopt" in done.stderr:
+            pytest.skip("this C library has no mallopt")
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    assert run("keep") > 60  # MiB, of 4 times 16
+    assert run("as it is") < 20
+
+
 def test_two_hundred_at_once_among_cancelled_and_bad_ones(scorer):
     """Nothing is lost, nobody else is stopped, and texts that arrive together are computed together."""
     answers = [f"{'river ' * (number % 7)}{number}" for number in range(200)]

@@ -4,6 +4,7 @@ together are scored together, so answers to one prompt share it, whoever sent th
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import math
 import secrets
@@ -348,6 +349,20 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in addresses)
 
 
+# Settings of glibc's `mallopt`: its number, its name as an environment variable, and the value.
+MEMORY = ((-8, "MALLOC_ARENA_MAX", 1), (-3, "MALLOC_MMAP_THRESHOLD_", 2**25), (-1, "MALLOC_TRIM_THRESHOLD_", 2**30))
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory of freed tensors, up to 1 GiB. glibc returns the memory of large ones to the
+    system, which then gives it back page by page to the next: up to a tenth of the time of a forward on a CPU. With
+    another C library nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for number, _, value in MEMORY:
+            mallopt(number, value)
+
+
 def serve(
     model, host="127.0.0.1", port=8000, routes=tuple(ROUTES), api_key=None, name=None, limits=None, **scorer_settings
 ) -> None:
@@ -374,6 +389,7 @@ def serve(
             f"'{host}' can be reached from other machines, so an API key is required: --api-key KEY, or the "
             "environment variable GRM_API_KEY."
         )
+    keep_memory()
     with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         app = make_app(GRMScorer(model, **scorer_settings), name or str(model), routes, api_key or None, limits)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
