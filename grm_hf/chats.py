@@ -65,7 +65,7 @@ def rows_of(chats: Any, one: str = "chat") -> Iterable:
     if hasattr(table, "itertuples"):  # pandas, whose word for null is NaN
         names = [str(name) for name in table.columns]
         return [
-            {name: value for name, value in zip(names, row, strict=True) if not _is_null(value)}
+            {name: _listed(value) for name, value in zip(names, row, strict=True) if not _is_null(value)}
             for row in table.itertuples(index=False, name=None)
         ]
     if isinstance(chats, (set, frozenset)):
@@ -75,6 +75,11 @@ def rows_of(chats: Any, one: str = "chat") -> Iterable:
         splits = " Choose a split of it." if type(chats).__name__.endswith("DatasetDict") else ""
         raise ValueError(f"this takes {one}s and got {what}. Put a single {one} into a list: [{one}].{splits}")
     return chats
+
+
+def _listed(value: Any) -> Any:
+    """A list of messages in a cell, which pandas makes an array of where it reads parquet."""
+    return value.tolist() if type(value).__name__ == "ndarray" else value
 
 
 def _is_null(value: Any) -> bool:

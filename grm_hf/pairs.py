@@ -284,7 +284,7 @@ def _formats(dataset, first: dict, name: str, attributes: Sequence[str] | None) 
     for is_pair, (index, row) in kinds.items():
         with _naming(name, index):
             formats[is_pair] = index, _format_of(row, attributes)
-        _warn_of_texts(row, formats[is_pair][1], name)
+        _warn_of_first(row, formats[is_pair][1], name)
     if attributes is not None:
         _warn_of_ratings([row for _, row in kinds.values()], name, attributes)
     return formats
@@ -330,25 +330,28 @@ def _read(stream: "IterableDataset", features) -> "Dataset":
     return datasets.concatenate_datasets(parts)
 
 
-def _warn_of_texts(first: dict, row_format: "_RowFormat", name: str) -> None:
-    """Warns of a probable mistake in a dataset of texts, judged by its first row."""
-    if row_format.form != "text":
-        return
-    sides = [first["completion"]] if _is_rated(first) else [first["chosen"], first["rejected"]]
-    fields, verb = ("`completion`", "begins") if _is_rated(first) else ("`chosen` and `rejected`", "begin")
-    prompt = first["prompt"] if row_format.prompt else ""
+def _warn_of_first(first: dict, row_format: "_RowFormat", name: str) -> None:
+    if row_format.form == "text":
+        rated = _is_rated(first)
+        sides = [first["completion"]] if rated else [first["chosen"], first["rejected"]]
+        fields = "`completion`" if rated else "`chosen` and `rejected`"
+        warn_of_texts(first["prompt"] if row_format.prompt else "", sides, fields, f"the {name} dataset")
+
+
+def warn_of_texts(prompt: str, sides: Sequence[str], fields: str, where: str) -> None:
+    """Warns of a probable mistake in rows of texts, judged by the first one: its prompt, and what follows it."""
     if any(map(_is_json_messages, [prompt, *sides])):
         warnings.warn(
-            f"The {name} dataset has messages written as JSON text, and trains on that text, without the chat "
+            f"There are messages written as JSON text in {where}. They are read as that text, without the chat "
             "template. If messages are meant, read them first: "
             "`dataset.map(lambda row: {name: json.loads(row[name]) for name in ('chosen', 'rejected')})`.",
-            stacklevel=4,
+            stacklevel=5,
         )
     if prompt.strip() and all(side.startswith(prompt) for side in sides):
         warnings.warn(
-            f"In the {name} dataset, {fields} {verb} with the text of `prompt`, which is put before "
-            "them once more. If they are whole texts, remove the column `prompt`.",
-            stacklevel=4,
+            f"In {where}, {fields} begin{'' if ' and ' in fields else 's'} with the text of `prompt`, which is put "
+            "before them once more. If they are whole texts, remove the column `prompt`.",
+            stacklevel=5,
         )
 
 

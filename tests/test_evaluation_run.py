@@ -22,11 +22,14 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from grm_hf import GRMForSequenceClassification, GRMScorer, cli
 from grm_hf.evaluation import SUITES, Example, compare, evaluate, read_results
 from grm_hf.evaluation.report import WORST, as_csv, page, sentence, terminal, write_report
+from grm_hf.evaluation.scorers import ClassifierScorer
 from grm_hf.hub import card
 
 
@@ -219,6 +222,29 @@ def test_a_text_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path, da
     assert "8 responses were longer" in terminal([results])
     ours = evaluate(grm(max_length=24), "judgebench", data / "judgebench", tokenizer=TOKENIZER)
     assert ours.truncated == 8
+
+
+def test_a_cross_encoder_whose_positions_begin_behind_the_padding_is_cut_in_time():
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=16, max_position_embeddings=22, num_labels=1, pad_token_id=1)
+    scorer = ClassifierScorer(RobertaForSequenceClassification(config), tokenizer)
+    assert [(s.tokens, s.truncated) for s in scorer.stream(["a" * 20, "a" * 21])] == [(20, False), (20, True)]
+
+
+def test_a_classifier_reads_what_the_rows_mean():
+    scorer, tools = ClassifierScorer(classifier(), TOKENIZER), [{"name": "f"}]
+    row = {"prompt": [user("q")], "response": "a"}
+    for same, other in (
+        (row, {**row, "prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}),
+        (row, {**row, "tools": [], "chat_template_kwargs": {"x": None}}),
+        ({**row, "tools": tools}, {**row, "tools": json.dumps(tools)}),
+        ({**row, "tools": tools}, {**row, "tools": [{"name": "f", "x": None}]}),
+    ):
+        expected, found = scorer.stream([same, other])
+        assert found == expected
+    with pytest.raises(ValueError, match="content that is not text"):
+        list(scorer.stream([{**row, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}]))
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path, data):
@@ -618,3 +644,12 @@ def test_the_benchmark_of_speed_works_and_its_sides_agree(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "| best of 4 (4) | 16 |" in printed
     assert "benchmarks/evaluation.py" in (ROOT / "Makefile").read_text()
+
+
+def test_a_scorer_that_forgets_a_chat_is_named():
+    class Short:
+        def score(self, chats):
+            return [1.0] * (len(chats) - 1)
+
+    with pytest.raises(ValueError, match=r"Short.score gives 1 scores for 2 chats"):
+        evaluate(Short(), "own", [{"prompt": "q", "chosen": "a", "rejected": "b"}])

@@ -1,6 +1,7 @@
 """Suites: official rows become examples, scores become the official figures. By hand for every suite; against the
 figures that were published with per-row scores; against the `rewardbench` package, scikit-learn and scipy."""
 
+import csv
 import json
 import math
 import random
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from official_files import DATA, FILES, WEIGHTS, needs_data, write
 
 from grm_hf.evaluation import SUITES, Example, aggregate, load_examples
+from grm_hf.evaluation.examples import digest_of
 from grm_hf.evaluation.rewardbench import ENGLISH, LANGUAGES, SUBSETS
 from grm_hf.metrics import REWARDBENCH
 
@@ -283,6 +285,56 @@ def test_own_rows_in_any_of_the_formats_of_trl(tmp_path):
     assert [e.responses for e in examples] == [["pa", "pc"], ["qd", "qb"]]
     with pytest.raises(ValueError, match="row 1: its prompt has 1 right and 0 wrong completions"):
         load_examples("own", unpaired[:1])
+    for other in ({"tools": [{"name": "t"}]}, {"subset": "s"}):  # they are not of one group
+        with pytest.raises(ValueError, match="row 1: its prompt has 1 right and 0 wrong completions"):
+            load_examples("own", [unpaired[0], {**unpaired[2], **other}])
+
+
+def test_own_rows_in_any_container():
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    u, a = official_files.user, official_files.assistant
+    rows = [{"prompt": [u(q)], "chosen": [a("yes")], "rejected": [a("no")], "subset": q} for q in "ab"]
+    expected = load_examples("own", rows)
+    table = datasets.Dataset.from_list(rows)
+    for given_rows in (iter(rows), table, table.with_format("numpy"), table.data.table, pandas.DataFrame(rows)):
+        assert load_examples("own", given_rows) == expected
+    for wrong, words in (
+        (rows[0], "takes rows and got a dict"),
+        (datasets.DatasetDict(train=table), "Choose a split"),
+        ([*rows, None], "data, row 3: it is a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_examples("own", wrong)
+    with pytest.raises(ValueError, match="there is no subset 'ab'"):  # not the subsets a and b
+        load_examples("own", rows, subset="ab")
+    assert [e.subset for e in load_examples("own", rows, subset="b")[0]] == ["b"]
+
+
+def test_own_pairs_mean_what_they_mean_in_training():
+    u, a = official_files.user, official_files.assistant
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "label": label} for label in (0.2, 0.5, 0.9, None)]
+    examples, skipped = load_examples("own", rows)
+    assert [e.responses for e in examples] == [["pb", "pa"], ["pa", "pb"], ["pa", "pb"]]
+    assert list(skipped.values()) == [1]
+    with pytest.raises(ValueError, match="row 1: `label` is 3; .* a share from 0 to 1"):
+        load_examples("own", [{**rows[0], "label": 3}])
+    # The prompt once more: as text beside whole conversations it is left out, and as messages it is a mistake.
+    whole = {"chosen": [u("p"), a("yes")], "rejected": [u("p"), a("no")]}
+    assert load_examples("own", [{"prompt": "p", **whole}])[0][0].chat(0) == {"prompt": [u("p")], "response": "yes"}
+    with pytest.raises(ValueError, match="row 1: .* begins with the role 'user'. If the messages repeat the prompt"):
+        load_examples("own", [{"prompt": [u("p")], **whole}])
+    with pytest.warns(UserWarning, match="begin with the text of `prompt`"):
+        load_examples("own", [{"prompt": "p", "chosen": "pa", "rejected": "pb"}])
+    with pytest.warns(UserWarning, match="messages written as JSON text"):
+        load_examples("own", [{side: json.dumps(messages) for side, messages in whole.items()}])
+    thought = {side: [u("p"), {**a(side), "reasoning_content": "hm"}] for side in whole}
+    assert load_examples("own", [thought])[0][0].responses[0] == thought["chosen"][1:]
+    numbered = [{**rows[3], "subset": subset, "id": None} for subset in (0, 1)]
+    assert [(e.subset, e.id) for e in load_examples("own", numbered)[0]] == [("0", "data/1"), ("1", "data/2")]
+    with pytest.warns(UserWarning, match="revision='v1' is ignored"):
+        load_examples("own", rows, revision="v1")
+    with pytest.raises(ValueError, match="example 'data/1': the text has .* half of a character"):
+        digest_of(load_examples("own", [{**rows[3], "chosen": "\ud800"}])[0])
 
 
 # --------------------------------------------------------------------------------------------------------- wrong files
@@ -399,7 +451,38 @@ def test_files_of_all_kinds_give_the_same_examples(tmp_path):
     for kind in ("jsonl", "json", "parquet"):
         assert load_examples("rewardbench", tmp_path / f"x.{kind}")[0] == expected
     (tmp_path / "own.csv").write_text("prompt,chosen,rejected\nq,a,b\n")
-    assert load_examples("own", tmp_path / "own.csv")[0][0].responses == ["qa", "qb"]
+    expected = load_examples("own", tmp_path / "own.csv")[0]
+    assert expected[0].responses == ["qa", "qb"]
+    (tmp_path / "own.csv").write_bytes(b"\xef\xbb\xbfprompt,chosen,rejected\r\nq,a,b\r\n")  # as Excel saves it
+    assert load_examples("own", tmp_path / "own.csv")[0] == expected
+    (tmp_path / "own.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    assert load_examples("own", tmp_path / "own.jsonl")[0][0].responses == ["qa", "qb"]
+
+
+def test_csv_of_own_rows(tmp_path):
+    path = tmp_path / "own.csv"
+    u, a = official_files.user, official_files.assistant
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["chosen", "rejected", "tools"])
+        cells = [json.dumps([u("hi"), a(answer)]) for answer in ("yes", "no")]
+        writer.writerow([*cells, '[{"name": "t"}]'])
+    (example,), _ = load_examples("own", path)
+    assert example.chat(0) == {"prompt": [u("hi")], "response": "yes", "tools": [{"name": "t"}]}
+    path.write_text('prompt,chosen,rejected\nlist,"[1, 2]",{}\n')
+    assert load_examples("own", path)[0][0].responses == ["list[1, 2]", "list{}"]
+    path.write_text("prompt,completion,label\nq,a,True\nq,b,0\n")
+    assert load_examples("own", path)[0][0].responses == ["qa", "qb"]
+    path.write_text(f"prompt,chosen,rejected\nq,{'a' * 140_000},b\n")
+    assert len(load_examples("own", path)[0][0].responses[0]) == 140_001
+    for text, words in (
+        ("prompt,chosen,chosen,rejected\nq,a,aa,b\n", "there are two columns 'chosen'"),
+        ("prompt,chosen,rejected\nq,a,b,c\n", "line 2: the row has more cells"),
+        ('prompt,chosen,rejected\nq,a,"b\nr,c,d\n', "unexpected end of data"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_examples("own", path)
 
 
 def test_subsets_and_limits(tmp_path):

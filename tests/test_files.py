@@ -2,6 +2,7 @@
 and nothing stale stays; folders that are not what they seem; and what the `grm` command says about all of it."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
@@ -103,6 +104,28 @@ def test_a_named_pipe(tmp_path):
     writer.join()
 
 
+def test_an_answer_that_is_json_is_text(tmp_path):
+    (tmp_path / "json.csv").write_text('prompt,response\nq,"[1, 2]"\nq,"{""a"": 1}"\nq,[]\n')
+    answers = ["[1, 2]", '{"a": 1}', "[]"]
+    assert [row.content["response"] for row in read_file(tmp_path / "json.csv")] == answers
+
+
+def test_nan_is_null_and_infinity_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "response": "a", "id": NaN}\n')
+    assert read_file(path)[0].content == {"prompt": "q", "response": "a"}
+    path.write_text('{"prompt": "q", "response": "a", "id": -Infinity}\n')
+    with pytest.raises(ValueError, match="a.jsonl, line 1: it holds Infinity"):
+        read_file(path)
+
+
+def test_an_id_that_json_has_no_form_for_is_text(folder, tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_parquet([{"text": "a", "id": datetime.date(2026, 11, 29)}]))
+    assert main(["score", str(path), "--model", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == "2026-11-29"
+
+
 def test_a_cell_above_the_limit_of_csv(tmp_path):
     (tmp_path / "long.csv").write_text(f'text\n"{"x" * 140_000}"\n')
     usual = csv.field_size_limit()
@@ -122,6 +145,7 @@ def test_a_cell_above_the_limit_of_csv(tmp_path):
         ("a.json", b'[{"text": "a"}', "a.json: it is not JSON"),
         ("a.csv", b"text\na,b\n", "a.csv, line 2: the row has more cells"),
         ("a.csv", b'text\n"a\n', "a.csv, line 1: "),
+        ("a.csv", b"text,id,text\na,1,b\n", "a.csv, line 1: there are two columns 'text'"),
         ("a.gz", gzip.compress(jsonl(ROWS))[:-9], "a.gz is no whole gzip file"),
         ("a.parquet", b"PAR1 torn", "a.parquet is no whole parquet file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a.jsonl is a git-lfs pointer"),

@@ -552,6 +552,9 @@ def test_tables_are_their_rows():
     table = datasets.Dataset.from_pandas(pandas.DataFrame(rows))
     for chats in (rows, iter(rows), pandas.DataFrame(rows), table, table.to_iterable_dataset(), table.data.table):
         assert scorer.score(chats) == close(right)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    read = pandas.DataFrame({"messages": [np.array(messages, dtype=object)]})  # as pandas reads parquet
+    assert scorer.score(read) == scorer.score([messages])
     frame = pandas.DataFrame(rows, index=[5, 5, 7])
     assert scorer.score(frame) == close(right) and scorer.score(pandas.Series(["c", "c"])) == close([right[1]] * 2)
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2

@@ -1,10 +1,8 @@
 """`Example`, the form of every suite's rows, and the reading of official files. Fields are checked row by row, so a
 wrong file gives one sentence with the file, the row and what is expected."""
 
-import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -15,6 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..encoding import THINKING_KEYS, require_whole
+from ..scoring.files import csv_rows
 
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
@@ -107,7 +108,7 @@ def text_of(response: str | list[dict]) -> str:
 
 def turns(conversation: list[dict]) -> list[dict]:
     """Messages with only the keys that a chat template reads: data sets add languages, ids, nulls."""
-    keys = ("role", "content", "tool_calls", "tool_call_id", "name")
+    keys = ("role", "content", "tool_calls", "tool_call_id", "name", *THINKING_KEYS)
     return [{key: m[key] for key in keys if m.get(key) is not None} for m in conversation]
 
 
@@ -128,7 +129,12 @@ def digest_of(examples: list[Example]) -> str:
     """A digest of the rows: equal for equal examples in an equal order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(asdict(example), ensure_ascii=False, sort_keys=True).encode())
+        text = json.dumps(asdict(example), ensure_ascii=False, sort_keys=True)
+        try:
+            require_whole(text)
+        except ValueError as error:
+            raise ValueError(f"example {example.id!r}: {error}") from None
+        digest.update(text.encode())
     return digest.hexdigest()
 
 
@@ -271,13 +277,13 @@ def _values(file: Path) -> Iterable[Any]:
         return parquet.read_table(file).to_pylist()
     try:
         data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file.name} is not UTF-8 text: {error}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file.name} is no whole gzip file: {error}") from None
     if suffix == ".csv":
-        return csv.DictReader(io.StringIO(text, newline=""))
+        return [cells for _, cells in csv_rows(text, file.name)]
     if suffix == ".jsonl":
         return _lines(text, file.name)
     try:

@@ -3,7 +3,8 @@ interrupted run continues from any byte, for the same model and the same rows on
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..chats import rows_of
 from ..scoring import Score, files
 from . import scorers
 from .examples import (
@@ -193,6 +195,7 @@ def load_examples(
     if not examples:
         raise ValueError(f"the data holds no rows for the suite {suite!r}" + _said(skipped))
     if subset:
+        subset = [subset] if isinstance(subset, str) else subset
         names = {example.subset for example in examples}
         for wanted in subset:
             if not any(_is_in(name, wanted) for name in names):
@@ -231,9 +234,20 @@ def _rows(suite: Suite, data, revision) -> Iterable[Row]:
     if sources := _sources(suite, data):
         same = {source.repo: revision for source in sources}
         return download_rows(sources, revision if isinstance(revision, Mapping) else same)
+    if revision:
+        warnings.warn(f"revision={revision!r} is ignored: the rows are yours, and not on the Hub.", stacklevel=4)
     if isinstance(data, (str, os.PathLike)):
         return read_rows(data)
-    return (Row(dict(values), "data", number) for number, values in enumerate(data, 1))
+    if hasattr(data, "with_format"):  # Python objects, as in training
+        data = data.with_format(None)
+    return _own_rows(rows_of(data, "row"))
+
+
+def _own_rows(rows: Iterable) -> Iterator[Row]:
+    for number, values in enumerate(rows, 1):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"data, row {number}: it is a {type(values).__name__}; a mapping of fields is required.")
+        yield Row(dict(values), "data", number)
 
 
 def _require_fields(suite: Suite, row: Row) -> None:

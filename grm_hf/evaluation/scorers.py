@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.integrations.peft import find_adapter_config_file
 
 from ..devices import evaluating, own_device
+from ..encoding import describe, template_kwargs_of, text_of, tools_of, without_nulls
 from ..folders import readable
 from ..rewards.adapters import PolicyScorer, policy_scorer
 from ..rewards.rollouts import Rollout
@@ -56,7 +57,11 @@ class ClassifierScorer:
                 raise ValueError("The model was made in memory, so its tokenizer is not known. Pass `tokenizer`.")
             tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
         self.model, self.tokenizer, self.accelerator = model, tokenizer, accelerator
-        limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+        positions = getattr(model.config, "max_position_embeddings", None)
+        tables = [m for n, m in model.named_modules() if n.endswith("position_embeddings")]
+        if positions and tables and (offset := getattr(tables[0], "padding_idx", None)) is not None:
+            positions -= offset + 1  # RoBERTa counts positions from behind that of its padding
+        limits = [tokenizer.model_max_length, positions]
         limits = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1_000_000]
         self.max_length = min(limits, default=None)
 
@@ -86,7 +91,10 @@ class ClassifierScorer:
                 messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
                 messages += [{"role": "assistant", "content": response}] if isinstance(response, str) else response
                 inputs = self.tokenizer.apply_chat_template(
-                    messages, tools=chat.get("tools"), return_dict=True, **(chat.get("chat_template_kwargs") or {})
+                    [_in_words(message) for message in messages],
+                    tools=tools_of(chat.get("tools")),
+                    return_dict=True,
+                    **template_kwargs_of(chat),
                 )
             elif isinstance(prompt, str) and isinstance(response, str):
                 inputs = self.tokenizer(prompt, response, verbose=False)
@@ -102,6 +110,17 @@ class ClassifierScorer:
             head = int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
             inputs = {name: [*values[:head], *values[head + extra :]] for name, values in inputs.items()}
         return inputs, extra > 0
+
+
+def _in_words(message: dict) -> dict:
+    """A message without nulls, its text parts joined: a template that reads strings would write a Python list."""
+    message = without_nulls(message)
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise ValueError(f"a message has content that is not text: found {describe(parts)}. Give text.")
+    return {**message, "content": text_of(message)}
 
 
 def as_scorer(
@@ -170,7 +189,10 @@ def _load(path, tokenizer, accelerator, trust_remote_code, revision):
 def stream(scorer, chats: list) -> list[Score]:
     """Scores of all `chats`, in their order, by a scorer of `as_scorer`."""
     if not hasattr(scorer, "stream"):
-        return [Score(float(score), 0, False) for score in scorer.score(chats)]
+        scores = [Score(float(score), 0, False) for score in scorer.score(chats)]
+        if len(scores) != len(chats):
+            raise ValueError(f"{type(scorer).__name__}.score gives {len(scores)} scores for {len(chats)} chats.")
+        return scores
     if not isinstance(scorer, ClassifierScorer):
         chats = [_with_blank(scorer, chat) for chat in chats]
     if isinstance(scorer, GRMScorer):

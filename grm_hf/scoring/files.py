@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -36,9 +37,9 @@ def read_file(path: str | Path) -> list[Row]:
 
     Args:
         path (`str` or `Path`):
-            JSONL (`.jsonl`, and any other name), JSON (`.json`, one array of objects or as JSONL), CSV (`.csv`, with a
-            line of names; a cell that holds a JSON list or object is read as one) or parquet (`.parquet`), each also
-            as `.gz`; a named pipe; or `-` for standard input. Text is UTF-8 whatever the locale, with or without BOM.
+            JSONL (`.jsonl`, and any other name), JSON (`.json`, one array of objects or as JSONL), CSV (`.csv`: see
+            [`csv_rows`]; an empty cell is null) or parquet (`.parquet`), each also as `.gz`; a named pipe; or `-` for
+            standard input. Text is UTF-8 whatever the locale, with or without BOM.
 
     Raises:
         `ValueError`: there is no such file, or a row cannot be read, with file and line.
@@ -96,7 +97,10 @@ def _checked(content: Any, place: str) -> Row:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise ValueError(f"{place}: it holds {half}, half of a pair of surrogates, which is no character.") from None
-    return Row(place, {key: value for key, value in content.items() if value is not None})
+    if any(isinstance(value, float) and math.isinf(value) for value in content.values()):
+        raise ValueError(f"{place}: it holds Infinity, which JSON has no number for.")
+    # NaN is how pandas, and Python's JSON, write null.
+    return Row(place, {key: value for key, value in content.items() if value is not None and value == value})
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -118,28 +122,47 @@ def _json(text: str, name: str) -> Iterator[Row]:
 
 
 def _csv(text: str, name: str) -> Iterator[Row]:
+    for line, cells in csv_rows(text, name):
+        yield _checked({key: cell for key, cell in cells.items() if cell != ""}, f"{name}, line {line}")
+
+
+def csv_rows(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """
+    The rows of a CSV text with a line of names: the line that each ends in, and its cells. Cells are text; but
+    messages as JSON are read as messages, and in the columns `tools` and `chat_template_kwargs` any list or object is.
+
+    Raises:
+        `ValueError`: a name is there twice, a row has more cells than there are names, or a quote is not closed.
+    """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     usual = csv.field_size_limit(2**31 - 1)  # 128 KiB is less than a long answer; the limit is the whole process's
     try:
+        names = [column for column in reader.fieldnames or () if column]
         rows = [(reader.line_num, cells) for cells in reader]
     except csv.Error as error:
         raise ValueError(f"{name}, line {reader.line_num}: {error}") from None
     finally:
         csv.field_size_limit(usual)
+    if twice := next((column for column in names if names.count(column) > 1), None):
+        raise ValueError(f"{name}, line 1: there are two columns {twice!r}. Rename or remove one of them.")
     for line, cells in rows:
-        place = f"{name}, line {line}"
         if None in cells:
-            raise ValueError(f"{place}: the row has more cells than the first line has names.")
-        yield _checked({key: _cell(cell) for key, cell in cells.items() if cell not in (None, "")}, place)
+            raise ValueError(f"{name}, line {line}: the row has more cells than the first line has names.")
+        yield line, {key: _cell(key, cell) for key, cell in cells.items() if cell is not None}
 
 
-def _cell(cell: str) -> Any:
+def _cell(column: str, cell: str) -> Any:
     if cell[:1] in ("[", "{"):
         try:
-            return json.loads(cell)
-        except ValueError:
-            pass
-    return cell
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        items = value if isinstance(value, list) else [value]
+        if column in ("tools", "chat_template_kwargs") or (
+            items and all(isinstance(item, dict) and "role" in item for item in items)
+        ):
+            return value
+    return cell  # an answer may be JSON
 
 
 def _parquet(data: bytes, name: str) -> Iterator[Row]:
@@ -325,8 +348,9 @@ _BEGIN = b'{"row": '
 
 
 def line_of(result: dict) -> str:
-    """A result as a line of JSONL. `ValueError` for values that JSON does not have, such as NaN."""
-    return json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
+    """A result as a line of JSONL; what JSON has no form for (a date of parquet, as `id`) is text. `ValueError` for
+    numbers that JSON does not have, such as NaN."""
+    return json.dumps(result, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def read_header(path: str | Path) -> tuple[dict | None, list[bytes]]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # A private-use character: no response contains it, so two renderings that differ by it part exactly there.
 _PROBE = "\uf8ff"
 # Keys of a message for the thinking before an answer; `<think>` blocks in the content are the other form.
-_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 class OverlengthError(ValueError):
@@ -157,7 +157,7 @@ class Encoder:
             text, eos = prompt + response, str(self.tokenizer.eos_token)
             ids, start = self.tokenize(text if text.endswith(eos) else text + eos, len(prompt), special_tokens=True)
         else:
-            messages, tools = _conversation(prompt, response), _tools(tools)
+            messages, tools = _conversation(prompt, response), tools_of(tools)
             ids, start, unread = self.encode_messages(messages, tools, without_nulls(template_kwargs))
         # Templates may write a line break or two behind the terminator: a handful of blank tokens is no response.
         words = list(islice((index for index in ids[start:] if index not in self._special_ids), 8))
@@ -236,7 +236,7 @@ class Encoder:
         Raises:
             `ValueError`: the text is empty, or the chat template does not write it as it is.
         """
-        render = partial(self.render, tools=_tools(tools), template_kwargs=without_nulls(template_kwargs))
+        render = partial(self.render, tools=tools_of(tools), template_kwargs=without_nulls(template_kwargs))
         messages = self._in_its_form([_message(i, message) for i, message in enumerate(messages)], render)
         final = messages[-1]
         own, text = text_of(final), render(messages)
@@ -257,7 +257,7 @@ class Encoder:
     ) -> list[int]:
         """Ids of a conversation and the opening of the assistant's next turn, for the LM head to go on."""
         kwargs = without_nulls(template_kwargs)
-        text = self.render(messages, _tools(tools), kwargs, add_generation_prompt=True)
+        text = self.render(messages, tools_of(tools), kwargs, add_generation_prompt=True)
         ids, _ = self.tokenize(text, len(text), special_tokens=self.bos == "double")
         return self.fit(ids, len(ids) - 1).ids
 
@@ -372,7 +372,7 @@ def _unread(text: str, messages: list[dict], tools: list | None, render: Callabl
                 if message["role"] != "assistant" or not _stands_in(_without_thinking(own), written):
                     raise _dropped(i, message)
                 thinking = True
-        thinking = thinking or any(not _stands_in(str(message.get(key, "")), written) for key in _THINKING_KEYS)
+        thinking = thinking or any(not _stands_in(str(message.get(key, "")), written) for key in THINKING_KEYS)
         if message.get("tool_calls"):
             without = {key: value for key, value in message.items() if key != "tool_calls"}
             if _rendered([*messages[:i], without, *messages[i + 1 :]], render) == text:
@@ -454,7 +454,7 @@ def text_of(message: dict) -> str:
     return "".join(_texts(message))
 
 
-def _tools(tools: str | list | None) -> list | None:
+def tools_of(tools: str | list | None) -> list | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
