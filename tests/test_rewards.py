@@ -415,6 +415,86 @@ def test_an_answer_without_text_has_a_reward(answer):
     assert grm_reward_func(model, CHATML)([PROMPTS[0]], completions([answer])) == [pytest.approx(by_hand, abs=1e-5)]
 
 
+@pytest.mark.parametrize("said", ["", None])
+def test_a_policy_that_says_nothing_after_its_tool_has_a_reward(said):
+    model, call = grm(), {"type": "function", "function": {"name": "f", "arguments": {}}}
+    calls, result = {"content": "", "tool_calls": [call]}, {"role": "tool", "name": "f", "content": "3"}
+    called = [{"role": "assistant", **calls}, result]
+    turns = [*PROMPTS[0], *called, {"role": "assistant", "content": ""}]
+    text = CHATML.apply_chat_template(turns, tokenize=False)
+    by_hand = alone(model, CHATML(text, add_special_tokens=False).input_ids)
+    answer = [*called, {"role": "assistant", "content": said}]
+    assert grm_reward_func(model, CHATML)([PROMPTS[0]], [answer]) == [pytest.approx(by_hand, abs=1e-5)]
+    with pytest.raises(ValueError, match="chat 0: the prompt is str"):  # not its Python list, as text
+        grm_reward_func(model, CHATML)(["one"], [[{"role": "assistant", "content": ""}]])
+
+
+def test_what_a_blank_answer_thought_is_not_lost_silently():
+    answer = [{"role": "assistant", "content": "", "reasoning_content": "hm"}]
+    with pytest.warns(UserWarning, match="thinking the chat template leaves out"):
+        grm_reward_func(grm(), CHATML)([PROMPTS[0]], [answer])
+
+
+@pytest.mark.parametrize("broken", [math.nan, None, math.inf, [1.0]])
+def test_a_reference_that_is_no_number_is_refused(broken):
+    # TRL counts NaN as 0, the best that "log_sigmoid" can give.
+    reward = grm_reward_func(grm(), CHATML, transform="log_sigmoid", reference="floor")
+    with pytest.raises(ValueError, match="column 'floor', .* a finite number is required"):
+        reward(PROMPTS, completions(), floor=[0.0, broken, 1.0])
+    with pytest.raises(ValueError, match="has 1 values for 3 prompts"):
+        reward(PROMPTS, completions(), floor=[0.0])
+
+
+def test_length_residual_of_one_reward_says_that_it_does_nothing():
+    with pytest.warns(UserWarning, match="changes nothing of one reward"):
+        grm_reward_func(grm(), CHATML, transform="length_residual")(PROMPTS[:1], completions(ANSWERS[:1]))
+
+
+def test_a_transform_that_makes_no_number_is_refused():
+    reward = grm_reward_func(grm(), CHATML, transform=lambda rewards: rewards / 0 * 0)
+    with pytest.raises(ValueError, match="made nan of the reward"):
+        reward(PROMPTS, completions())
+
+
+@pytest.mark.parametrize(
+    ("answer", "columns", "words"),
+    [
+        ("\ud800", {}, "chat 0: the text has .* half of a character"),
+        ("a", {"chat_template_kwargs": ["{}"]}, "it must be a dictionary"),
+        ("a", {"chat_template_kwargs": [{"tools": [1]}]}, "has 'tools', which belongs beside it"),
+        ("a", {"tools": [None, None]}, "1 prompts, and `tools` or `chat_template_kwargs` of 2"),
+    ],
+)
+def test_columns_and_texts_that_cannot_be_read_are_named(answer, columns, words):
+    with pytest.raises(ValueError, match=words):
+        grm_reward_func(grm(), CHATML)([PROMPTS[0]], completions([answer]), **columns)
+
+
+def test_statistics_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="`k` is nan"):
+        combine([[1.0], [2.0]], "mean_minus_std", k=math.nan)
+    ratings = [{"a": 1.0}, {"a": math.nan}]
+    with pytest.raises(ValueError, match="answer 1 has no rating for .* that is a finite number"):
+        factor_thresholds(ratings, ["a"])
+    with pytest.raises(ValueError, match="answer 1 has no rating for .* that is a finite number"):
+        hierarchical_pairs(ratings, ["a"], {"a": 0.0})
+    for threshold in (math.nan, -1.0):  # it would decide nothing, or everything
+        with pytest.raises(ValueError, match="the threshold of 'a'"):
+            hierarchical_pairs(ratings[:1] * 2, ["a"], {"a": threshold})
+    with pytest.raises(ValueError, match="2 groups for 3 rewards"):
+        length_residual([1.0, 2.0, 3.0], [1, 2, 3], ["p", "q"])
+    groups = torch.tensor([0, 0, 1, 1])
+    values = [1.0, 2.0, 5.0, 3.0], [1, 2, 3, 4]
+    torch.testing.assert_close(length_residual(*values, groups.numpy()), length_residual(*values, groups.tolist()))
+
+
+def test_two_prompts_of_one_text_are_not_told_apart_by_ppo():
+    rows = [{"prompt": PROMPTS[0], "input_ids": [5, 6]}, {"prompt": PROMPTS[2], "input_ids": [5, 6]}]
+    with pytest.raises(ValueError, match="row 1 of `prompts` has the `input_ids` of an earlier row"):
+        ppo_reward_model(grm(), CHATML, CHATML, prompts=rows)
+    ppo_reward_model(grm(), CHATML, CHATML, prompts=[rows[0], rows[0]])
+
+
 def test_an_answer_that_is_an_image_is_refused_and_not_taken_for_a_blank_one():
     answer = [{"role": "assistant", "content": [{"type": "image"}]}]
     with pytest.raises(ValueError, match="content that is not text"):

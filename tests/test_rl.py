@@ -401,5 +401,7 @@ def test_verl_recipe(folders):
         transform="standardize",
     )
     assert one == pytest.approx((by_hand[1] - 0.25) / 2, abs=1e-5)
+    beats = module.compute_score("chat", ANSWERS[1], None, extra[1], **kwargs, transform="log_sigmoid", reference=1.5)
+    assert beats == pytest.approx(-math.log1p(math.exp(1.5 - by_hand[1])), abs=1e-5)
     with pytest.raises(ValueError, match="answer 0: its `extra_info` has no `prompt`"):
         module.compute_score("chat", "a", None, None, **kwargs)

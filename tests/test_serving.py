@@ -346,6 +346,8 @@ def test_several_addresses_share_the_work_and_order_is_kept(scorer, served):
     assert RemoteScorer([second, served]).score(chats) == close(expected)
     with pytest.raises(ConnectionError, match="gave no reward in 2 attempts"):
         RemoteScorer(second, retries=1).score(chats[:1])
+    with pytest.raises(ValueError, match="`retries` is -1"):
+        RemoteScorer(served, retries=-1)
 
 
 class Flaky(threading.Thread):

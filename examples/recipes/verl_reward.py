@@ -7,8 +7,9 @@
 
 or, with reward managers that ask for one answer at a time (`naive`, the reward loop), `name=compute_score`. `model` is
 the Hub id or folder, `+custom_reward_function.reward_kwargs.transform=standardize` one of the transformations of
-`grm_hf.rewards`. verl does not pass the prompt to a reward function: put it into `extra_info` when you prepare the
-data, `row["extra_info"]["prompt"] = row["prompt"]`. The policy may have another tokenizer than the reward model.
+`grm_hf.rewards`, and `reference` its reference reward. verl does not pass the prompt to a reward function: put it into
+`extra_info` when you prepare the data, `row["extra_info"]["prompt"] = row["prompt"]`. The policy may have another
+tokenizer than the reward model.
 """
 
 from functools import cache
@@ -21,11 +22,13 @@ LOCK = Lock()  # verl's reward loop calls from several threads
 
 
 @cache
-def load(model, transform):
-    return grm_reward_func(model, transform=transform)
+def load(model, transform, reference):
+    return grm_reward_func(model, transform=transform, reference=reference)
 
 
-def compute_scores(data_sources, solution_strs, ground_truths, extra_infos, *, model, transform=None, **kwargs):
+def compute_scores(
+    data_sources, solution_strs, ground_truths, extra_infos, *, model, transform=None, reference=None, **kwargs
+):
     """One reward per answer, as a list of floats; for `reward_manager=batch`."""
     prompts = []
     for number, extra in enumerate(extra_infos):
@@ -35,10 +38,12 @@ def compute_scores(data_sources, solution_strs, ground_truths, extra_infos, *, m
         prompts.append([dict(message) for message in prompt])
     answers = [[{"role": "assistant", "content": answer}] for answer in solution_strs]
     with LOCK:
-        return load(model, transform)(prompts, answers)
+        return load(model, transform, reference)(prompts, answers)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, model, transform=None, **kwargs):
+def compute_score(
+    data_source, solution_str, ground_truth, extra_info=None, *, model, transform=None, reference=None, **kwargs
+):
     """The reward of one answer, as a float."""
     lists = ([given] for given in (data_source, solution_str, ground_truth, extra_info))
-    return compute_scores(*lists, model=model, transform=transform)[0]
+    return compute_scores(*lists, model=model, transform=transform, reference=reference)[0]

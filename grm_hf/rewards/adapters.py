@@ -2,6 +2,7 @@
 Every text that a policy can write gets the reward that the model was trained to give.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..devices import own_device
-from ..encoding import Encoded
+from ..encoding import Encoded, template_kwargs_of
 from ..folders import readable
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring import GRMScorer
@@ -147,17 +148,16 @@ class GRMRewardFunction:
                     f"the dataset has no column {self.reference_column!r}, which `reference` names; the columns are "
                     f"{sorted(columns)}. With TRL, keep it by `remove_unused_columns=False`."
                 )
-            reference = columns[self.reference_column]
-        nothing = [None] * len(prompts)
-        rollouts = [
-            Rollout(prompt, completion, tools, {k: v for k, v in (options or {}).items() if v is not None})
-            for prompt, completion, tools, options in zip(
-                prompts,
-                completions,
-                columns.get("tools") or nothing,
-                columns.get("chat_template_kwargs") or nothing,
-                strict=True,
+            reference = _references(self.reference_column, columns[self.reference_column], len(prompts))
+        own = [columns.get(name) or [None] * len(prompts) for name in ("tools", "chat_template_kwargs")]
+        if wrong := [len(column) for column in own if len(column) != len(prompts)]:
+            raise ValueError(
+                f"{len(prompts)} prompts, and `tools` or `chat_template_kwargs` of {wrong[0]}; there must be one for "
+                "each prompt, as in a column of the dataset."
             )
+        rollouts = [
+            Rollout(prompt, completion, tools, template_kwargs_of({"chat_template_kwargs": options}))
+            for prompt, completion, tools, options in zip(prompts, completions, *own, strict=True)
         ]
         return self._rewards(rollouts, prompts, reference)
 
@@ -171,6 +171,24 @@ class GRMRewardFunction:
         scores = list(self.scorer.stream(rows))
         rewards = torch.tensor([score.score for score in scores], dtype=torch.float64)
         return self.transform(rewards, [score.tokens for score in scores], groups, reference).tolist()
+
+
+def _references(column: str, values, n: int) -> list[float]:
+    """A number for each prompt. NaN would be no small thing: TRL takes it for a function that has no opinion."""
+    if len(values) != n:
+        raise ValueError(f"the column {column!r}, which `reference` names, has {len(values)} values for {n} prompts.")
+    numbers = []
+    for value in values:
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
+            raise ValueError(
+                f"the column {column!r}, which `reference` names, holds {value!r}; a finite number is required for "
+                "each prompt. Fill the gaps, or remove these rows."
+            )
+    return numbers
 
 
 def policy_scorer(model, tokenizer=None, max_tokens_per_batch=8192, check=True, load_kwargs=None):

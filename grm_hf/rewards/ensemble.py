@@ -304,8 +304,8 @@ def _check_combination(how, k, weight):
         raise ValueError(f"`how` is {how!r}; it must be one of {COMBINATIONS}.")
     if not 0 <= weight <= 1:
         raise ValueError(f"`weight` is {weight}; it must be between 0 and 1.")
-    if k < 0:
-        raise ValueError(f"`k` is {k}; it must be 0 or more.")
+    if not 0 <= k < math.inf:
+        raise ValueError(f"`k` is {k}; it must be a finite number, 0 or more.")
 
 
 def _check_members(number, how, k, weight):

@@ -1,5 +1,6 @@
 """Preference pairs from ratings by several factors in order of importance, as in HERON (arXiv 2309.02632)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -61,6 +62,8 @@ def hierarchical_pairs(
     values = [_values(rating, order, index) for index, rating in enumerate(ratings)]
     if missing := [factor for factor in order if factor not in thresholds]:
         raise ValueError(f"`thresholds` has none for {missing}; give one for each of {list(order)}.")
+    if wrong := [factor for factor in order if not thresholds[factor] >= 0]:
+        raise ValueError(f"the threshold of {wrong[0]!r} is {thresholds[wrong[0]]}; it must be 0 or more.")
     decided, skipped = [], []
     for a, b in combinations(range(len(values)), 2):
         for factor, first, second in zip(order, values[a], values[b], strict=True):
@@ -73,6 +76,7 @@ def hierarchical_pairs(
 
 
 def _values(rating, order, index):
-    if missing := [factor for factor in order if rating.get(factor) is None]:
-        raise ValueError(f"answer {index} has no rating for {missing}; found {sorted(rating)}.")
-    return [float(rating[factor]) for factor in order]
+    values = [math.nan if rating.get(factor) is None else float(rating[factor]) for factor in order]
+    if missing := [factor for factor, value in zip(order, values, strict=True) if not math.isfinite(value)]:
+        raise ValueError(f"answer {index} has no rating for {missing} that is a finite number; found {dict(rating)}.")
+    return values

@@ -146,7 +146,12 @@ def _by_ids(prompts):
                 f"row {index} of `prompts` {has}; it needs `prompt` (messages or text) and `input_ids`, "
                 "the same prompt as PPO gets it."
             )
-        known[tuple(int(i) for i in row["input_ids"])] = row["prompt"]
+        ids = tuple(int(i) for i in row["input_ids"])
+        if known.setdefault(ids, row["prompt"]) != row["prompt"]:
+            raise ValueError(
+                f"row {index} of `prompts` has the `input_ids` of an earlier row and another `prompt`, so answers to "
+                "the two cannot be told apart. Do not cut the `input_ids`, or remove one of the rows."
+            )
     if not known:
         raise ValueError("`prompts` is empty.")
     return known

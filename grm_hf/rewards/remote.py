@@ -108,6 +108,8 @@ class RemoteScorer:
         urls = [urls] if isinstance(urls, str) else list(urls)
         if not urls:
             raise ValueError("There is no address. Give one, such as http://localhost:8000.")
+        if not (timeout > 0 and retries >= 0):
+            raise ValueError(f"`timeout` is {timeout} and `retries` is {retries}; more than 0 s, and 0 or more.")
         self.timeout, self.retries = timeout, retries
         self.places = [_place(url, api_key) for url in urls]
         paths = {path for _, path, _ in self.places}

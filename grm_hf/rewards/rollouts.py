@@ -3,11 +3,10 @@ so a client and a server use it too.
 """
 
 import copy
-import json
 from dataclasses import dataclass, field, replace
 
 from ..chats import to_score
-from ..encoding import Encoded, Encoder, OverlengthError, require_whole, text_of, without_nulls
+from ..encoding import Encoded, Encoder, OverlengthError, require_whole, text_of, tools_of, without_nulls
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,16 @@ class RolloutEncoder:
             if not self._is_blank(chat.completion):
                 raise
         encoder, prompt, kwargs = self.encoder, chat.prompt, without_nulls(chat.template_kwargs)
-        encoder.encode(prompt, "a", chat.tools, **kwargs)  # refuses whatever else is wrong
+        # Before a last turn without text the policy may have called tools.
+        turns = [{"content": chat.completion}] if isinstance(chat.completion, str) else chat.completion
+        *called, last = [{"role": "assistant", **message} for message in turns]
+        said = "a" if isinstance(chat.completion, str) else [*called, {**last, "content": "a"}]
+        encoder.encode(prompt, said, chat.tools, **kwargs)  # refuses whatever else is wrong
         if isinstance(prompt, str):
             text = f"{prompt}{chat.completion}{self.tokenizer.eos_token}"
             return encoder.fit(*encoder.tokenize(text, len(prompt), special_tokens=True))
-        blank = chat.completion if isinstance(chat.completion, str) else text_of(chat.completion[-1])
-        messages = [*prompt, {"role": "assistant", "content": blank}]
-        tools = json.loads(chat.tools) if isinstance(chat.tools, str) else chat.tools
-        ids, start, unread = encoder.encode_messages(messages, tools, kwargs)
+        messages = without_nulls([*prompt, *called, {**last, "content": text_of(last)}])
+        ids, start, unread = encoder.encode_messages(messages, tools_of(chat.tools), kwargs)
         return replace(encoder.fit(ids, start), unread=unread)
 
     def with_max_length(self, max_length: int) -> "RolloutEncoder":
@@ -106,13 +107,14 @@ class RolloutEncoder:
     def _is_blank(self, completion) -> bool:
         """Whether an answer holds no text: nothing, white space, or nothing but special tokens."""
         if not isinstance(completion, str):
-            message = completion[0] if isinstance(completion, list) and len(completion) == 1 else None
+            message = completion[-1] if isinstance(completion, list) and completion else None
             if not isinstance(message, dict) or message.get("tool_calls"):
                 return False
             try:
                 completion = text_of(message)
             except (KeyError, TypeError):
                 return False  # an image or the like
+        require_whole(completion)
         ids = self.tokenizer(completion, add_special_tokens=False).input_ids
         return not str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 

@@ -5,6 +5,7 @@ A transform that rises with the reward keeps rankings. It changes how much one a
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -142,8 +143,11 @@ def length_residual(rewards, lengths, groups: Sequence | None = None) -> Tensor:
     lengths = as_tensor(lengths).to(rewards)
     if rewards.dim() != 1 or lengths.shape != rewards.shape:
         raise ValueError(f"{tuple(rewards.shape)} rewards and {tuple(lengths.shape)} lengths; both must be (n,).")
+    groups = [0] * len(rewards) if groups is None else groups
+    if len(groups) != len(rewards):
+        raise ValueError(f"{len(groups)} groups for {len(rewards)} rewards; there must be one each.")
     numbers: dict = {}
-    index = torch.tensor([numbers.setdefault(repr(group), len(numbers)) for group in groups or [0] * len(rewards)])
+    index = torch.tensor([numbers.setdefault(repr(group), len(numbers)) for group in groups])
     index = index.long().to(rewards.device)
     size = torch.bincount(index, minlength=len(numbers)).to(rewards)
 
@@ -215,12 +219,19 @@ class Transform:
                     f"the function given as `transform` made {tuple(changed.shape)} out of {tuple(rewards.shape)} "
                     "rewards; it must keep their number."
                 )
+            if bad := (~changed.isfinite()).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"the function given as `transform` made {changed[bad[0]].item()} of the reward "
+                    f"{rewards[bad[0]].item()}; it must give finite numbers (TRL counts NaN as no opinion)."
+                )
             return changed
         if self.how == "center":
             return center(rewards, self.mean)
         if self.how == "standardize":
             return standardize(rewards, self.mean, self.std)
         if self.how == "length_residual":
+            if len(rewards) == 1:
+                warnings.warn("length_residual changes nothing of one reward: it needs a batch of them.", stacklevel=2)
             return length_residual(rewards, lengths, groups)
         reference = self.reference if reference is None else as_tensor(reference).to(rewards)
         return log_sigmoid(rewards, reference) if self.how == "log_sigmoid" else clip(rewards, reference)
