@@ -62,8 +62,14 @@ REWARDBENCH: dict[str, dict[str, float]] = {
 def _numbers(name: str, values: Any) -> np.ndarray:
     """`values` (a list, a Series, an array or a tensor of any type and device, of shape `(n,)` or `(n, 1)`) as checked
     float64 of shape `(n,)`."""
+    if isinstance(values, (str, bytes, Mapping, set, frozenset)) or not isinstance(values, Iterable):
+        raise ValueError(f"`{name}` is a {type(values).__name__}; numbers in an order, such as a list, are required.")
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.ma.filled(values.astype(np.float64), math.nan)
     if not isinstance(values, np.ndarray):
         values = values.tolist() if hasattr(values, "tolist") else list(values)
+    elif values.dtype.kind in "cmM":  # their cast to floats loses what they are
+        raise ValueError(f"`{name}` has dtype {values.dtype}; real numbers are required.")
     try:
         array = np.asarray(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
@@ -118,6 +124,12 @@ def _key(label: Any) -> Hashable:
     if isinstance(label, dict):
         return (dict, *sorted((key, _key(value)) for key, value in label.items()))
     return (list, *map(_key, label)) if isinstance(label, (list, tuple)) else label
+
+
+def _check_weights(name: str, weights: Iterable[float]) -> None:
+    weights = list(weights)
+    if not (weights and all(0 <= weight < math.inf for weight in weights) and any(weights)):
+        raise ValueError(f"the weights of {name} are {weights}; finite ones from 0 on are required, and not all 0.")
 
 
 def _check_level(level: float) -> None:
@@ -244,8 +256,8 @@ def reliability(margins: Any, temperature: float = 1.0, bins: int = 10) -> list[
     {'low': 0.5, 'high': 0.75, 'confidence': 0.5, 'accuracy': 0.5, 'n': 1.0}
     """
     _check_temperature(temperature)
-    if bins < 1:
-        raise ValueError(f"`bins` is {bins}; at least 1 is required.")
+    if bins < 1 or bins != int(bins):
+        raise ValueError(f"`bins` is {bins}; a whole number of at least 1 is required.")
     margins = _numbers("margins", margins)
     confidence, right = _sigmoid(np.abs(margins) / temperature), pair_wins(margins)
     bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -433,6 +445,7 @@ def strata_interval(
     sizes = np.bincount(codes)
     means = np.bincount(codes, weights=values) / sizes
     shares = np.array([float(weights[name]) for name in names])
+    _check_weights("the strata", shares.tolist())
     shares /= shares.sum()
     moves = (shares / sizes)[codes] * (values - means[codes])
     drawn = _bootstrap_sums(moves[:, None], clusters, resamples, seed)[:, 0]
@@ -561,6 +574,8 @@ def compare_confidences(
     members = [rows[clusters[rows] == code] for code in np.unique(clusters[rows])]
     if len(members) < 2:
         raise ValueError(f"there are {len(members)} groups; an interval needs at least 2.")
+    if resamples < 1:
+        raise ValueError(f"`resamples` is {resamples}; at least 1 is required.")
     rng = np.random.default_rng(seed)
     drawn = [
         difference(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
@@ -654,6 +669,8 @@ def section_means(scores: Mapping[Any, float], sections: Mapping[str, Mapping[st
             f"Sections and data have different subsets: not in the data {sorted(map(str, listed - set(scores)))}, in "
             f"no section {sorted(map(str, set(scores) - listed))}. A section score needs all of its subsets."
         )
+    for name, members in sections.items():
+        _check_weights(f"the section {name!r}", members.values())
     return {
         name: float(sum(weight * scores[s] for s, weight in members.items()) / sum(members.values()))
         for name, members in sections.items()
@@ -800,8 +817,8 @@ def best_of_n(rewards: Any, gold: Any, n: int) -> float:
     rewards, gold = _numbers("rewards", rewards), _numbers("gold", gold)
     _require_equal_lengths(rewards=rewards, gold=gold)
     total = len(rewards)
-    if not 1 <= n <= total:
-        raise ValueError(f"n is {n} and the prompt has {total} samples; 1 <= n <= {total} is required.")
+    if not 1 <= n <= total or n != int(n):
+        raise ValueError(f"n is {n} and the prompt has {total} samples; a whole number from 1 to {total} is required.")
     _, tied = np.unique(rewards, return_inverse=True)  # codes in the order of the rewards
     gold = (np.bincount(tied, weights=gold) / np.bincount(tied))[np.sort(tied)]  # ascending in the reward
     # From the top: C(N-1, n-1) / C(N, n) = n / N; one rank down multiplies by (i - n) / (i - 1), i the rank it leaves.
@@ -1038,8 +1055,8 @@ def length_bias(
     >>> length_bias([2.0, 1.0], [1.0, 0.0], [20, 10], [10, 20])["length_pearson_within"]
     0.0
     """
-    margins = pair_margins(chosen, rejected)
-    rewards = np.concatenate([_numbers("chosen", chosen), _numbers("rejected", rejected)])
+    chosen, rejected = _numbers("chosen", chosen), _numbers("rejected", rejected)
+    margins, rewards = pair_margins(chosen, rejected), np.concatenate([chosen, rejected])
     first, second = _numbers("chosen_lengths", chosen_lengths), _numbers("rejected_lengths", rejected_lengths)
     _require_equal_lengths(chosen=margins, chosen_lengths=first, rejected_lengths=second)
     wins, extra, lengths = pair_wins(margins, ties), first - second, np.concatenate([first, second])
@@ -1065,6 +1082,8 @@ def length_bias(
 def _subset_report(wins: np.ndarray, subsets: Iterable[Hashable], sections: Sections | None) -> dict[str, float]:
     """`accuracy/<subset>`, `subset_mean`, and with sections `section/<section>`, `section_mean`."""
     codes, names = _codes("subsets", subsets, len(wins))
+    if len({str(name) for name in names}) < len(names):
+        raise ValueError(f"two of the subsets {names} have one name as text, and results are named by it. Rename one.")
     kept = _kept(wins)
     labels = [names[code] for code in codes[kept]]
     scores = subset_means(wins[kept], labels)
@@ -1137,6 +1156,7 @@ def pairwise_metrics(
     >>> result["accuracy"], result["mean_margin"], round(result["log_loss"], 4)
     (0.5, 0.0, 0.7732)
     """
+    chosen, rejected = _numbers("chosen", chosen), _numbers("rejected", rejected)
     margins = pair_margins(chosen, rejected)
     wins = pair_wins(margins, ties)
     kept = _kept(wins)

@@ -118,11 +118,50 @@ def test_reports_are_flat_python_floats():
         ({"subsets": ["b", "b"], "sections": {"a": ["b", "c"]}}, r"not in the data \['c'\]"),
         ({"subsets": ["b", "c"], "sections": "rewardbench2"}, "`sections` is 'rewardbench2'"),
         ({"chosen_lengths": [1, 2]}, "both are required"),
+        ({"subsets": [1, "1"]}, "have one name as text"),
+        ({"subsets": ["b", "b"], "sections": {"a": ["b"], "c": []}}, r"weights of the section 'c' are \[\]"),
+        ({"subsets": ["b", "b"], "sections": {"a": {"b": 0}}}, r"weights of the section 'a' are \[0\]"),
+        ({"subsets": ["b", "b"], "sections": {"a": {"b": math.nan}}}, "weights of the section 'a' are"),
+        ({"subsets": ["b", "c"], "sections": {"a": {"b": -1, "c": 2}}}, "weights of the section 'a' are"),
     ],
 )
 def test_refuses_settings(arguments, words):
     with pytest.raises(ValueError, match=words):
         metrics.pairwise_metrics([1.0, 2.0], [0.0, 3.0], **arguments)
+
+
+@pytest.mark.parametrize("values", ["12", b"12", {1.0: 2.0}, {1.0, -1.0}, 3.0])
+def test_numbers_have_an_order(values):
+    with pytest.raises(ValueError, match="`margins` is a .* numbers in an order"):
+        metrics.accuracy(values)
+
+
+def test_what_numpy_hides_is_no_number():
+    with pytest.raises(ValueError, match=r"`margins\[1\]` is nan"):
+        metrics.accuracy(np.ma.array([1, -2, 3], mask=[0, 1, 0]))
+    assert metrics.accuracy(np.ma.array([1, -2])) == 0.5
+    for values in (np.array([1 + 2j]), np.array(["2020"], dtype="datetime64")):
+        with pytest.raises(ValueError, match="real numbers are required"):
+            metrics.accuracy(values)
+
+
+def test_generators_are_read_once():
+    settings = {"chosen_lengths": [1, 2], "rejected_lengths": [2, 3]}
+    expected = metrics.pairwise_metrics([1.0, 2.0], [0.0, 3.0], **settings)
+    assert metrics.pairwise_metrics((x for x in [1.0, 2.0]), (x for x in [0.0, 3.0]), **settings) == expected
+    lengths = metrics.length_bias([1.0, 2.0], [0.0, 3.0], [1, 2], [2, 3])
+    assert metrics.length_bias(iter([1.0, 2.0]), iter([0.0, 3.0]), iter([1, 2]), iter([2, 3])) == lengths
+
+
+def test_counts_are_whole_numbers():
+    with pytest.raises(ValueError, match="n is 1.5"):
+        metrics.best_of_n([1, 2, 3], [0, 1, 0.5], 1.5)
+    with pytest.raises(ValueError, match="`bins` is 2.5"):
+        metrics.reliability([1.0], bins=2.5)
+    with pytest.raises(ValueError, match="`resamples` is 0"):
+        metrics.compare_confidences([1.0, -1.0], [1, 2], [2, 1], resamples=0)
+    with pytest.raises(ValueError, match="the weights of the strata are"):
+        metrics.strata_interval([1, 0], ["a", "b"], {"a": 0, "b": 0})
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs
