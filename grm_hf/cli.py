@@ -136,7 +136,6 @@ def command_line() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--threshold",
         type=float,
-        default=1.0,
         help="least agreement of the pairs that are reported as agreed on (default: 1)",
     )
     evaluation.add_argument(
@@ -517,15 +516,15 @@ def _signals(args, default=()):
         except (json.JSONDecodeError, TypeError) as error:
             known = ", ".join(Wording.__dataclass_fields__)
             raise ValueError(f"{args.wording} is no JSON object with any of {known} ({error}).") from None
-    names = args.signals.split(",") if args.signals else list(default)
+    names = list(default) if args.signals is None else [name.strip() for name in args.signals.split(",")]
     if settings and not names:
         raise ValueError("settings of signals are given, and no signals: name some by --signals.")
     return checked(names, Settings.of(settings)), settings
 
 
 def _score(args):
+    from .evaluation.signals import ready
     from .scoring.files import Results, digest, line_of, model_digest, read_file
-    from .scoring.reader import reference_scorer
 
     names, settings = _signals(args)
     accelerator = _accelerator()
@@ -538,8 +537,8 @@ def _score(args):
     scorer, transform, depends = _scorer(args, accelerator)
     if names:
         depends = [depends, names, repr({name: value for name, value in settings.items() if name != "reference"})]
+        _, settings = ready(scorer, names, settings)
         if "reference" in settings:
-            settings["reference"] = reference_scorer(scorer, settings["reference"])
             depends.append(model_digest(settings["reference"]))
     results, todo, missing = None, range(len(rows)), set(range(len(rows)))
     if args.output:
@@ -635,7 +634,7 @@ def _model(args) -> str:
 def _compare(args):
     from .scoring import GRMScorer
 
-    if args.explain or args.signals:
+    if args.explain or args.signals is not None:
         _explain(args)
         return
     _signals(args)
@@ -664,7 +663,7 @@ def _explain(args):
     check_threshold(args.threshold)
     scorer = GRMScorer(_model(args))
     stored = scorer.model.config.signals
-    chosen = None if args.signals or not (stored and stored["names"]) else stored
+    chosen = None if args.signals is not None or not (stored and stored["names"]) else stored
     everything = [name for name, signal in SIGNALS.items() if signal.needs in ("", "messages")]
     if not scorer.tokenizer.chat_template:
         everything = [name for name in everything if not SIGNALS[name].needs]
@@ -748,7 +747,9 @@ def _eval(args):
         )
     if not args.suite and not args.data:
         raise ValueError("nothing to evaluate on: pass --suite, or your own pairs by --data.")
-    suites = (args.suite or "own").split(",")
+    if args.threshold is not None and not names:
+        raise ValueError("--threshold is of the agreement of signals: name some by --signals.")
+    suites = list(dict.fromkeys((args.suite or "own").split(",")))
     if args.choose and len(suites) > 1:
         raise ValueError("--choose is made on the pairs of one suite, and there are several.")
     if args.compare and not args.output:
@@ -756,6 +757,8 @@ def _eval(args):
     if args.card and not Path(args.model).is_dir():
         raise ValueError(f"--card writes into a folder, and {args.model!r} is not a folder.")
     accelerator = _accelerator()
+    if args.member and args.trust_remote_code:
+        raise ValueError("--trust-remote-code is for a model that is no GRM, and --member makes an ensemble of GRMs.")
     if args.member:
         scorer = RewardEnsemble([args.model, *args.member])
     else:
@@ -775,7 +778,7 @@ def _eval(args):
             reports.append(signal_report(scorer, results, names, **settings))
     if accelerator is not None and not accelerator.is_main_process:
         return
-    summaries = [report.summary(args.threshold) for report in reports]
+    summaries = [report.summary(1.0 if args.threshold is None else args.threshold) for report in reports]
     if args.output:
         write_report(args.output, runs, comparisons, summaries)
     print(terminal(runs, comparisons, summaries))

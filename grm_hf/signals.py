@@ -351,6 +351,7 @@ class Signal(NamedTuple):
         sentence (`str`): What it says, for a reader.
         is_reward (`bool`): Whether its differences are on the scale of the reward.
         pair (`Callable`, *optional*): Of two [`Asked`], where a pair is asked about as one.
+        reads (`tuple[str, ...]`): The [`Settings`] that it depends on.
     """
 
     needs: str
@@ -358,18 +359,36 @@ class Signal(NamedTuple):
     sentence: str
     is_reward: bool = False
     pair: Callable[[Asked, Asked], Asking] | None = None
+    reads: tuple[str, ...] = ()
 
 
 SIGNALS = {
     "head": Signal("", head, "The reward head: the number that training was about.", True),
     "likelihood": Signal("", likelihood, "The LM head: mean log-probability of the answer's tokens."),
-    "implicit": Signal("reference", implicit, "How much likelier training has made the answer, times beta."),
-    "implicit_free": Signal("", implicit_free, "`implicit` without a reference: log-probability times beta."),
-    "endogenous": Signal("", endogenous, "The reward for which the LM head would be the best policy (EndoRM)."),
-    "judge": Signal("messages", judge, "The LM head's verdict: p(Yes); of a pair, the better one.", pair=judge_pair),
-    "follow_up": Signal("messages", follow_up, "How much likelier a pleased next turn is than a displeased one."),
-    "critique": Signal("generate", critique, "The reward behind a critique that the LM head wrote.", True),
-    "dropout": Signal("", dropout, "Mean reward over draws of the head's dropout, with its spread.", True),
+    "implicit": Signal(
+        "reference", implicit, "How much likelier training has made the answer, times beta.",
+        reads=("beta", "reference"),
+    ),
+    "implicit_free": Signal(
+        "", implicit_free, "`implicit` without a reference: log-probability times beta.", reads=("beta",)
+    ),
+    "endogenous": Signal(
+        "", endogenous, "The reward for which the LM head would be the best policy (EndoRM).", reads=("alpha",)
+    ),
+    "judge": Signal(
+        "messages", judge, "The LM head's verdict: p(Yes); of a pair, the better one.", pair=judge_pair,
+        reads=("wording",),
+    ),
+    "follow_up": Signal(
+        "messages", follow_up, "How much likelier a pleased next turn is than a displeased one.", reads=("wording",)
+    ),
+    "critique": Signal(
+        "generate", critique, "The reward behind a critique that the LM head wrote.", True,
+        reads=("generate", "max_new_tokens", "wording"),
+    ),
+    "dropout": Signal(
+        "", dropout, "Mean reward over draws of the head's dropout, with its spread.", True, reads=("draws", "dropout")
+    ),
 }
 
 
@@ -384,6 +403,11 @@ def checked(names: Iterable[str], settings: Settings) -> tuple[str, ...]:
         if SIGNALS[name].needs == "generate" and not settings.generate:
             raise ValueError(f"{name!r} lets the LM head write, which is slow: ask for it by generate=True.")
     return found
+
+
+def unread(given: Iterable[str], names: Iterable[str]) -> list[str]:
+    """Those of the settings that none of the signals depends on."""
+    return sorted(set(given) - {setting for name in names for setting in SIGNALS[name].reads})
 
 
 def run(

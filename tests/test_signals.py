@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 import shutil
+import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -513,6 +514,8 @@ def test_agreement_is_the_share_on_the_winners_side_and_abstains_below_the_thres
         assert found.probabilities["head"] == near(scorer.probability(found.a["head"], found.b["head"]))
         assert not found.abstain and found.threshold is None
         assert scorer.compare("Count.", a, b, names, threshold=1.0, wording=WORDING).abstain is (found.agreement < 1)
+    with pytest.raises(ValueError, match="the head is alone"):  # it always agrees with itself
+        scorer.compare("Count.", a, b, threshold=0.9)
     assert scorer.compare("Count.", "one", "two").probabilities.keys() == {"head"}  # nothing else by default
 
 
@@ -856,17 +859,36 @@ def test_commands_say_what_is_missing(folder, capsys):
         ([*score, "--signals", "judge", "--wording", str(bad)], "is no JSON object with any of follow_ups, question"),
         ([*score, "--model", model, "--signals", "judge"], "those of a single model"),
         ([*evaluation, "--choose"], "--choose needs --signals"),
-        ([*evaluation, "--choose", "--signals", "judge", "--suite", "own,own"], "of one suite, and there are several"),
+        ([*evaluation, "--choose", "--signals", "judge", "--suite", "own,hhh"], "of one suite, and there are several"),
         (["eval", str(folder), *evaluation[2:], "--choose", "--signals", "judge"], "Make an adapter a whole model by"),
         ([*evaluation, "--signals", "implicit"], "no adapter to switch off"),
         ([*evaluation, "--signals", "judge", "--threshold", "75"], "it is a share of the signals, from 0 to 1"),
+        ([*score, "--signals", ""], "there is no signal ''"),
+        ([*score, "--signals", "judge", "--reference-model", model], "none of the signals ['head', 'judge']"),
+        ([*evaluation, "--threshold", "0.5"], "name some by --signals"),
+        ([*evaluation, "--member", model, "--trust-remote-code"], "--member makes an ensemble of GRMs"),
+        (["compare", "a", "b", "c", "--model", model, "--signals", ""], "there is no signal ''"),
         (["compare", "a", "b", "c", "--model", model, "--threshold", "1"], "add --explain"),
         (["compare", "a", "b", "c", "--model", model, "--explain", "--threshold", "2"], "`threshold` is 2.0"),
     ):
         assert main(command) == 1
         said = capsys.readouterr()
-        assert message in said.err, command
+        assert message in said.err and "Traceback" not in said.err, command
         assert not said.out, command  # before the work, not behind it
+
+
+def test_a_setting_that_no_signal_depends_on_is_said():
+    read = {setting for signal in SIGNALS.values() for setting in signal.reads}
+    assert read == set(Settings.__dataclass_fields__)
+    scorer, chats = GRMScorer(grm(), TOKENIZER), [{"prompt": "Count.", "response": "one"}]
+    for name, settings in (("likelihood", {"beta": 2.0}), ("implicit_free", {"alpha": 2.0}), ("judge", {"draws": 9})):
+        expected = scorer.signals(chats, [name])
+        with pytest.warns(UserWarning, match=f"`{next(iter(settings))}` is ignored: none of the signals {name}"):
+            assert scorer.signals(chats, [name], **settings) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scorer.signals(chats, ["implicit_free"], beta=2.0) != scorer.signals(chats, ["implicit_free"])
+        assert scorer.signals(chats, ["endogenous"], alpha=2.0) != scorer.signals(chats, ["endogenous"])
 
 
 def test_the_commands_name_every_signal():
@@ -919,3 +941,9 @@ def test_the_example_runs(folder, monkeypatch, capsys):
     monkeypatch.setattr(SignalReport, "choice", lambda self: {"names": ["judge"], "threshold": 0.5})
     example.main([given.get(word, word) for word in shlex.split(command)])
     assert "on the second half: {'coverage':" in capsys.readouterr().out
+    # Both pairs of a prompt are in one half; a line separator in a text is no end of a line.
+    rows = [{"prompt": p, "chosen": f"yes\u2028{i}", "rejected": "no"} for i, p in enumerate("abba")]
+    file = folder / "few.jsonl"
+    file.write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    first, second = example.halves(example.read(str(file)))
+    assert [[e.prompt for e in half] for half in (first, second)] == [["a", "a"], ["b", "b"]]

@@ -4,6 +4,7 @@ reference beside it."""
 import math
 import os
 import threading
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from ..signals import (
     dropout_masks,
     record_of,
     run,
+    unread,
 )
 
 
@@ -56,6 +58,13 @@ class Reader:
     def __init__(self, scorer, names: Iterable[str], settings: dict[str, Any]):
         self.scorer, self.settings = scorer, Settings.of(settings)
         self.names = checked(names, self.settings)
+        given = [name for name, value in settings.items() if value is not None and name != "reference"]
+        if ignored := unread(given, self.names):
+            warnings.warn(
+                f"`{'`, `'.join(ignored)}` {'is' if len(ignored) == 1 else 'are'} ignored: none of the signals "
+                f"{', '.join(self.names)} depends on it.",
+                stacklevel=1,  # so that it is said once
+            )
         self.grm = grm_within(scorer.model)
         wrapped = vars(scorer.model).get("_adapted", scorer.model)  # as PEFT wraps it
         self.adapted: Any = wrapped if hasattr(wrapped, "disable_adapter") else None

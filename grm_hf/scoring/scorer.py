@@ -361,6 +361,8 @@ class GRMScorer:
             threshold = chosen.get("threshold") if threshold is None else threshold
         check_threshold(threshold)
         reader = Reader(self, signals if isinstance(signals, str) else ["head", *signals], settings)
+        if threshold is not None and reader.names == ("head",):
+            raise ValueError("`threshold` is of the agreement of signals, and the head is alone. Name `signals`.")
         asked = []
         for number, pair in enumerate(pairs):
             for side, chat in zip("ab", pair, strict=True):
