@@ -23,6 +23,7 @@ from hub import File, Hub
 from pages import imported, put
 from safetensors.torch import load_file, save_file
 from tiny import (
+    CHATML,
     FAMILIES,
     OTHER_HEADS,
     bare_tokenizer,
@@ -545,6 +546,8 @@ def test_a_model_that_overflows_is_named(space):
         ("prompt,chosen,rejected\r" + "a,b\r", "Line 2 has 2 cells"),
         ("prompt,chosen,rejected\na,b," + "c" * 140_000, "Line 2 is no CSV: field larger than field limit"),
         ("x" * 2_000_001, "The table is larger than 2 MB"),
+        ('prompt,chosen,rejected\n"[{""role"": ""user""}]",a,b', "Line 2: “prompt” holds messages as JSON"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{}]}', "Line 1 has “tools”, which this page does"),
         (7, "The table is a number; text is required"),
         (f"prompt,chosen,rejected\n{EVIL},a,{'x' * 600}", "Pair 1, “rejected” and the prompt have"),
     ],
@@ -563,6 +566,27 @@ def test_a_download_can_be_read_again(space, form):
     assert (found, again) == (form, [{**row, **score} for row, score in zip(rows, scores, strict=True)])
     assert space.tables.write_pairs(again, scores, form) == text
     assert space.tables.read_pairs(text.replace("\n", "\r\n"), None)[0] == again or form == "csv"
+
+
+def test_cells_that_look_empty_or_like_json(space):
+    read = space.tables.read_pairs
+    row = {"": "0", "prompt": "q", "chosen": "[1]", "rejected": "{}", "subset": ""}
+    assert read("\tprompt\tchosen\trejected\tsubset\n0\tq\t[1]\t{}\t\n", None) == ([row], "csv")
+
+
+def test_what_a_template_may_read_of_a_message_is_kept(space):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "q", "id": 7},
+        {"role": "assistant", "content": "a", "tool_calls": [call], "reasoning_content": "hm", "name": None},
+        {"role": "user", "content": "r"},
+    ]
+    read = space.tables.check_prompt(messages, "x")
+    assert read == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "user", "content": "r"},
+    ]
 
 
 def test_scores_of_a_download_are_replaced_and_that_is_said(space):
@@ -1153,6 +1177,15 @@ def test_the_first_thing_seen_is_a_result(space):
     assert "answer" in verdict and known["pressed"] is False and known["inputs"] == ["tiny", *first]
     assert link.startswith("?model=tiny") and "The reward after each token" in details
     assert space.app.tables.read_pairs(space.app.PAIRS, None)[1] == "csv"
+
+
+def test_thinking_that_the_template_leaves_out_is_said(space):
+    hides = CHATML.replace("message.content or ''", "(message.content or '').split('</think>')[-1]")
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = hides
+    this = loaded(space, grm(tokenizer), tokenizer)
+    said = space.drawing.warnings(space.reward_models.compare(this, PROMPT, A, f"<think>2 + 2</think>{B}"))
+    assert said == ["B or its prompt is a text whose thinking the chat template leaves out."]
 
 
 def test_a_ranking_numbers_its_answers_and_says_when_they_tie(space):

@@ -249,6 +249,8 @@ def test_report_knows_rewardbench(app):
         ("x" * 5_000_001, "The table is larger than 5 MB"),
         ("chosen,rejected\n1,2\ud800", "The table has half a character (U+D800)"),
         (["a"], "The table is a list; text is required"),
+        ('chosen,rejected,prompt\n1,0,"a\n2,3,b\n', "is no CSV: unexpected end of data"),
+        ("chosen,rejected\n1_0,0", "Line 2, column “chosen”: “1_0” is not a finite number"),
         ("chosen,rejected,chosen_length\n1,2,3", "both are required"),
         ("chosen,rejected\n" + "1,2\n" * 50_001, "more than 50,000 pairs"),
         ("chosen,rejected,subset\n" + "".join(f"1,2,{i}\n" for i in range(101)), "names 101 subsets"),
@@ -268,6 +270,7 @@ def test_bad_tables_get_a_sentence(app, text, words):
         (b"chosen,rejected\n1,0", "0.5", 1e-320, "The temperature is 1e-320"),
         (b"chosen,rejected\n1,0", "0.5", "1", "The temperature is text"),
         (b"chosen,rejected\n1,0", "0.7", 1.0, "A tie counts 0.5, 0, 1, drop; one of these"),
+        (b"chosen,rejected\n1,0", ["0"], 1.0, "A tie counts 0.5, 0, 1, drop; one of these"),
         (b"chosen,rejected\n1,0", "0.5", None, "temperature is empty"),
         (b"chosen,rejected\n1,1", "drop", 1.0, "Every pair is a tie"),
     ],
@@ -289,6 +292,19 @@ def test_our_own_failure_gets_a_sentence_and_the_old_report_goes(app, monkeypatc
 def test_tables_by_either_kind_of_line_and_of_one_pair(app):
     pages = [app.report(f"chosen,rejected{end}1,0{end}", None, "0.5", 1.0) for end in ("\n", "\r", "\r\n")]
     assert len(set(pages)) == 1 and "on 1 pair<" in pages[0]
+
+
+def test_empty_cells_at_the_ends_of_a_table_with_tabs(app):
+    columns, unused = app.read_table("\tchosen\trejected\tsubset\n0\t1\t0\ta\n1\t2\t3\t\n")
+    assert columns == {"chosen": [1, 2], "rejected": [0, 3], "subset": ["a", ""]} and unused == [""]
+
+
+def test_pairs_without_a_prompt_are_no_group(app):
+    page = app.report("chosen,rejected,prompt,subset\n1,0,,\n2,3,,b\n2,1,a,b\n", None, "0.5", 1.0)
+    assert "over 3 prompts" in page and "2 pairs without a prompt" in page and "(none), n=1" in page
+    page = app.report("chosen,rejected,prompt\n1,1,a\n2,3,b\n2,1,b\n", None, "drop", 1.0)
+    assert "All pairs that count belong to one prompt" in page and "Accuracy 50.0 %" in page
+    assert "Every pair is a tie" in app.report("chosen,rejected,prompt\n1,1,a", None, "drop", 1.0)
 
 
 def test_what_a_visitor_typed_is_escaped(app):

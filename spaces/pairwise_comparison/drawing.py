@@ -7,6 +7,7 @@ import unicodedata
 
 import metrics
 from calibration import reliability_plot
+from encoding import left_out
 from tables import shorten
 
 
@@ -224,6 +225,7 @@ def warnings(result: dict) -> list[str]:
                 f"{name} is too long for the model, which reads {facts['max_tokens']:,} tokens: "
                 f"{count(facts['cut'], 'token')} of {where} were cut."
             )
+        found += [f"{name} or its prompt is a text {left_out(what)}." for what in facts["unread"]]
         if facts["end"] is None:
             found.append(f"No end-of-turn token closes {name}: its reward may be that of an unfinished answer.")
     for where, words in result["control_words"].items():

@@ -250,6 +250,7 @@ class Reading:
             for a token with nothing before it.
         cut, response_cut: Number of tokens that truncation removed, and whether some were the answer's.
         unknown: Tokens that stand for words the tokenizer does not know.
+        unread: What the chat template leaves out.
     """
 
     reward: float
@@ -262,6 +263,7 @@ class Reading:
     cut: int
     response_cut: bool
     unknown: int
+    unread: tuple[str, ...]
     read_at: int
 
 
@@ -355,6 +357,7 @@ def read(loaded: Loaded, encoded: Encoded) -> Reading:
         logprobs=logprobs,
         cut=encoded.cut,
         response_cut=encoded.response_cut,
+        unread=encoded.unread,
         unknown=ids.count(unknown_id(tokenizer)),
         read_at=read_at,
     )
@@ -527,6 +530,7 @@ def describe(loaded: Loaded, reading: Reading) -> dict[str, Any]:
             "cut": reading.cut,
             "answer_cut": reading.response_cut,
             "unknown": reading.unknown,
+            "unread": list(reading.unread),
             "end": next((t["text"] for t in reversed(tokens) if t["special"]), None),
             "read_at": reading.pieces[reading.read_at],
             "read_before_end": len(reading.ids) - 1 - reading.read_at,

@@ -18,6 +18,7 @@ MAX_TURNS = 20
 MAX_ANSWERS = 32
 COLDEST, HOTTEST = 0.1, 10
 ROLES = ("system", "user", "assistant")
+MORE = ("tool_calls", "name", "reasoning_content", "reasoning", "thinking")  # that a template may read
 ROLE = re.compile(r"^(system|user|assistant):[ \t]*", re.MULTILINE | re.IGNORECASE)
 LINE = re.compile(r"\r\n|\r|\n")
 SIDES = ("chosen", "rejected")
@@ -94,7 +95,8 @@ def check_messages(messages, name: str) -> list[dict]:
         if role == "system" and before:
             raise ValueError(f"{where}: a system message stands at the beginning only.")
         before = role
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    keys = ("role", "content", *MORE)
+    return [{key: message[key] for key in keys if message.get(key) is not None} for message in messages]
 
 
 def check_prompt(messages, name: str) -> list[dict]:
@@ -125,10 +127,10 @@ def read_pairs(text: str | None, upload: bytes | None) -> tuple[list[dict], str]
     if len(upload) > MAX_BYTES:
         raise ValueError(f"{what} is larger than {MAX_BYTES // 1_000_000} MB. Score it with `grm score`.")
     try:
-        text = upload.decode("utf-8-sig").strip()
+        text = upload.decode("utf-8-sig").strip("\r\n ")  # a tab may be an empty cell
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} is not text in UTF-8.") from error
-    if not text:
+    if not text.strip():
         raise ValueError("There is nothing to score yet: paste a table or upload a file.")
     form = "jsonl" if text[0] in "{[" else "csv"
     rows = []
@@ -165,9 +167,22 @@ def _csv_rows(text):
             for name in ("prompt", "chosen", "rejected"):
                 if not row[name].strip():
                     raise ValueError(f"{where}: “{name}” is empty.")
+                if _holds_messages(row[name]):
+                    raise ValueError(f"{where}: “{name}” holds messages as JSON, and a cell is text. Give JSON lines.")
             yield row
     except csv.Error as error:
         raise ValueError(f"Line {reader.line_num} is no CSV: {error}.") from error
+
+
+def _holds_messages(cell):
+    if cell.lstrip()[:1] not in ("[", "{"):
+        return False
+    try:
+        value = read_json(cell, "")
+    except ValueError:
+        return False
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, dict) and "role" in item for item in items)
 
 
 def _check_names(names, where):
@@ -193,6 +208,8 @@ def _json_rows(text):
             raise ValueError(f"{where} is {called(row)}; an object with “prompt”, “chosen”, “rejected” is required.")
         if missing := [name for name in SIDES if row.get(name) is None]:
             raise ValueError(f"{where} needs “prompt”, “chosen” and “rejected”; “{missing[0]}” is not there.")
+        if unread := [name for name in ("tools", "chat_template_kwargs") if row.get(name)]:
+            raise ValueError(f"{where} has “{unread[0]}”, which this page does not read. Score it with `grm score`.")
         check_text(json.dumps(row, ensure_ascii=False), where)
         _check_names(row, where)
         sides = [row[name] for name in SIDES]

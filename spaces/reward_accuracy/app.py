@@ -87,12 +87,12 @@ MEANING = {
 
 def read_table(text: str) -> tuple[dict[str, list], list[str]]:
     """The checked columns of a CSV table, and the names of unused columns."""
-    lines = text.lstrip("\ufeff").strip()
-    if not lines:
+    lines = text.lstrip("\ufeff").strip("\r\n ")  # a tab may be an empty cell
+    if not lines.strip():
         raise ValueError("There is nothing to measure yet: paste a table or upload a file.")
     header_line = re.split(r"\r\n|\r|\n", lines, maxsplit=1)[0]
     delimiter = max(",;\t", key=header_line.count)
-    reader = csv.reader(io.StringIO(lines, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(lines, newline=""), delimiter=delimiter, strict=True)
     try:
         return read_columns(reader, header_line)
     except csv.Error as error:  # a cell of more than 128 KiB
@@ -134,7 +134,7 @@ def read_columns(reader, header_line: str) -> tuple[dict[str, list], list[str]]:
 
 def read_number(cell: str, where: str, positive: bool = False) -> float:
     try:
-        number = float(cell)
+        number = float(cell.replace("_", "no digit"))  # Python reads 1_0 as 10
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
@@ -229,7 +229,7 @@ def table_row(name: str, value: float, meaning: str) -> str:
 def report(text: str, upload: bytes | None, ties: str, temperature: float) -> str:
     """The report on a table as HTML. If the table cannot be read, a sentence that says why."""
     try:
-        if ties not in TIES:
+        if not isinstance(ties, str) or ties not in TIES:
             raise ValueError(f"A tie counts {', '.join(TIES)}; one of these is required.")
         columns, unused = read_table(table_text(text, upload))
         return measured(columns, unused, ties, check_temperature(temperature))
@@ -251,10 +251,18 @@ def measured(columns: dict[str, list], unused: list[str], ties: str, temperature
     notes = []
     if unused:
         notes.append(f"Columns that were not used: {', '.join(unused)}.")
+    margins = metrics.pair_margins(columns["chosen"], columns["rejected"])
     prompts, subsets = columns.get("prompt"), columns.get("subset")
-    if prompts is not None and len(set(prompts)) < 2:
-        notes.append("All pairs belong to one prompt: there is no interval over prompts.")
-        prompts = None
+    if prompts is not None:
+        if blank := prompts.count(""):
+            notes.append(f"{pairs(blank)} without a prompt: each counts as a prompt of its own.")
+        prompts = [prompt or i for i, prompt in enumerate(prompts)]
+        counted = [not math.isnan(win) for win in metrics.pair_wins(margins, TIES[ties]).tolist()]
+        if len({prompt for prompt, counts in zip(prompts, counted, strict=True) if counts}) == 1:
+            notes.append("All pairs that count belong to one prompt: there is no interval over prompts.")
+            prompts = None
+    if subsets is not None:
+        subsets = [subset or "(none)" for subset in subsets]
     if subsets is not None and len(set(subsets)) > MAX_SUBSETS:
         raise ValueError(f"The table names {len(set(subsets))} subsets; this page shows up to {MAX_SUBSETS}.")
     of_rewardbench = {name for members in metrics.REWARDBENCH.values() for name in members}
@@ -278,7 +286,6 @@ def measured(columns: dict[str, list], unused: list[str], ties: str, temperature
     if prompts is not None:
         interval = result["accuracy_bootstrap_low"], result["accuracy_bootstrap_high"]
         intervals.append((f"over {result['n_groups']:.0f} prompts", result["accuracy"], interval))
-    margins = metrics.pair_margins(columns["chosen"], columns["rejected"])
     calibration = reliability_plot(metrics.reliability(margins, temperature), len(margins))
     named = [(name, result[name], meaning) for name, meaning in MEANING.items() if name in result]
     named += [(name, value, "") for name, value in result.items() if name.startswith("section/")]
