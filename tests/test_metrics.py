@@ -451,6 +451,7 @@ def test_strata_interval_is_the_interval_of_a_mean_and_follows_the_weights():
         metrics.strata_interval([1.0, 0.0], ["a", "b"], {"a": 1})
 
 
+@settings(deadline=None)  # the first one imports scipy
 @given(st.lists(st.integers(-2, 2), min_size=2, max_size=8))
 def test_preference_graph_of_a_whole_order_is_tau_b_of_scipy(scores):
     """Kendall's tau-b of scipy, which knows ties; the accuracy by counting."""
