@@ -401,6 +401,13 @@ def _train_once(rest, how_to_go_on=None):
         "dtype": model.dtype,
     }
     training.model_init_kwargs = {**given, **(training.model_init_kwargs or {})}
+    resume = str(training.resume_from_checkpoint).lower()
+    if resume in ("true", "false"):  # as an option it is text
+        training.resume_from_checkpoint = resume == "true"
+    if not model.use_peft:
+        names = [name for name in type(model).__dataclass_fields__ if name.startswith(("lora_", "use_rs", "use_do"))]
+        if ignored := [name for name in names if getattr(model, name) != getattr(type(model)(), name)]:
+            print(f"grm train: without --use_peft, {', '.join(ignored)} is ignored", file=sys.stderr)
     with readable(model.model_name_or_path):
         pass
     train_split, test_split = script.dataset_train_split, script.dataset_test_split

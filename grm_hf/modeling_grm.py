@@ -375,6 +375,11 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
         is saved with the code of this class, because other processes do not know the subclass. An adapter that
         [`~GRMForSequenceClassification.from_pretrained`] loaded is saved as peft saves it."""
         if (adapted := self.__dict__.get("_adapted")) is not None and not kwargs.get("push_to_hub"):
+            if "default" not in adapted.peft_config:
+                raise ValueError(
+                    f"The adapter is called {', '.join(map(repr, adapted.peft_config))}, and peft would save it in a "
+                    "folder of that name, where no loader looks. Load it without `adapter_name`, and save that."
+                )
             adapted.save_pretrained(os.fspath(save_directory), is_main_process=is_main_process)
             if is_main_process:
                 save_policies(self.config, save_directory)

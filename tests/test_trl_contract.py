@@ -305,6 +305,14 @@ def test_batches_are_read_by_each_process(tmp_path, caplog):
     assert "is ignored" in caplog.text and len(run.eval_dataset) == 6
 
 
+def test_evaluation_leaves_the_weights_in_their_dtype(tmp_path, caplog):
+    difference(14, "bf16_full_eval", "fp16_full_eval", "ignored")
+    run = trainer(tmp_path, evaluation=pairs(5), bf16_full_eval=True)
+    assert "`bf16_full_eval` is ignored" in caplog.text
+    run.evaluate()
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
 def test_the_first_saved_folder_is_loaded(tmp_path):
     difference(10, "loaded once")
     run = trainer(tmp_path)

@@ -90,7 +90,7 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
         _unwrap_saved_modules(model)
         try:
             merged = wrapped.merge_and_unload()
-        except (AttributeError, NotImplementedError, TypeError) as error:
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"peft cannot merge the adapter in '{adapter}' ({settings['peft_type']}): {error}. Use the adapter as "
                 "it is: `GRMForSequenceClassification.from_pretrained` loads it."

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_peft_model
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from transformers.utils import logging
 from trl import clone_chat_template
@@ -29,13 +30,36 @@ def trainable(model):
     if is_peft_model(model):
         for config in model.peft_config.values():
             _refuse_virtual_tokens(config)
+        if model.active_adapters != ["default"]:
+            raise ValueError(
+                f"The active adapter is {' and '.join(map(repr, model.active_adapters))}. Peft saves any other than "
+                "'default' in a folder of its own, where no loader looks. Train one adapter, of the name 'default': "
+                "leave `adapter_name` out where it is made or loaded."
+            )
         score = getattr(model.get_base_model(), "score", None)
         if score is not None and not any(parameter.requires_grad for parameter in score.parameters()):
             raise ValueError(
                 "This PeftModel does not train the reward head. Make it with modules_to_save=['score'] (and "
                 "`is_trainable=True` where it is loaded), or pass the reward model and a `peft_config`."
             )
+    elif any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "`model` has the layers of an adapter in it, and is not the PeftModel. Pass what get_peft_model(...) or "
+            "PeftModel.from_pretrained(...) returned: they change the model that they are given."
+        )
     return model
+
+
+def require_room(folder, has_adapter: bool) -> None:
+    """Refuse, before training, an output folder from which the result could not be loaded: that of a whole model for
+    an adapter, and the other way round."""
+    name = "config.json" if has_adapter else "adapter_config.json"
+    if Path(folder, name).is_file():
+        one, other = ("whole model", "adapter") if has_adapter else ("adapter", "whole model")
+        raise ValueError(
+            f"'{folder}' holds a{'n' * (one == 'adapter')} {one} ({name}), and this run would save "
+            f"a{'n' * (other == 'adapter')} {other} there. No loader takes both: choose another `output_dir`."
+        )
 
 
 def for_reward_model(peft_config, model: GRMForSequenceClassification):
@@ -59,6 +83,7 @@ def for_reward_model(peft_config, model: GRMForSequenceClassification):
             "another method that has."
         )
     settings = copy.deepcopy(peft_config)
+    settings.inference_mode = False  # as saved adapters say; nothing would be trained
     if getattr(settings, "target_modules", "none") is None or _has_experts(model.lm):
         _aim_as_on(model.lm, settings)
     if isinstance(settings.target_modules, (list, set)) and "score" in settings.target_modules:

@@ -200,6 +200,22 @@ class GRMRewardConfig(RewardConfig):
                 f"{self.regularizer!r} with alpha={self.alpha}.",
                 stacklevel=2,
             )
+        defaults = type(self).__dataclass_fields__
+        for name, read in {
+            "alpha": self.regularizer != "none",
+            "beta": self.text_loss != "none" and "beta" in TEXT_LOSSES[self.text_loss].formula,
+        }.items():
+            if not read and getattr(self, name) not in (0, defaults[name].default):
+                warnings.warn(
+                    f"`{name}={getattr(self, name)}` is ignored: regularizer={self.regularizer!r} with "
+                    f"alpha={self.alpha} does not use it.",
+                    stacklevel=2,
+                )
+        if self.text_loss != "none" and self.alpha == 1:
+            warnings.warn(
+                "alpha=1 leaves the loss on the rewards out: the reward head is not trained to prefer `chosen`.",
+                stacklevel=2,
+            )
         if self.label_smoothing_factor:
             warnings.warn(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` is ignored: it smooths the labels of a "

@@ -55,7 +55,8 @@ def facts_of_run(
     config = (model.get_base_model() if adapter else model).config
     datasets = [dataset_name] if dataset_name and _is_hub_id(dataset_name) else _hub_ids(trainer.train_dataset)
     evaluation = _evaluation(trainer)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = state.train_batch_size or args.per_device_train_batch_size  # auto_find_batch_size may find another one
+    batch *= args.gradient_accumulation_steps * args.world_size
     whole = model if is_whole(model) else None
     facts = facts_of_model(config, trainer.processing_class, name, whole, state.global_step, example)
     facts.update(
@@ -109,6 +110,11 @@ def eval_results(trainer, dataset_name: str | None = None) -> str | None:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
+def name_of_evaluation(key: str) -> str:
+    """The name of an evaluation set among all data of a run, whose training data are `train`."""
+    return "eval_train" if key == "train" else key
+
+
 def _evaluation(trainer) -> dict[str, Any]:
     """Metrics of the saved weights on each evaluation set: those of the best evaluation if it is loaded at the end,
     otherwise those of the last one. `{}` before the first evaluation."""
@@ -129,7 +135,7 @@ def _evaluation(trainer) -> dict[str, Any]:
             accuracy[name or ""] = round(row[f"{prefix}_accuracy"], 4)
         metrics += [(before + label, value) for label, value in lines]
         bias += [before + sides] if sides else []
-        counts = trainer.data_counts.get(name or "eval")
+        counts = trainer.data_counts.get(name_of_evaluation(name or "eval"))
         if counts:
             rated = f"{counts.rated} rated completions"
             sizes += [before + (rated if not counts.pairs else f"{counts.pairs} pairs")]

@@ -45,6 +45,7 @@ from ..scoring import golden
 from . import adapters, attributes, loading, reference, run_card
 from .averages import Averages
 from .config import GRMRewardConfig
+from .run_card import name_of_evaluation
 from .suites import SuiteCallback
 
 
@@ -52,6 +53,8 @@ logger = logging.get_logger(__name__)
 
 TEXT_KEYS = ("text_index", "text_targets", "text_owner")
 EVAL_RESULTS = ".eval_results/grm_hf.yaml"
+# Rates of `nn.Dropout` in heads and adapters, which TRL sets to 0.
+DROPOUT = ("head_dropout", "lora_dropout", "vera_dropout", "vblora_dropout", "randlora_dropout")
 
 
 class GRMRewardTrainer(RewardTrainer):
@@ -128,6 +131,7 @@ class GRMRewardTrainer(RewardTrainer):
             quantization_config = args.model_init_kwargs = None  # used up
         model = adapters.trainable(model)
         base = _reward_model(model)
+        adapters.require_room(args.output_dir, has_adapter=peft_config is not None or is_peft_model(model))
         config: GRMConfig = base.config
         hub = hub or base.hub_arguments
         if processing_class is None:
@@ -135,6 +139,8 @@ class GRMRewardTrainer(RewardTrainer):
             processing_class = loading.load_tokenizer(source or made_from, args, hub)
         config.max_sequence_length = args.max_length
         if peft_config is not None and not is_peft_model(model):
+            if args.freeze_backbone:
+                raise ValueError("`freeze_backbone=True` trains the reward head alone: leave `peft_config` out.")
             peft_config = adapters.for_reward_model(peft_config, base)
             peft_config = adapters.clone_template(base, processing_class, args, peft_config)
             elsewhere = bool(hub) or given_args.chat_template_path is not None  # than the model's name says
@@ -144,9 +150,11 @@ class GRMRewardTrainer(RewardTrainer):
             logger.warning(f"`kl_weight` is ignored: the reward head is {config.head_type!r}, not 'bnrm'.")
         if args.attribute_loss_weight != GRMRewardConfig.attribute_loss_weight and config.attribute_names is None:
             logger.warning("`attribute_loss_weight` is ignored: the model has no attributes (`attribute_names`).")
+        _warn_of_dropout(config, peft_config, args)
         _require_what_the_text_loss_needs(base, args, has_adapter=bool(peft_config) or is_peft_model(model))
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
+        self._eval_name = "eval"  # of the data that `evaluate` or `predict` was given
         self._bos_policy, self._folder_was_loaded = config.bos_policy, False
         self._attribute_names = config.attribute_names
         self._given = base  # whose embedding grows with the tokens of `chat_template_path`
@@ -165,7 +173,6 @@ class GRMRewardTrainer(RewardTrainer):
         self.args.chat_template_path = given_args.chat_template_path  # may have been used up above
         if args.disable_dropout:
             _disable_functional_dropout(self.model)
-        self._add_lengths()
         self._router_weight = base.router_aux_loss_coef if _has_routers(config) else 0.0
         self.layout = resolve_layout(self._wanted_layout(), self.model)
         self._make_batches(own_collator=data_collator is not None)
@@ -176,7 +183,8 @@ class GRMRewardTrainer(RewardTrainer):
         self._step, self._pairs_at_once = None, None  # for `batch_sum_to_zero`
         self._tokens_since, self._log_time = 0, time.perf_counter()
         if args.eval_suites:
-            self.add_callback(SuiteCallback(self, args.eval_suites, args.eval_suite_limit))
+            suites = SuiteCallback(self, args.eval_suites, args.eval_suite_limit)
+            self.callback_handler.callbacks.insert(0, suites)  # a user's callback may read its figures
         self._make_reference(reference_model)
 
     # ----------------------------------------------------------------------------------------- what a run is made with
@@ -185,8 +193,9 @@ class GRMRewardTrainer(RewardTrainer):
         """The layout to try. Without a text loss the numbers are TRL's, to the last bit: a layout that rounds
         otherwise must be asked for."""
         wanted, routers = self.args.layout, _has_routers(_unwrapped(self.model).config)
+        noise = self.args.neftune_noise_alpha is not None
         if wanted == "auto":
-            if self.args.text_loss == "none":
+            if self.args.text_loss == "none" or noise:
                 return "padded"
             # The auxiliary loss of experts is an average over tokens: a shared prefix would count once.
             return "packed" if routers else "auto"
@@ -194,6 +203,11 @@ class GRMRewardTrainer(RewardTrainer):
             logger.warning(
                 f"layout={wanted!r} counts a shared prefix once in the auxiliary loss of the experts, so it "
                 "is another number than with padded rows. layout='packed' gives the same."
+            )
+        if noise and LAYOUTS[wanted].segments:
+            logger.warning(
+                f"layout={wanted!r} makes one long row of a batch, and `neftune_noise_alpha` is less noise the longer "
+                "a row is. layout='padded' gives the noise of TRL."
             )
         return wanted
 
@@ -208,8 +222,13 @@ class GRMRewardTrainer(RewardTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 max_tokens=args.max_tokens_per_batch,
             )
-        elif args.max_tokens_per_batch is not None:
-            logger.warning("max_tokens_per_batch is ignored: a `data_collator` of your own makes the batches.")
+        else:
+            given = {"layout": args.layout != "auto"}
+            given |= {name: getattr(args, name) is not None for name in ("max_tokens_per_batch", "pad_to_multiple_of")}
+            if ignored := [name for name in given if given[name]]:
+                logger.warning(
+                    f"{', '.join(ignored)} is ignored: a `data_collator` of your own makes the batches."
+                )
         if args.max_tokens_per_batch is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "max_tokens_per_batch makes different numbers of batches on different ranks, and ranks that share "
@@ -238,7 +257,8 @@ class GRMRewardTrainer(RewardTrainer):
         if self._reference == "precompute":
             self.train_dataset = reference.precompute(self, self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {k: reference.precompute(self, d, k) for k, d in self.eval_dataset.items()}
+                sets = self.eval_dataset.items()
+                self.eval_dataset = {k: reference.precompute(self, d, name_of_evaluation(k)) for k, d in sets}
             elif self.eval_dataset is not None:
                 self.eval_dataset = reference.precompute(self, self.eval_dataset, "eval")
 
@@ -270,6 +290,12 @@ class GRMRewardTrainer(RewardTrainer):
         return getattr(dataset, "column_names", None)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if self._attribute_names is not None and {*attributes.COLUMNS} <= {*(self._columns(dataset) or ())}:
+            return dataset  # prepared before: a rated completion is no pair that could be prepared again
+        if dataset_name == "eval":
+            dataset_name = self._eval_name
+        if self.data_counts:  # all but the first
+            dataset_name = name_of_evaluation(dataset_name)
         encoder = Encoder(processing_class, args.max_length, args.overlength, self._bos_policy)
         with args.main_process_first(desc=f"tokenizing {dataset_name} dataset"):
             dataset, counts = prepare_pairs(
@@ -286,21 +312,14 @@ class GRMRewardTrainer(RewardTrainer):
             if dataset_name == "train":
                 attributes.check_ratings(dataset, self._given.config, args.attribute_loss_weight)
         self.data_counts[dataset_name] = counts
-        if not isinstance(dataset, IterableDataset):  # the counts of a stream are reported when it was read
-            (logger.warning if counts.changed else logger.info)(str(counts))
-        return dataset
-
-    @property
-    def _groups_by_length(self):
-        by_strategy = getattr(self.args, "train_sampling_strategy", None) in ("group_by_length", "batch_rebalance")
-        return by_strategy or getattr(self.args, "group_by_length", False)
-
-    def _add_lengths(self):
-        """The column by which pairs of a length are grouped."""
-        if self._groups_by_length and self._columns(self.train_dataset):
-            sides = (self.train_dataset[f"{side}_ids"] for side in ("chosen", "rejected"))
+        if isinstance(dataset, IterableDataset):  # the counts of a stream are reported when it was read
+            return dataset
+        (logger.warning if counts.changed else logger.info)(str(counts))
+        if _groups_by_length(args):  # an evaluation, too
+            sides = (dataset[f"{side}_ids"] for side in ("chosen", "rejected"))
             lengths = [len(chosen) + len(rejected) for chosen, rejected in zip(*sides, strict=True)]
-            self.train_dataset = self.train_dataset.add_column(self.args.length_column_name, lengths)
+            dataset = dataset.add_column(args.length_column_name, lengths)
+        return dataset
 
     def _say_what_was_read(self):
         """The counts of a streaming training set, over all processes; an error if it gave nothing."""
@@ -318,7 +337,7 @@ class GRMRewardTrainer(RewardTrainer):
         if self._signature_columns is None:
             self._signature_columns = [*reference.COLUMNS, "margin", "label", "ref_chosen_logps", "ref_rejected_logps"]
             self._signature_columns += attributes.COLUMNS
-            if self._groups_by_length:
+            if _groups_by_length(self.args):
                 self._signature_columns.append(self.args.length_column_name)
 
     # ------------------------------------------------------------------------------------------------------------ loss
@@ -549,6 +568,24 @@ class GRMRewardTrainer(RewardTrainer):
         with alone(self.model):  # the reference may be this model with its adapter switched off
             return super().prediction_step(*args, **kwargs)
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        began, before = time.perf_counter(), self._eval_name
+        self._eval_name = metric_key_prefix.removeprefix("eval_")
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_name = before
+            self._log_time += time.perf_counter() - began  # `tokens_per_second` is of training
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """As [`~transformers.Trainer.predict`], for pairs in any form that training takes."""
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def _track_num_input_tokens(self, inputs):
+        for part in _parts(inputs):  # the tokens of the texts, in every layout
+            super()._track_num_input_tokens({**part, "attention_mask": sequence_lengths(part)})
+
     def evaluation_loop(self, *args, **kwargs):
         self._averages["eval"], self._eval_rows = Averages(), []  # left by `predict`, which logs nothing
         self._mode = "eval"
@@ -580,10 +617,13 @@ class GRMRewardTrainer(RewardTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete_checkpoint(Path(self.args.output_dir))
+        self._log_time = time.perf_counter()
         config = _unwrapped(self.model).config
         config.forget_rewards()  # of a model that is trained further
         if resume_from_checkpoint:
+            _require_optimizer(Path(resume_from_checkpoint))
             config.reward_mean, config.reward_std = _moments_of(resume_from_checkpoint)
+            self._total_train_tokens = _tokens_of(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._say_what_was_read()
         if not self.state.global_step and self.state.max_steps:
@@ -638,9 +678,18 @@ class GRMRewardTrainer(RewardTrainer):
             except (ValueError, RuntimeError, OSError, KeyError, IndexError) as error:
                 raise RuntimeError(
                     f"What was saved in '{folder}' does not load as the model that was trained, so training stops. "
-                    f"The files were left there. {type(error).__name__}: {error}"
+                    f"The files were left there. {self._why_another()}{type(error).__name__}: {error}"
                 ) from error
             self._folder_was_loaded = True
+
+    def _why_another(self):
+        if not is_peft_model(self.model):
+            return ""
+        name = _unwrapped(self.model).name_or_path
+        return (
+            f"An adapter is saved without its base '{name}': if the base was changed after it was loaded from there, "
+            "save it (and its tokenizer) to a folder of its own, and load it from there. "
+        )
 
     # --------------------------------------------------------------------------------------------------------- the Hub
 
@@ -741,12 +790,25 @@ def _settings(args, model, source):
         args = GRMRewardConfig(f"{Path(name).name or 'model'}-GRM")
     if not isinstance(args, GRMRewardConfig):
         raise ValueError(f"`args` is a {type(args).__name__}; GRMRewardTrainer needs a GRMRewardConfig.")
+    if "inputs" in args.include_for_metrics:
+        raise ValueError(
+            "`include_for_metrics` asks for the inputs. A batch of pairs has no row for each prediction, and "
+            "transformers would cut it. Read the pairs in `trainer.eval_dataset`: they are in the order of the "
+            "predictions."
+        )
     given, args = args, copy.copy(args)
     if args.accelerator_config.dispatch_batches:
         logger.warning(
             "`dispatch_batches=True` is ignored: accelerate would cut every tensor of a batch to the number of "
             "its rows, and a batch of pairs holds tensors of several lengths. Each process reads its own batches."
         )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            logger.warning(
+                f"`{name}` is ignored: it would round the weights of the model itself, the reward head with them, and "
+                "they would be saved so. Evaluation has the precision of training; or load the model in another dtype."
+            )
+            setattr(args, name, False)
     args.accelerator_config = copy.copy(args.accelerator_config)
     args.accelerator_config.dispatch_batches = False
     return args, given, {} if source is None else loading.hub_arguments(args.model_init_kwargs)
@@ -771,6 +833,16 @@ def _freeze(base, args):
         base.lm.requires_grad_(False)
 
 
+def _warn_of_dropout(config, peft_config, args):
+    """Rates that the user gave and that TRL's default sets to 0."""
+    if not args.disable_dropout:
+        return
+    for owner in (config, peft_config):
+        for name, rate in list(vars(owner).items()) if owner is not None else ():
+            if name in DROPOUT and rate:
+                logger.warning(f"`{name}={rate}` is ignored: TRL sets every dropout to 0. Set disable_dropout=False.")
+
+
 def _require_what_the_text_loss_needs(base, args, has_adapter):
     if args.text_loss != "none" and not base.lm_head_is_exact():
         raise ValueError(
@@ -784,6 +856,11 @@ def _require_what_the_text_loss_needs(base, args, has_adapter):
 def _has_routers(config):
     """Whether the configuration asks for the auxiliary loss of experts."""
     return bool(getattr(config.text_config, "output_router_logits", False))
+
+
+def _groups_by_length(args):
+    by_strategy = getattr(args, "train_sampling_strategy", None) in ("group_by_length", "batch_rebalance")
+    return by_strategy or getattr(args, "group_by_length", False)
 
 
 def _text_columns(responses):
@@ -822,6 +899,23 @@ def _moments_of(checkpoint):
     files = [Path(checkpoint, name) for name in ("config.json", ADAPTER_POLICIES)]
     stored = next((json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()), {})
     return stored.get("reward_mean", 0.0), stored.get("reward_std", 1.0)
+
+
+def _require_optimizer(checkpoint):
+    """Refuse a checkpoint without what training goes on with: transformers would begin the optimiser and the schedule
+    of the learning rate anew, and say nothing."""
+    if checkpoint.is_dir() and not any([*checkpoint.glob(name)] for name in ("optimizer*", "global_step*")):
+        raise ValueError(
+            f"'{checkpoint}' was saved without its optimiser (`save_only_model=True`), so training cannot go on from "
+            "it. To begin a new run with its weights, pass it as `model`."
+        )
+
+
+def _tokens_of(checkpoint):
+    """Tokens of a run until the last log line before a checkpoint."""
+    file = Path(checkpoint, "trainer_state.json")
+    rows = json.loads(file.read_text(encoding="utf-8"))["log_history"] if file.is_file() else []
+    return next((row["num_tokens"] for row in reversed(rows) if "num_tokens" in row), 0)
 
 
 def _last_complete_checkpoint(folder):
