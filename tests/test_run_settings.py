@@ -84,6 +84,11 @@ def test_noise_on_embeddings_is_that_of_padded_rows(tmp_path, caplog):
     assert run.layout == "packed" and "`neftune_noise_alpha` is less noise" in caplog.text
 
 
+def test_kernels_that_no_layer_gets_are_said(tmp_path, caplog):
+    trainer(tmp_path, use_liger_kernel=True).train()  # Liger itself says so at the level of information
+    assert "`use_liger_kernel` is ignored" in caplog.text
+
+
 def test_inputs_beside_predictions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`include_for_metrics` asks for the inputs.*Read .* `trainer.eval_dataset`"):
         trainer(tmp_path, evaluation=pairs(7), include_for_metrics=["inputs"])
@@ -171,6 +176,16 @@ def test_an_adapter_that_peft_cannot_merge_is_one_sentence(tmp_path):
         merge_adapter(tmp_path / "run", tmp_path / "merged")
 
 
+def test_an_adapter_names_its_base_wherever_it_is_loaded(tmp_path, monkeypatch):
+    grm().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    with monkeypatch.context() as there:
+        there.chdir(tmp_path)
+        trainer("run", "base", peft_config=lora()).save_model()
+    loaded = GRMForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert torch.equal(loaded.lm.get_output_embeddings().weight, grm().lm.get_output_embeddings().weight)
+
+
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -231,6 +246,7 @@ def test_a_callback_sees_the_figures_of_suites(tmp_path, caplog):
     )
     run.train()
     assert run.state.global_step == 3 and "early stopping is disabled" not in caplog.text
+    assert "eval_hhh/score" in run.evaluate()
 
 
 # ------------------------------------------------------------------------------------------ what a run says of itself
@@ -249,6 +265,14 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
     trainer(tmp_path, **given).train()
     with pytest.raises(ValueError, match="without its optimiser .*pass it as `model`"):
         trainer(tmp_path, **given).train(str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_checkpoint_of_another_kind_is_not_resumed(tmp_path, adapter):
+    trainer(tmp_path / "a", peft_config=lora() if adapter else None, save_strategy="steps", save_steps=2).train()
+    run = trainer(tmp_path / "b", peft_config=None if adapter else lora())
+    with pytest.raises(ValueError, match="and this run has .*Resume with the model and the `peft_config` of that run"):
+        run.train(str(tmp_path / "a" / "checkpoint-2"))
 
 
 def test_the_rate_of_tokens_is_that_of_training(tmp_path, monkeypatch):

@@ -150,6 +150,8 @@ def give_a_folder(model, args, tokenizer, always: bool) -> None:
     If an adapter named the raw language model instead, it would load as a classifier with a random head.
     """
     if model.name_or_path and not always:
+        if (here := Path(model.name_or_path)).is_dir():  # from another working directory, a Hub id
+            model.name_or_path = model.config._name_or_path = str(here.resolve())
         return
     folder = Path(args.output_dir) / "base"
     with args.main_process_first(desc="saving the untrained reward model"):

@@ -10,7 +10,7 @@ from ..scoring import GRMScorer
 class SuiteCallback(TrainerCallback):
     """
     Runs suites at each evaluation and adds their figures to its metrics: `eval_<suite>/score`, `.../score_low`,
-    `.../score_high`. With several evaluation sets, the suites run once a step, with the first set.
+    `.../score_high`. With several evaluation sets, the suites run once, with the first set.
 
     Args:
         trainer ([`GRMRewardTrainer`]):

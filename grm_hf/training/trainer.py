@@ -154,6 +154,7 @@ class GRMRewardTrainer(RewardTrainer):
         _require_what_the_text_loss_needs(base, args, has_adapter=bool(peft_config) or is_peft_model(model))
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
+        self._suites = None
         self._eval_name = "eval"  # of the data that `evaluate` or `predict` was given
         self._bos_policy, self._folder_was_loaded = config.bos_policy, False
         self._attribute_names = config.attribute_names
@@ -183,8 +184,8 @@ class GRMRewardTrainer(RewardTrainer):
         self._step, self._pairs_at_once = None, None  # for `batch_sum_to_zero`
         self._tokens_since, self._log_time = 0, time.perf_counter()
         if args.eval_suites:
-            suites = SuiteCallback(self, args.eval_suites, args.eval_suite_limit)
-            self.callback_handler.callbacks.insert(0, suites)  # a user's callback may read its figures
+            self._suites = SuiteCallback(self, args.eval_suites, args.eval_suite_limit)
+            self.callback_handler.callbacks.insert(0, self._suites)  # a user's callback may read its figures
         self._make_reference(reference_model)
 
     # ----------------------------------------------------------------------------------------- what a run is made with
@@ -571,6 +572,8 @@ class GRMRewardTrainer(RewardTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         began, before = time.perf_counter(), self._eval_name
         self._eval_name = metric_key_prefix.removeprefix("eval_")
+        if self._suites is not None and metric_key_prefix == "eval":
+            self._suites.step = None  # they run again, also at this step: the best model may have been loaded
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -621,7 +624,7 @@ class GRMRewardTrainer(RewardTrainer):
         config = _unwrapped(self.model).config
         config.forget_rewards()  # of a model that is trained further
         if resume_from_checkpoint:
-            _require_optimizer(Path(resume_from_checkpoint))
+            _require_whole(Path(resume_from_checkpoint), is_peft_model(self.model))
             config.reward_mean, config.reward_std = _moments_of(resume_from_checkpoint)
             self._total_train_tokens = _tokens_of(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -802,6 +805,9 @@ def _settings(args, model, source):
             "`dispatch_batches=True` is ignored: accelerate would cut every tensor of a batch to the number of "
             "its rows, and a batch of pairs holds tensors of several lengths. Each process reads its own batches."
         )
+    if args.use_liger_kernel:
+        logger.warning("`use_liger_kernel` is ignored: Liger knows models by their type, and 'grm' is none of those.")
+        args.use_liger_kernel = False
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name):
             logger.warning(
@@ -901,9 +907,15 @@ def _moments_of(checkpoint):
     return stored.get("reward_mean", 0.0), stored.get("reward_std", 1.0)
 
 
-def _require_optimizer(checkpoint):
-    """Refuse a checkpoint without what training goes on with: transformers would begin the optimiser and the schedule
-    of the learning rate anew, and say nothing."""
+def _require_whole(checkpoint, has_adapter):
+    """Refuse a checkpoint of another kind of run, or without what training goes on with: transformers would begin the
+    optimiser and the schedule of the learning rate anew, and say nothing."""
+    of_adapter = (checkpoint / "adapter_config.json").is_file()
+    if of_adapter != has_adapter and (of_adapter or (checkpoint / "config.json").is_file()):
+        raise ValueError(
+            f"'{checkpoint}' is of a run {'with' if of_adapter else 'without'} an adapter, and this run has "
+            f"{'none' if of_adapter else 'one'}. Resume with the model and the `peft_config` of that run."
+        )
     if checkpoint.is_dir() and not any([*checkpoint.glob(name)] for name in ("optimizer*", "global_step*")):
         raise ValueError(
             f"'{checkpoint}' was saved without its optimiser (`save_only_model=True`), so training cannot go on from "
