@@ -415,7 +415,8 @@ def _train_once(rest, how_to_go_on=None):
     dataset = _dataset(script, mixture, splits)
     for split in splits:
         if split not in dataset:
-            raise ValueError(f"the data has no split {split!r}; it has {sorted(dataset)}. See --dataset_train_split.")
+            option = f"--dataset_{'train' if split == train_split else 'test'}_split"
+            raise ValueError(f"the data has no split {split!r}; it has {sorted(dataset)}. See {option}.")
     trainer = GRMRewardTrainer(
         model=model.model_name_or_path,
         args=training,

@@ -15,6 +15,7 @@ from trainers import TOKENIZER, grm, logged, lora, pairs, rated_between, rows, s
 
 pytest.importorskip("trl", reason="needs the extra `train`")
 
+from huggingface_hub import HfApi  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from transformers import EarlyStoppingCallback, Trainer  # noqa: E402
 
@@ -267,6 +268,30 @@ def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
         trainer(tmp_path, **given).train(str(tmp_path / "checkpoint-2"))
 
 
+def test_another_training_counts_anew(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    first = logged(run, "num_tokens")
+    run.train()
+    assert logged(run, "num_tokens") == first
+
+
+def test_a_model_is_saved_before_the_hub_is_asked(tmp_path, monkeypatch):
+    class Unreachable(Exception):
+        """That of an HTTP library."""
+
+    def refuse(*args, **kwargs):
+        raise Unreachable("no route")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    run = trainer(tmp_path / "run")
+    with pytest.raises(OSError, match="The push to 'run' did not get through .Unreachable: no route"):
+        run.push_to_hub(private=True)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    with pytest.raises(OSError, match="The push to 'ann/model' did not get through"):
+        trainer(tmp_path / "b", push_to_hub=True, hub_model_id="ann/model")
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_checkpoint_of_another_kind_is_not_resumed(tmp_path, adapter):
     trainer(tmp_path / "a", peft_config=lora() if adapter else None, save_strategy="steps", save_steps=2).train()
@@ -300,6 +325,42 @@ def test_the_card_has_the_batch_size_that_was_found(tmp_path, monkeypatch):
     assert "| pairs a step | 4 |" in (tmp_path / "README.md").read_text()
 
 
+def test_the_card_has_the_optimiser_that_was_given(tmp_path):
+    def card(folder, model, extra):
+        run = trainer(tmp_path / folder, model, extra=extra)
+        run.train()
+        run.create_model_card()
+        return (tmp_path / folder / "README.md").read_text()
+
+    model = grm()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    text = card("a", model, {"optimizers": (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))})
+    assert "| learning rate | 0.125, ConstantLR |" in text and "| optimiser | SGD |" in text
+    text = card("b", grm(), {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.25})})
+    assert "| learning rate | 0.25, linear |" in text and "| optimiser | SGD |" in text
+
+
+def test_results_of_other_weights_do_not_stay(tmp_path):
+    results, benchmarks = (tmp_path / ".eval_results" / name for name in ("grm_hf.yaml", "grm_eval.yaml"))
+
+    def train(seed, **kwargs):
+        run = trainer(tmp_path, grm(seed), **kwargs)
+        run.train()
+        return run
+
+    run = train(0, evaluation=pairs(4), eval_strategy="steps", eval_steps=2)
+    run.save_model()
+    run.create_model_card(dataset_name="ann/pairs")
+    benchmarks.write_text("- of `grm eval --card`\n", encoding="utf-8")
+    run.save_model()  # the same weights
+    run.create_model_card()
+    assert results.is_file() and benchmarks.is_file()
+    run = train(1)
+    run.save_model()
+    run.create_model_card()
+    assert not results.is_file() and not benchmarks.is_file()
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -321,3 +382,5 @@ def test_the_command_resumes_by_a_word_and_says_what_it_ignores(tmp_path, capsys
     assert state["global_step"] == 3
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").stat().st_mtime_ns == before
     assert "is ignored" not in capsys.readouterr().err
+    assert main([*command, "--eval_strategy", "steps"]) == 1
+    assert "no split 'test'; it has ['train']. See --dataset_test_split." in capsys.readouterr().err

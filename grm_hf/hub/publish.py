@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -304,7 +305,7 @@ def commit(
     staged, api = Path(staged), HfApi(token=token)
     secret = token if isinstance(token, str) else get_token()
     files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
-    try:
+    with explaining(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -334,6 +335,14 @@ def commit(
                     raise
         if tag is not None:
             _tag(api, repo_id, tag, done.oid)
+    return done
+
+
+@contextmanager
+def explaining(repo_id: str):
+    """A context around talk with the Hub, whose errors say what to do."""
+    try:
+        yield
     except HfHubHTTPError as error:
         raise explained(error, repo_id) from error
     except (ValueError, OSError):
@@ -343,7 +352,6 @@ def commit(
             f"The push to '{repo_id}' did not get through ({type(error).__name__}: {error}). The repository is as it "
             "was; push again."
         ) from error
-    return done
 
 
 def _stale(there, files):

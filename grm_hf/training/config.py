@@ -80,7 +80,8 @@ class GRMRewardConfig(RewardConfig):
             How pairs are laid out in a batch: `"padded"`, `"packed"` (no padding), `"shared_prefix"` (no padding, and
             the common beginning of chosen and rejected is computed once), or `"auto"`: the cheapest layout that is
             exact for the model. All give the same numbers up to rounding. Without a text loss `"auto"` is `"padded"`,
-            whose numbers are TRL's to the last bit.
+            whose numbers are TRL's to the last bit; and so it is with `neftune_noise_alpha`, whose noise depends on
+            the length of a row.
         max_tokens_per_batch (`int`, *optional*):
             Largest number of tokens that go through the model at once, in training and evaluation: the tokens that the
             layout computes, padding included. The `per_device_train_batch_size` pairs of a step are split into as many

@@ -74,8 +74,7 @@ def facts_of_run(
             *([("adapter", _adapter_settings(model))] if adapter else []),
             ("steps", f"{state.global_step} of {state.max_steps}"),
             ("pairs a step", batch),
-            ("learning rate", f"{args.learning_rate:g}, {_plain(args.lr_scheduler_type)}"),
-            ("optimiser", _plain(args.optim)),
+            *_optimiser(trainer),
             ("precision", "bfloat16" if args.bf16 else "float16" if args.fp16 else str(config.dtype).split(".")[-1]),
             ("longer pairs", args.overlength),
             ("layout", trainer.layout),
@@ -232,6 +231,20 @@ def _model_index(name, datasets, accuracy):
 
 def _plain(setting):
     return getattr(setting, "value", setting)
+
+
+def _optimiser(trainer):
+    """Learning rate and optimiser: those of the settings, or the user's own."""
+    args, (own, schedule) = trainer.args, trainer.own_optimizers
+    schedule = _plain(args.lr_scheduler_type) if schedule is None else type(schedule).__name__
+    rates, name = [args.learning_rate], _plain(args.optim)
+    if own is not None:
+        rates = sorted({group.get("initial_lr", group["lr"]) for group in own.param_groups})
+        name = type(own).__name__
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        kind, given = trainer.optimizer_cls_and_kwargs
+        rates, name = [given.get("lr", args.learning_rate)], kind.__name__
+    return [("learning rate", f"{', '.join(f'{rate:g}' for rate in rates)}, {schedule}"), ("optimiser", name)]
 
 
 def _formula(trainer, config):

@@ -155,8 +155,9 @@ class GRMRewardTrainer(RewardTrainer):
         reference_model = copy.deepcopy(base) if args.reference == "model" and args.needs_reference else None
         self.data_counts, self.eval_pairs, self._eval_rows = {}, {}, []
         self._suites = None
+        self.own_optimizers = kwargs.get("optimizers") or (None, None)  # with schedule; those of the settings are none
         self._eval_name = "eval"  # of the data that `evaluate` or `predict` was given
-        self._bos_policy, self._folder_was_loaded = config.bos_policy, False
+        self._bos_policy, self._folder_was_loaded, self._has_results = config.bos_policy, False, False
         self._attribute_names = config.attribute_names
         self._given = base  # whose embedding grows with the tokens of `chat_template_path`
 
@@ -620,13 +621,14 @@ class GRMRewardTrainer(RewardTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_complete_checkpoint(Path(self.args.output_dir))
-        self._log_time = time.perf_counter()
+        self._averages = {"train": Averages(), "eval": Averages()}
+        self._tokens_since, self._log_time = 0, time.perf_counter()
+        self._total_train_tokens = _tokens_of(resume_from_checkpoint) if resume_from_checkpoint else 0
         config = _unwrapped(self.model).config
         config.forget_rewards()  # of a model that is trained further
         if resume_from_checkpoint:
             _require_whole(Path(resume_from_checkpoint), is_peft_model(self.model))
             config.reward_mean, config.reward_std = _moments_of(resume_from_checkpoint)
-            self._total_train_tokens = _tokens_of(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._say_what_was_read()
         if not self.state.global_step and self.state.max_steps:
@@ -646,6 +648,8 @@ class GRMRewardTrainer(RewardTrainer):
         here, folder = Path(self.args.output_dir), Path(output_dir or self.args.output_dir)
         readme = folder / "README.md"
         written = readme.read_bytes() if readme.is_file() else None
+        rows = folder / golden.FILE
+        rows_before = rows.read_bytes() if rows.is_file() else None
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # every rank comes here, and one writes
             return
@@ -662,6 +666,8 @@ class GRMRewardTrainer(RewardTrainer):
                 (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
                 shutil.copy(here / EVAL_RESULTS, folder / EVAL_RESULTS)
         self._save_golden(folder)
+        if rows_before is None or not rows.is_file() or rows.read_bytes() != rows_before:
+            (folder / card.BENCHMARKS).unlink(missing_ok=True)  # of the weights before
 
     def _save_golden(self, folder):
         """Golden rows beside the weights. Only this rank runs the forward, so `save_golden` refuses a model that is
@@ -721,6 +727,21 @@ class GRMRewardTrainer(RewardTrainer):
         if results is not None:
             (folder / EVAL_RESULTS).parent.mkdir(exist_ok=True)
             (folder / EVAL_RESULTS).write_text(results, encoding="utf-8")
+            self._has_results = True
+        elif not self._has_results:
+            (folder / EVAL_RESULTS).unlink(missing_ok=True)  # an earlier run's
+
+    def init_hf_repo(self, token=None, private=None):
+        """As [`~transformers.Trainer.init_hf_repo`] of the newest transformers; errors say what to do."""
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        api = HfApi(token=args.hub_token if token is None else token)
+        with publish.explaining(name):
+            private = args.hub_private_repo if private is None else private
+            self.hub_model_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        self.push_in_progress = None
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -728,9 +749,9 @@ class GRMRewardTrainer(RewardTrainer):
         """As [`~transformers.Trainer.push_to_hub`], complete and in one commit: see [`~grm_hf.hub.push_folder`]."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
+        self.save_model(_internal_call=True)  # first: the Hub may be out of reach, and the model only in memory
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
