@@ -85,16 +85,6 @@ def test_noise_on_embeddings_is_that_of_padded_rows(tmp_path, caplog):
     assert run.layout == "packed" and "`neftune_noise_alpha` is less noise" in caplog.text
 
 
-def test_kernels_that_no_layer_gets_are_said(tmp_path, caplog):
-    trainer(tmp_path, use_liger_kernel=True).train()  # Liger itself says so at the level of information
-    assert "`use_liger_kernel` is ignored" in caplog.text
-
-
-def test_inputs_beside_predictions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`include_for_metrics` asks for the inputs.*Read .* `trainer.eval_dataset`"):
-        trainer(tmp_path, evaluation=pairs(7), include_for_metrics=["inputs"])
-
-
 def test_evaluation_sets_are_grouped_by_length_too(tmp_path):
     plain = trainer(tmp_path / "a", evaluation=pairs(9, seed=1)).evaluate()
     run = trainer(tmp_path / "b", evaluation=pairs(9, seed=1), **GROUPED)
@@ -128,16 +118,6 @@ def test_settings_of_a_saved_adapter_are_trained(tmp_path):
     assert any("lora_B" in name for name in moved) and any("score" in name for name in moved)
 
 
-@pytest.mark.parametrize("names", [["mine"], ["default", "other"]])
-def test_an_adapter_that_would_be_saved_elsewhere_is_refused(tmp_path, names):
-    model = get_peft_model(grm(), lora(modules_to_save=["score"]), adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, lora(modules_to_save=["score"]))
-        model.set_adapter(name)
-    with pytest.raises(ValueError, match=f"The active adapter is '{names[-1]}'.*leave `adapter_name` out"):
-        trainer(tmp_path, model)
-
-
 def test_an_adapter_of_another_name_is_not_saved_where_nothing_looks(tmp_path):
     run = trainer(tmp_path / "run", peft_config=lora())
     run.save_model()
@@ -152,13 +132,6 @@ def test_a_model_inside_of_an_adapter_is_refused(tmp_path):
     get_peft_model(model, lora(modules_to_save=["score"]))
     with pytest.raises(ValueError, match="is not the PeftModel. Pass what get_peft_model"):
         trainer(tmp_path, model)
-
-
-@pytest.mark.parametrize("adapter", [False, True])
-def test_a_folder_of_the_other_kind_is_refused_before_training(tmp_path, adapter):
-    trainer(tmp_path, peft_config=None if adapter else lora()).save_model()
-    with pytest.raises(ValueError, match="No loader takes both: choose another `output_dir`"):
-        trainer(tmp_path, peft_config=lora() if adapter else None)
 
 
 def test_a_base_that_was_changed_in_memory_is_explained(tmp_path):
@@ -259,13 +232,6 @@ def test_tokens_are_counted_on_after_a_resume(tmp_path):
     resumed = trainer(tmp_path, save_strategy="steps", save_steps=2)
     resumed.train(str(tmp_path / "checkpoint-2"))
     assert logged(resumed, "num_tokens") == logged(run, "num_tokens")
-
-
-def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
-    given = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
-    trainer(tmp_path, **given).train()
-    with pytest.raises(ValueError, match="without its optimiser .*pass it as `model`"):
-        trainer(tmp_path, **given).train(str(tmp_path / "checkpoint-2"))
 
 
 def test_another_training_counts_anew(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CHATML, byte_tokenizer, chatml_tokenizer, tiny_lm
-from trainers import TOKENIZER, base, grm, logged, pairs, rows, settings, trainer
+from trainers import TOKENIZER, base, grm, logged, lora, pairs, rows, settings, trainer
 
 
 pytest.importorskip("trl", reason="needs the extra `train`")
@@ -311,6 +311,45 @@ def test_evaluation_leaves_the_weights_in_their_dtype(tmp_path, caplog):
     assert "`bf16_full_eval` is ignored" in caplog.text
     run.evaluate()
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+
+
+def test_kernels_that_no_layer_gets_are_said(tmp_path, caplog):
+    difference(15, "use_liger_kernel", "ignored")
+    trainer(tmp_path, use_liger_kernel=True).train()  # Liger itself says so at the level of information
+    assert "`use_liger_kernel` is ignored" in caplog.text
+
+
+def test_inputs_beside_predictions_are_refused(tmp_path):
+    difference(15, "include_for_metrics", "refused")
+    with pytest.raises(ValueError, match="`include_for_metrics` asks for the inputs.*Read .* `trainer.eval_dataset`"):
+        trainer(tmp_path, evaluation=pairs(7), include_for_metrics=["inputs"])
+
+
+@pytest.mark.parametrize("names", [["mine"], ["default", "other"]])
+def test_an_adapter_that_would_be_saved_elsewhere_is_refused(tmp_path, names):
+    difference(16, "called `default`")
+    model = get_peft_model(grm(), lora(modules_to_save=["score"]), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora(modules_to_save=["score"]))
+        model.set_adapter(name)
+    with pytest.raises(ValueError, match=f"The active adapter is '{names[-1]}'.*leave `adapter_name` out"):
+        trainer(tmp_path, model)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_folder_of_the_other_kind_is_refused_before_training(tmp_path, adapter):
+    difference(16, "`output_dir` with a whole model")
+    trainer(tmp_path, peft_config=None if adapter else lora()).save_model()
+    with pytest.raises(ValueError, match="No loader takes both: choose another `output_dir`"):
+        trainer(tmp_path, peft_config=lora() if adapter else None)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_resumed(tmp_path):
+    difference(16, "save_only_model")
+    given = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    trainer(tmp_path, **given).train()
+    with pytest.raises(ValueError, match="without its optimiser .*pass it as `model`"):
+        trainer(tmp_path, **given).train(str(tmp_path / "checkpoint-2"))
 
 
 def test_the_first_saved_folder_is_loaded(tmp_path):

@@ -228,9 +228,7 @@ class GRMRewardTrainer(RewardTrainer):
             given = {"layout": args.layout != "auto"}
             given |= {name: getattr(args, name) is not None for name in ("max_tokens_per_batch", "pad_to_multiple_of")}
             if ignored := [name for name in given if given[name]]:
-                logger.warning(
-                    f"{', '.join(ignored)} is ignored: a `data_collator` of your own makes the batches."
-                )
+                logger.warning(f"{', '.join(ignored)} is ignored: a `data_collator` of your own makes the batches.")
         if args.max_tokens_per_batch is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "max_tokens_per_batch makes different numbers of batches on different ranks, and ranks that share "
@@ -292,8 +290,9 @@ class GRMRewardTrainer(RewardTrainer):
         return getattr(dataset, "column_names", None)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if self._attribute_names is not None and {*attributes.COLUMNS} <= {*(self._columns(dataset) or ())}:
-            return dataset  # prepared before: a rated completion is no pair that could be prepared again
+        prepared = self._attribute_names is not None and {*attributes.COLUMNS} <= {*(self._columns(dataset) or ())}
+        if prepared and self.data_counts:  # a rated completion is no pair that could be prepared again
+            return dataset
         if dataset_name == "eval":
             dataset_name = self._eval_name
         if self.data_counts:  # all but the first
