@@ -202,6 +202,22 @@ def length_sentence(measured: dict) -> str:
     )
 
 
+def backwards(measured: dict) -> str:
+    """The test sets that the model is shown to rank the wrong way round."""
+    names = []
+    for test in TITLES:
+        found = measured["tests"][test]
+        wins = pair_wins(pair_margins(*np.array(found["grm"]).T))
+        if bootstrap_interval(wins, found["prompts"])[1] < 0.5:
+            names.append(test)
+    if not names:
+        return "No test set is shown to be ranked the wrong way round."
+    said = f"It ranks the wrong way round: {', '.join(TITLES[name] for name in names)}."
+    if "rm_bench_safety-refuse" in names:
+        said += " It prefers answers to refusals of what should be refused, so it is no filter for safety."
+    return said
+
+
 def calibration(measured: dict) -> list[str]:
     lines = ["| test set | log loss | calibration error | both at the stored temperature |", "|---|---|---|---|"]
     for test in ("pandalm", "hhh", "rmb"):
@@ -242,16 +258,19 @@ def section(measured: dict) -> str:
     """Markdown of what was measured; on the card it stands behind the blocks that every card has."""
     candidate = _candidate(measured)
     sources = [*candidate["candidate"]["sources"], *candidate["candidate"]["files"]]
+    epochs = candidate["candidate"]["epochs"]
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in candidates().items())
     return "\n".join(
         [
             "## How it was made",
             "",
             f"Candidate `{measured['candidate']}` of `benchmarks/published_model.py`: {candidate['pairs']} short "
-            f"pairs, {candidate['candidate']['epochs']} epochs. The base is {candidate['base']}. Training took "
+            f"pairs, {epochs} epoch{'s' * (epochs > 1)}. The base is {candidate['base']}. Training took "
             f"{candidate['processor_seconds'] / 60:.0f} minutes of one core. The training pairs:",
             "",
             *[f"- {DATA[source]}" for source in sources],
+            f"- {candidate['candidate']['off_topic']} pairs made of these: the better response to a prompt over the "
+            "better response to another prompt",
             "",
             "The candidates' log loss on the validation pairs, averaged over their sources, chose this one: "
             f"{losses}.",
@@ -274,6 +293,8 @@ def section(measured: dict) -> str:
             *calibration(measured),
             "",
             "## What it is bad at",
+            "",
+            backwards(measured),
             "",
             "Of three test sets, the pair on which the model is wrong by most:",
             "",

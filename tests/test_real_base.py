@@ -422,6 +422,17 @@ def test_the_card_can_name_the_data_of_every_candidate():
         assert {*candidate["sources"], *candidate["files"]} <= set(publish.DATA)
 
 
+def test_the_card_names_what_is_ranked_backwards():
+    def measured(**margins):
+        tests = {name: [[margins.get(name, 0.5), 0.0]] * 40 for name in publish.TITLES}
+        return {"tests": {name: {"grm": pairs, "prompts": [*range(40)]} for name, pairs in tests.items()}}
+
+    assert publish.backwards(measured()) == "No test set is shown to be ranked the wrong way round."
+    assert publish.backwards(measured(gsm8k=-1.0)) == "It ranks the wrong way round: GSM8K solutions, held out."
+    said = publish.backwards(measured(**{"rm_bench_safety-refuse": -1.0}))
+    assert said.endswith("so it is no filter for safety.")
+
+
 def test_candidates_are_compared_on_the_same_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "RESULTS", tmp_path)
     monkeypatch.setattr(publish, "CANDIDATES", dict.fromkeys(("one", "two", "two_bt", "three")))
