@@ -39,8 +39,8 @@ def quick_products(device: torch.device, tokens: int) -> AbstractContextManager:
     A context in which the linear layers of a batch are computed by the faster of torch's two libraries.
 
     torch gives float32 products to MKL, which takes a slower path on processors that are not Intel's. On these oneDNN
-    is faster by a fifth or more (benchmarks/serving.py), and the result is equal up to rounding. On other processors,
-    for a short batch, and with gradients, nothing changes.
+    is faster, and the result is equal up to rounding. On other processors, for a short batch, and with gradients,
+    nothing changes.
 
     Args:
         device (`torch.device`): Where the batch is.
