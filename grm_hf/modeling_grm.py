@@ -281,6 +281,8 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             lm = base
         else:
             base_model = os.fspath(base)
+            if (labels := load_kwargs.pop("num_labels", None) or 1) != 1:
+                raise ValueError(f"A reward model gives one number, found {labels} labels. Leave `num_labels` at 1.")
             lm = _load_base(base_model, load_kwargs)
         if getattr(lm, "peft_config", None):
             raise ValueError(

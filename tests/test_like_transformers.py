@@ -150,10 +150,14 @@ def test_peft_sees_the_model_as_it_sees_the_bare_one():
 # -------------------------------------------------------------------------------- different on purpose, as documented
 
 
-def test_difference_one_label():
+def test_difference_one_label(tmp_path):
     for refused in (dict(num_labels=2), dict(id2label={0: "a", 1: "b"})):
         with pytest.raises(ValueError, match="one number, found 2 labels"):
             GRMConfig(**refused)
+    tiny_lm("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="one number, found 2 labels"):
+        GRMForSequenceClassification.from_base(tmp_path, num_labels=2)
+    GRMForSequenceClassification.from_base(tmp_path, num_labels=1)
 
 
 def test_difference_reward_head_in_float32(tmp_path):
