@@ -8,6 +8,7 @@ The candidate with the lowest log loss on the validation pairs of `grm_hf.base`,
 chosen. Its temperature was fitted on the same pairs. No test row was used for either.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -131,16 +132,21 @@ def likelihoods(rows: list[dict]) -> tuple[list[list[float]], list[list[float]]]
 def measure(name: str) -> dict:
     """Rewards of every test row by the published model and by its twin, and the base's likelihood of it."""
     sets = tests()
-    result: dict = {"candidate": name, "tests": {}}
+    runs = (RUNS / f"{name}_bt", RUNS / name)
+    weights = [hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest() for run in runs]
+    path = RUNS / f"{name}.{digest({'weights': weights})}.json"  # a test set as it is done: a stop loses one
+    result: dict = json.loads(path.read_text()) if path.is_file() else {"candidate": name, "tests": {}}
     with tempfile.TemporaryDirectory() as twin:
-        write_folder(RUNS / f"{name}_bt", Path(twin))
-        write_folder(RUNS / name, MODEL)
+        for run, folder in zip(runs, (Path(twin), MODEL), strict=True):
+            write_folder(run, folder)
         scorers = {
             judge: GRMScorer(str(folder), layout="shared_prefix")
             for judge, folder in (("grm", MODEL), ("bradley_terry", twin))
         }
         save_golden(scorers["grm"].model, scorers["grm"].tokenizer, MODEL)
         for test, rows in sets.items():
+            if test in result["tests"]:
+                continue
             print(test, len(rows), flush=True)
             judged = {judge: rewards(scorer, rows) for judge, scorer in scorers.items()}
             judged["likelihood"], judged["mean_likelihood"] = likelihoods(rows)
@@ -149,6 +155,7 @@ def measure(name: str) -> dict:
                 "lengths": [[len(row[side][0]["content"]) for side in ("chosen", "rejected")] for row in rows],
                 **judged,
             }
+            write(path, result)
     return result
 
 
@@ -258,7 +265,9 @@ def section(measured: dict) -> str:
     """Markdown of what was measured; on the card it stands behind the blocks that every card has."""
     candidate = _candidate(measured)
     sources = [*candidate["candidate"]["sources"], *candidate["candidate"]["files"]]
-    epochs = candidate["candidate"]["epochs"]
+    epochs, off_topic = (candidate["candidate"].get(name, 0) for name in ("epochs", "off_topic"))
+    said = "pairs made of these: the better response to a prompt over the better response to another"
+    made = [f"- {off_topic} {said}"] if off_topic else []
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in candidates().items())
     return "\n".join(
         [
@@ -269,8 +278,7 @@ def section(measured: dict) -> str:
             f"{candidate['processor_seconds'] / 60:.0f} minutes of one core. The training pairs:",
             "",
             *[f"- {DATA[source]}" for source in sources],
-            f"- {candidate['candidate']['off_topic']} pairs made of these: the better response to a prompt over the "
-            "better response to another prompt",
+            *made,
             "",
             "The candidates' log loss on the validation pairs, averaged over their sources, chose this one: "
             f"{losses}.",
