@@ -272,7 +272,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             `ValueError`: the base is a reward model already, multimodal, an encoder, a classifier or an adapter, or it
             lacks weights.
         """
-        base_model = None
+        base_model = labels = None
         if isinstance(base, torch.nn.Module):
             if load_kwargs:
                 raise ValueError(
@@ -281,8 +281,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             lm = base
         else:
             base_model = os.fspath(base)
-            if (labels := load_kwargs.pop("num_labels", None) or 1) != 1:
-                raise ValueError(f"A reward model gives one number, found {labels} labels. Leave `num_labels` at 1.")
+            labels = load_kwargs.pop("num_labels", None)
             lm = _load_base(base_model, load_kwargs)
         if getattr(lm, "peft_config", None):
             raise ValueError(
@@ -310,6 +309,7 @@ class GRMForSequenceClassification(PreTrainedModel, GenerationMixin):
             attribute_combiner=attribute_combiner,
             dtype=lm.dtype,
             base_model=base_model,
+            num_labels=labels,  # refuses all but 1
         )
         model = cls(config, lm=lm)
         model.hub_arguments = _place(load_kwargs)
