@@ -130,20 +130,17 @@ def likelihoods(rows: list[dict]) -> tuple[list[list[float]], list[list[float]]]
 
 
 def measure(name: str) -> dict:
-    """Rewards of every test row by the published model and by its twin, and the base's likelihood of it."""
+    """Rewards of every test row by the candidate and by its twin, and the base's likelihood of it."""
     sets = tests()
     runs = (RUNS / f"{name}_bt", RUNS / name)
     weights = [hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest() for run in runs]
     path = RUNS / f"{name}.{digest({'weights': weights})}.json"  # a test set as it is done: a stop loses one
     result: dict = json.loads(path.read_text()) if path.is_file() else {"candidate": name, "tests": {}}
-    with tempfile.TemporaryDirectory() as twin:
-        for run, folder in zip(runs, (Path(twin), MODEL), strict=True):
-            write_folder(run, folder)
-        scorers = {
-            judge: GRMScorer(str(folder), layout="shared_prefix")
-            for judge, folder in (("grm", MODEL), ("bradley_terry", twin))
-        }
-        save_golden(scorers["grm"].model, scorers["grm"].tokenizer, MODEL)
+    with tempfile.TemporaryDirectory() as place:
+        scorers = {}
+        for judge, run in zip(("bradley_terry", "grm"), runs, strict=True):
+            write_folder(run, Path(place) / judge)
+            scorers[judge] = GRMScorer(str(Path(place) / judge), layout="shared_prefix")
         for test, rows in sets.items():
             if test in result["tests"]:
                 continue
@@ -157,6 +154,13 @@ def measure(name: str) -> dict:
             }
             write(path, result)
     return result
+
+
+def publish(name: str) -> None:
+    """The folder of the candidate, with its golden rows, in the place of the published one."""
+    write_folder(RUNS / name, MODEL)
+    scorer = GRMScorer(str(MODEL), layout="shared_prefix")
+    save_golden(scorer.model, scorer.tokenizer, MODEL)
 
 
 # ------------------------------------------------------------------------------------------------------------ the card
@@ -336,6 +340,7 @@ def main() -> None:
     measured = json.loads(path.read_text()) if path.is_file() else {}
     if measured.get("candidate") != name or not MODEL.is_dir():
         measured = measure(name)
+        publish(name)  # not before: the published model keeps to its card while another is measured
         write(path, measured)
     write_card(measured)
     print(MODEL, name)

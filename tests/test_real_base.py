@@ -464,6 +464,38 @@ def test_a_run_that_is_not_at_hand_does_not_cost_the_published_model(tmp_path, m
     assert (folder / "base" / "config.json").is_file() and not (folder / "golden_rows.json").exists()
 
 
+def test_the_published_model_stays_while_another_is_measured(tmp_path, monkeypatch):
+    """A stop in between loses one test set, and the folder keeps to its card."""
+    published, runs = tmp_path / "published", tmp_path / "runs"
+    for folder in (published, runs / "new", runs / "new_bt"):
+        shutil.copytree(publish.MODEL, folder)
+    before = {path: path.read_bytes() for path in published.rglob("*") if path.is_file()}
+    monkeypatch.setattr(publish, "MODEL", published)
+    monkeypatch.setattr(publish, "RUNS", runs)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path)
+    for name in ("new", "new_bt"):
+        (tmp_path / f"{name}.json").write_text('{"temperature": 2.5}')
+    row = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    monkeypatch.setattr(publish, "tests", lambda: {"one": [row], "two": [row]})
+    asked = []
+
+    def rewards(scorer, rows):
+        assert {path: path.read_bytes() for path in published.rglob("*") if path.is_file()} == before
+        if len(asked) == 3:
+            asked.append("stopped")
+            raise KeyboardInterrupt
+        asked.append(scorer)
+        return [[1.0, 0.0]]
+
+    monkeypatch.setattr(publish, "GRMScorer", lambda folder, layout: folder)
+    monkeypatch.setattr(publish, "rewards", rewards)
+    monkeypatch.setattr(publish, "likelihoods", lambda rows: ([[0.0, 0.0]], [[0.0, 0.0]]))
+    with pytest.raises(KeyboardInterrupt):
+        publish.measure("new")
+    assert [*publish.measure("new")["tests"]] == ["one", "two"]
+    assert len(asked) == 6  # two for the first set, two for the second and one stop
+
+
 def test_pairs_off_topic_answer_another_prompt():
     texts = ["sure", "sure", "north", "blue", "42"]
     rows = [{"prompt": [user(f"{i}?")], "chosen": [assistant(text)], "rejected": []} for i, text in enumerate(texts)]

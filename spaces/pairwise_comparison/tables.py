@@ -10,6 +10,7 @@ import json
 import re
 
 from checks import called, check_text
+from encoding import THINKING_KEYS
 
 
 MAX_ROWS = 200
@@ -18,7 +19,7 @@ MAX_TURNS = 20
 MAX_ANSWERS = 32
 COLDEST, HOTTEST = 0.1, 10
 ROLES = ("system", "user", "assistant")
-MORE = ("tool_calls", "name", "reasoning_content", "reasoning", "thinking")  # that a template may read
+MORE = ("tool_calls", "name", *THINKING_KEYS)  # that a template may read
 ROLE = re.compile(r"^(system|user|assistant):[ \t]*", re.MULTILINE | re.IGNORECASE)
 LINE = re.compile(r"\r\n|\r|\n")
 SIDES = ("chosen", "rejected")
