@@ -606,6 +606,65 @@ def test_ragged_form_is_the_same_attention(window):
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------- blocks of queries
+
+SEGMENTS = [[0, 150, 0, 0], [150, 140, 0, 130], [290, 70, 0, 0], [360, 90, 1, 200]]  # start, length, parent, shared
+
+
+def attention_by_hand(query, key, value, sliding_window=None, softcap=None, scaling=None):
+    """Query by query, in float64: `(1, tokens, heads, head_dim)`."""
+    out, places = [], []
+    for start, length, parent, shared in SEGMENTS:
+        path = ([*places[parent]] if shared else [])[:shared]
+        places.append([*path, *range(start, start + length)])
+        for i in range(length):
+            seen = places[-1][: len(path) + i + 1][-(sliding_window or 10**9) :]
+            k, v = (x[0, :, seen].repeat_interleave(2, 0) for x in (key, value))  # (heads, seen, head_dim)
+            scores = torch.einsum("hd,hsd->hs", query[0, :, start + i], k) * (scaling or query.shape[-1] ** -0.5)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v))
+    return torch.stack(out)[None]
+
+
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 50}, {"softcap": 2.0}, {"scaling": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), ("autocast", 2e-2)]
+)
+def test_blocks_of_queries_are_the_same_attention(dtype, tolerance, settings):
+    """Segments longer than a block, with a prefix of a prefix: outputs and gradients."""
+    torch.manual_seed(0)
+    table = torch.tensor(SEGMENTS)[None, None]
+    low = torch.bfloat16 if dtype == "autocast" else dtype
+    exact = [torch.randn(1, heads, 450, 8).to(low).double().requires_grad_() for heads in (4, 2, 2)]
+    weight = torch.randn(1, 450, 4, 8).to(low).double()
+    ours = [x.detach().to(torch.float32 if dtype == "autocast" else dtype).requires_grad_() for x in exact]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        found, _ = attention.segment_attention(torch.nn.Module(), *ours, table, **settings)
+    right = attention_by_hand(*exact, **settings)
+    assert found.dtype == low
+    (found * weight.to(low)).sum().backward()
+    (right * weight).sum().backward()
+    for a, b in [(found, right), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
+        assert (a.double() - b).norm() / b.norm() < tolerance
+
+
+def test_long_texts_in_bfloat16_keep_no_weights_for_the_backward(monkeypatch):
+    calls = []
+    products = attention._products
+    monkeypatch.setattr(attention, "_products", lambda *args: calls.append(args[1].shape[2]) or products(*args))
+    monkeypatch.setattr(attention, "PRODUCTS_KEYS", 160)
+    table = torch.tensor(SEGMENTS)[None, None]
+    given = [torch.randn(1, heads, 450, 8, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    kept, _ = attention.segment_attention(torch.nn.Module(), *given, table)
+    assert calls == [128, 150, 70]
+    calls.clear()
+    with torch.no_grad():
+        scored, _ = attention.segment_attention(torch.nn.Module(), *given, table)
+    assert calls == [128, 150, 258, 270, 70, 290]
+    torch.testing.assert_close(kept, scored, rtol=2e-2, atol=2e-2)
+
+
 # ------------------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -617,14 +676,16 @@ def expected_flops(model, segments, read, head_tokens):
     others = 2 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size
     tokens = sum(length for _, length, _, _ in segments)
     last, before = keys_values * tokens + others * read, (keys_values + others) * tokens
-    # 4 forward, 10 backward (scores are computed again); causal: half
-    pairs = sum(
-        length * (length + 0.0) / 2 if not shared else length * (length + shared) for _, length, _, shared in segments
-    )
-    attention = 14 * c.hidden_size * pairs * c.num_hidden_layers
+    # 4 forward, 10 backward (scores are computed again); a block of queries meets the keys up to its last
+    pairs = 0.0
+    for _, length, _, shared in segments:
+        for start in range(0, length, attention.BLOCK):
+            end = min(start + attention.BLOCK, length)
+            pairs += (end - start) * (shared + end) / (2 if shared + start == 0 else 1)
+    seen = 14 * c.hidden_size * pairs * c.num_hidden_layers
     layers = last + before * (c.num_hidden_layers - 1)
     score = sum(p.numel() for p in model.score.parameters() if p.dim() == 2)
-    return 6 * layers + attention + 6 * c.hidden_size * c.vocab_size * head_tokens, 6 * score
+    return 6 * layers + seen + 6 * c.hidden_size * c.vocab_size * head_tokens, 6 * score
 
 
 @pytest.mark.parametrize("text", ["none", "chosen", "both"])
