@@ -49,7 +49,6 @@ INSTRUCTIONS = ["pandalm", "ultrafeedback"]
 FULL = {**COMMON, "sources": INSTRUCTIONS, "full": True}
 BROAD = ["ultrafeedback_train", "hh_harmless_base_train"]
 CANDIDATES: dict[str, dict] = {
-    "instructions_full": {**FULL, "learning_rate": 3e-5},
     "on_topic": {**FULL, "learning_rate": 1e-4, "off_topic": 300},
     "on_topic_slow": {**FULL, "learning_rate": 5e-5, "off_topic": 300},
     "on_topic_few": {**FULL, "learning_rate": 1e-4, "off_topic": 100},

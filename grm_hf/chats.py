@@ -36,12 +36,14 @@ def to_score(chat: Any, has_template: bool) -> Any:
             Whether the tokenizer has a chat template. If so, a prompt that is a string is one turn of the user.
 
     Raises:
-        `ValueError`: it is one message instead of a list of them, or no chat at all.
+        `ValueError`: it is one message instead of a list of them, holds two answers, or is no chat at all.
     """
     if isinstance(chat, dict):
         row = {key: value for key, value in chat.items() if value is not None}
         if "role" in row and not {"messages", "prompt", "text"} & set(row):
             raise ValueError("this is a single message. A chat is a list of messages; put them into one more list.")
+        if "messages" in row and (second := {"response", "completion"} & set(row)):
+            raise ValueError(f"the row has `messages` and `{second.pop()}`. One of them is meant; remove the other.")
         if "text" in row and not {"messages", "prompt"} & set(row):
             return row["text"]
         if has_template and isinstance(row.get("prompt"), str) and "messages" not in row:

@@ -538,6 +538,8 @@ def test_one_chat_is_not_several():
         scorer.score([user("a"), assistant("b")])
     with pytest.raises(ValueError, match="^chat 0: int is no chat"):
         scorer.score([3])
+    with pytest.raises(ValueError, match="^chat 0: the row has `messages` and `response`"):
+        scorer.score([{"messages": [user("a"), assistant("b")], "response": "c"}])
     with pytest.raises(ValueError, match="this takes answers and got one answer"):
         scorer.best_of_n("q", "yes")
     with pytest.raises(ValueError, match="this takes rows and got a dict"):

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..chats import rows_of
 from ..scoring import Score, files
+from ..version import __version__
 from . import scorers
 from .examples import (
     Example,
@@ -89,7 +90,7 @@ class Results:
                 "rows_digest": self.rows_digest,
                 "revisions": self.revisions,
                 "skipped": self.skipped,
-                "versions": {name: version(name) for name in ("grm-hf", "torch", "transformers")},
+                "versions": {"grm-hf": __version__} | {name: version(name) for name in ("torch", "transformers")},
                 "summary": self.summary,
                 "rows": self.rows,
             },

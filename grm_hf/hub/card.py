@@ -248,7 +248,8 @@ def _executed(snippet, model, tokenizer):
 
 
 def _versions():
-    for package in ("grm-hf", "transformers", "trl", "peft", "torch", "datasets", "tokenizers"):
+    yield f"grm-hf {__version__}"
+    for package in ("transformers", "trl", "peft", "torch", "datasets", "tokenizers"):
         with contextlib.suppress(PackageNotFoundError):
             yield f"{package} {version(package)}"
 
