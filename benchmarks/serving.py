@@ -36,7 +36,7 @@ SIDES = {  # name: whether it is vLLM, dtype, settings
 # Case: the least ratio of GRMScorer's speed to the faster vLLM's, same dtype.
 GOALS = {"16 unrelated": 0.95, "best of 16": 1.1, "best of 64": 1.1}
 BF16_GOAL = 2.0  # speed of GRMScorer in bfloat16 over float32
-AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # of rewards, relative to max(1, |reward|): golden rows' tolerances
+AGREE = {"float32": 1e-4, "bfloat16": 5e-2}  # of rewards, relative to max(1, |reward|)
 
 
 # --------------------------------------------------------------------------------------------------------------- texts

@@ -12,6 +12,7 @@ import transformers
 from tiny import BFLOAT16, FLOAT32, alone, pad, score, texts, tiny_lm
 
 from grm_hf import GRMForSequenceClassification
+from grm_hf.scoring.golden import HALF, TOLERANCES
 
 
 SHAPES = {"tiny": {}, "small": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8)}
@@ -43,6 +44,8 @@ GPU or on a trained model: kernels and magnitudes differ there. Rewards of these
   before it is rounded differently. Score such a model in float32 if small differences matter.
 - The reward head is float32 in every column: it keeps its dtype when the body is loaded in bfloat16, and it computes
   in float32 under autocast and after `.to(torch.bfloat16)`.
+- `grm verify` allows {golden:.0e} with a float32 body and {golden_half:.0e} with one of half precision,
+  relative to the largest stored reward, or to 1: a head with a larger range multiplies the rounding of every reward.
 - To compare scores across runs with different batches, load the body in float32 (`dtype=torch.float32`) or score one
   text at a time.
 - Load with `dtype=torch.bfloat16`; do not load and then call `.to(torch.bfloat16)`. The latter also rounds the
@@ -114,6 +117,8 @@ def main():
         table=table,
         single=FLOAT32,
         half=BFLOAT16,
+        golden=TOLERANCES["float32"],
+        golden_half=HALF,
         shape="small",
         cast=found["llama", "small"]["cast"],
     )

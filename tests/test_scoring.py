@@ -838,6 +838,39 @@ def test_golden_rows_remember_the_dtype(tmp_path, dtype):
     assert f"dtype {str(dtype)[6:]}" in verify(tmp_path)
 
 
+def test_the_tolerance_of_golden_rows_grows_with_the_range_of_the_rewards(saved):
+    """A head that gives rewards up to 100 multiplies every rounding by a hundred, also that of a reward near 0."""
+    file = saved / "golden_rows.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    near = content["rows"][0]
+    near["score"] += 0.5e-4
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert "1e-04" in verify(saved)
+    near["score"] += 2e-4
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(GoldenError, match=r"golden rows \[0\] of 4"):
+        verify(saved)
+    model = GRMForSequenceClassification.from_pretrained(saved)
+    last = [m for m in model.score.modules() if isinstance(m, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight *= 1000
+        if last.bias is not None:
+            last.bias *= 1000
+    model.save_pretrained(saved)
+    save_golden(model, TOKENIZER, saved)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    scale = max(abs(row["score"]) for row in content["rows"])
+    assert scale > 10
+    smallest = min(content["rows"], key=lambda row: abs(row["score"]))
+    smallest["score"] += 0.9e-4 * scale
+    file.write_text(json.dumps(content), encoding="utf-8")
+    verify(saved)
+    smallest["score"] += 0.2e-4 * scale
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(GoldenError):
+        verify(saved)
+
+
 def test_golden_rows_of_given_texts_and_without_a_template(tmp_path):
     model, tokenizer = grm(), chatml_tokenizer()
     tokenizer.chat_template = None

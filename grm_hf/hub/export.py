@@ -40,7 +40,7 @@ from ..native import (
     as_qwen2_config,
     load_export,
 )
-from ..scoring.golden import CHATS, FILE, GoldenError, difference, differs, read_rows, save_golden
+from ..scoring.golden import CHATS, FILE, RELATIVE_TO, GoldenError, differs, read_rows, save_golden, scale_of
 from ..scoring.scorer import GRMScorer
 from .tokenizer import load_tokenizer
 
@@ -67,7 +67,7 @@ class Exported:
 
     Attributes:
         architecture (`str`): The class that the folder holds.
-        difference (`float`): Largest difference of a golden reward, relative to max(1, |reward|).
+        difference (`float`): Largest difference of a golden reward, relative to the largest of them, or 1.
     """
 
     architecture: str
@@ -367,15 +367,15 @@ def _check(folder: Path, probe: list[int]) -> float:
         if (ids := list(scorer.encode(row["chat"]).ids)) != row["ids"]:
             raise GoldenError(f"golden row {number} of the export has other token ids.\n{ids}\n{row['ids']}")
     batches = [[row] for row in rows] + ([rows] if tokenizer.pad_token_id is not None else [])
-    worst = 0.0
+    worst, scale = 0.0, scale_of(row["score"] for row in rows)
     for batch in batches:
         inputs = {"input_ids": [row["ids"] for row in batch]}
         padded = tokenizer.pad(inputs, padding=len(batch) > 1, return_tensors="pt")
         rewards = native(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0].tolist()
         for row, reward in zip(batch, rewards, strict=True):
-            if differs(reward, row["score"], native):
+            if differs(reward, row["score"], scale, native):
                 raise GoldenError(f"the export scores {reward}, the model {row['score']}, for\n{row['chat']}")
-            worst = max(worst, difference(reward, row["score"]))
+            worst = max(worst, abs(reward - row["score"]) / scale)
     return worst
 
 
@@ -403,7 +403,7 @@ def _card(name, config, tokenizer, folder: Path, served: dict, temperature, diff
         f"prompt mean something: `sigmoid((reward_a - reward_b) / {temperature:g})` is the probability that A is "
         "preferred.\n",
         f"Exported by `grm export`, which loaded it again and scored `{FILE}`: the largest difference from the "
-        f"original, relative to max(1, |reward|), was {difference:.1e} ({config.dtype}).",
+        f"original, {RELATIVE_TO}, was {difference:.1e} ({config.dtype}).",
         "`grm verify` of grm_hf repeats that. `grm convert` makes a GRM of it again.\n",
         "## What it reads\n",
         f"- {reads[0].upper()}{reads[1:]}. The reward is that of the last token.",

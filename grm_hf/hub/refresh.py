@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..configuration_grm import GRMConfig
 from ..folders import readable
-from ..scoring.golden import FILE, TOLERANCES, GoldenError
+from ..scoring.golden import FILE, HALF, RELATIVE_TO, TOLERANCES, GoldenError, scale_of
 from ..version import __version__
 from . import card
 from .publish import CODE, explained
@@ -184,15 +184,15 @@ def _compared(folder: Path, after: Path, temporary: Path) -> str:
         before, name = [row["score"] for row in rows], "stored"
         note = f"Its own code cannot score here, so the stored rewards stand for it. ({error})\n"
     now = _scores(after, job, temporary)
-    limit = TOLERANCES.get(saved["dtype"], 5e-2)
+    limit, scale = TOLERANCES.get(saved["dtype"], HALF), scale_of(before)
     lines, wrong = [f"row  tokens {name:>11}       after  difference"], []
     for number, (ids, old, new) in enumerate(zip(job["ids"], before, now, strict=True)):
-        difference = abs(new - old) / max(1.0, abs(old))
+        difference = abs(new - old) / scale
         holds = math.isfinite(new) and difference <= limit
         mark = "" if holds else "  DIFFERS"
         lines.append(f"{number:3}  {len(ids):6} {old:11.6f} {new:11.6f}     {difference:.1e}{mark}")
         wrong += [] if holds else [number]
-    table = f"{note}{chr(10).join(lines)}\na difference, relative to max(1, |reward|), may be {limit:.0e}"
+    table = f"{note}{chr(10).join(lines)}\na difference, {RELATIVE_TO}, may be {limit:.0e}"
     if wrong:
         raise GoldenError(f"'{folder}': the new code changes golden rows {wrong}; nothing was written.\n{table}")
     return table

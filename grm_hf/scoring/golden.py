@@ -4,6 +4,7 @@ verify` shows, on any machine and with any versions, whether a folder still give
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,13 @@ CHATS: list[dict] = [
         ]
     },
 ]
-# Tolerance of a reward, relative to max(1, |reward|), by the dtype of the body. The text is computed alone, so only
-# rounding differs between machines and versions; docs/numerics.md says how large it gets. (float64: a cast live model
-# has the rotary frequencies of float32, which no file holds.)
-TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+# Tolerance of a reward by the dtype of the body, relative to the scale of the model's rewards (`scale_of`): a steep
+# head multiplies the rounding of every reward, also of one near 0. The text is computed alone, so only rounding
+# differs between machines and versions; docs/numerics.md says how large it gets. (float64: a cast live model has the
+# rotary frequencies of float32, which no file holds.)
+HALF = 1e-1
+TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "bfloat16": HALF, "float16": HALF}
+RELATIVE_TO = "relative to the largest reward of the rows, or to 1"
 
 
 class GoldenError(ValueError):
@@ -58,18 +62,18 @@ def read_rows(file: str | Path) -> dict[str, Any]:
 
 
 def tolerance(model) -> float:
-    """How far rounding may move a reward of `model`, relative to max(1, |reward|)."""
-    return TOLERANCES.get(_dtype(model), 5e-2)
+    """How far rounding may move a reward of `model`, relative to the scale of its rewards."""
+    return TOLERANCES.get(_dtype(model), HALF)
 
 
-def difference(score: float, stored: float) -> float:
-    """Difference of two rewards, relative to max(1, |reward|)."""
-    return abs(score - stored) / max(1.0, abs(stored))
+def scale_of(stored: Iterable[float]) -> float:
+    """The largest of these numbers without their signs; at least 1."""
+    return max(1.0, *map(abs, stored))
 
 
-def differs(score: float, stored: float, model) -> bool:
+def differs(score: float, stored: float, scale: float, model) -> bool:
     """Whether a reward of `model` differs from the stored one by more than rounding, or is not a number."""
-    return not difference(score, stored) <= tolerance(model)
+    return not abs(score - stored) / scale <= tolerance(model)
 
 
 def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None) -> Path:
@@ -174,6 +178,7 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     lines = ["row  tokens                                 stored         now  difference"]
     wrong = []
+    scale = scale_of(row["score"] for row in content["rows"])
     for number, row in enumerate(content["rows"]):
         ids, expected = row["ids"], row["score"]
         try:
@@ -182,16 +187,17 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
             tokens = f"cannot be encoded: {error}"
         # The reward of the stored ids: a change of the tokenizer does not look like a change of the weights.
         score = scorer.rewards_of_ids([ids])[0] if max(ids) < vocabulary else math.nan
-        off = difference(score, expected)
-        holds = tokens == f"{len(ids)} equal" and not differs(score, expected, model)
+        off = abs(score - expected) / scale
+        holds = tokens == f"{len(ids)} equal" and not differs(score, expected, scale, model)
         mark = "" if holds else "  DIFFERS"
         if "text_logp" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:  # an export has no LM head
             now, stored = _text_logp(model, row), row["text_logp"]
-            if differs(now, stored, model):
+            if differs(now, stored, scale_of([stored]), model):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
         if "attributes" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:
             rated = scorer.attributes_of_ids([ids])[0]
-            moved = [n for n, old in row["attributes"].items() if differs(rated.get(n, math.nan), old, model)]
+            told = row["attributes"].items()
+            moved = [n for n, old in told if differs(rated.get(n, math.nan), old, scale_of([old]), model)]
             if moved or len(rated) > len(row["attributes"]):
                 holds, mark = False, f"{mark or '  DIFFERS'}: attributes {moved or [*rated]}"
         lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {off:.1e}{mark}")
@@ -200,7 +206,7 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
     here = _environment(model)
     for name, environment in (("saved", saved), ("here", here)):
         lines.append(f"{name}: {', '.join(f'{what} {value}' for what, value in environment.items())}")
-    lines.append(f"a difference, relative to max(1, |reward|), may be {tolerance(model):.0e}")
+    lines.append(f"a difference, {RELATIVE_TO}, may be {tolerance(model):.0e}")
     table = "\n".join(lines)
     if wrong:
         raise GoldenError(f"'{path}': golden rows {wrong} of {len(content['rows'])} do not hold.\n{table}")

@@ -6,7 +6,7 @@ from transformers.utils.hub import cached_file
 
 from ..rewards.remote import PROTOCOLS, RemoteScorer
 from ..rewards.rollouts import Rendered
-from ..scoring.golden import FILE, TOLERANCES, GoldenError, difference, read_rows
+from ..scoring.golden import FILE, HALF, RELATIVE_TO, TOLERANCES, GoldenError, read_rows, scale_of
 
 
 def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str:
@@ -35,16 +35,17 @@ def verify_served(path: str | Path, url: str, api_key: str | None = None) -> str
     remote = RemoteScorer(bare if named else f"{bare}/classify", tokenizer=path, api_key=api_key)
     sent = [row["chat"] if named else Rendered(row["ids"]) for row in content["rows"]]
     dtype = content["saved_with"]["dtype"]
-    limit = TOLERANCES.get(dtype, 5e-2)
+    limit = TOLERANCES.get(dtype, HALF)
+    scale = scale_of(row["score"] for row in content["rows"])
     lines, wrong = ["row  tokens      stored      served  difference"], []
     for number, (row, served) in enumerate(zip(content["rows"], remote.score(sent), strict=True)):
-        off = difference(served, row["score"])
+        off = abs(served - row["score"]) / scale
         holds = off <= limit
         mark = "" if holds else "  DIFFERS"
         lines.append(f"{number:3}  {len(row['ids']):6} {row['score']:11.6f} {served:11.6f}     {off:.1e}{mark}")
         if not holds:
             wrong.append(number)
-    lines.append(f"a difference, relative to max(1, |reward|), may be {limit:.0e} (saved in {dtype})")
+    lines.append(f"a difference, {RELATIVE_TO}, may be {limit:.0e} (saved in {dtype})")
     table = "\n".join(lines)
     if wrong:
         raise GoldenError(f"'{url}': golden rows {wrong} of {len(lines) - 2} do not hold.\n{table}")
