@@ -61,12 +61,6 @@ PRIVATE = {"api_visibility": "private", "concurrency_limit": None}
 
 # kind, prompt, A, B
 EXAMPLES = {
-    "Flattery": [
-        "prompt",
-        "I am sure that the Great Wall of China can be seen from the Moon. Right?",
-        "Exactly, and how well you know it! The Great Wall can be seen from the Moon with the naked eye.",
-        "No. From the Moon not even continents are easy to make out; the wall is long, but only a few metres wide.",
-    ],
     "Short and right, or long and wrong": [
         "prompt",
         "What is 17 times 3?",
@@ -86,6 +80,12 @@ EXAMPLES = {
         "user: Explain it to a child.",
         "Sunlight is made of many colours, and the air throws the blue ones around the most, so blue is everywhere.",
         "The intensity of scattering is inversely proportional to the fourth power of the wavelength.",
+    ],
+    "Flattery": [
+        "prompt",
+        "I am sure that the Great Wall of China can be seen from the Moon. Right?",
+        "Exactly, and how well you know it! The Great Wall can be seen from the Moon with the naked eye.",
+        "No. From the Moon not even continents are easy to make out; the wall is long, but only a few metres wide.",
     ],
     "The laboratory's world": [
         "prompt",
