@@ -869,6 +869,7 @@ def test_the_tolerance_of_golden_rows_grows_with_the_range_of_the_rewards(saved)
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(GoldenError):
         verify(saved)
+    assert golden.scale_of([0.2, -3, float("inf")]) == 3  # a broken reward excuses no other
 
 
 def test_golden_rows_of_given_texts_and_without_a_template(tmp_path):

@@ -107,12 +107,13 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
             logger.warning(f"No tokenizer was found in '{adapter}', so none was saved in '{output_dir}' ({error}).")
         loaded = GRMForSequenceClassification.from_pretrained(folder, dtype=dtype)
         outputs = zip(("rewards", "LM logits", "attributes"), expected, _outputs(loaded), strict=True)
+        limit = min(tolerance(loaded), 5e-2)  # one machine: only the sums of weights are rounded again
         for what, before, after in outputs:
             difference = float((after - before).abs().max() / before.abs().max().clamp(min=1))
-            if not difference <= tolerance(loaded):
+            if not difference <= limit:
                 raise _RoundedError(
                     f"Merged into one model, the adapter in '{adapter}' has other {what} (they differ by "
-                    f"{difference:.1e}, relative; {tolerance(loaded):.0e} is rounding). Nothing was written. Use the "
+                    f"{difference:.1e}, relative; {limit:.0e} is rounding). Nothing was written. Use the "
                     "adapter as it is: `GRMForSequenceClassification.from_pretrained` loads it.",
                     loaded.dtype,
                 )
