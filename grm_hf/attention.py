@@ -182,7 +182,8 @@ def _products(q, k, v, mask, dropout, scaling, softcap):
         scores = torch.baddbmm(mask, by_key, k, alpha=scaling)
     else:
         scores = torch.tanh(by_key @ k * (scaling / softcap)) * softcap + mask
-    weights = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # it would keep the weights in float32 as well
+        weights = torch.softmax(scores, -1)  # sums in float32
     return (F.dropout(weights, dropout) @ v).reshape(q.shape[:3] + v.shape[2:])
 
 
