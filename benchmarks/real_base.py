@@ -9,9 +9,10 @@ real preference pairs in the same order. The tests are in and out of distributio
 A unit is one run and one small JSON file, named by a digest of its settings. You may interrupt it: units without a
 file are done again. Each unit is a process of its own, with one thread and a low priority.
 
-Each method has its own learning rate: one run on 600 RMB pairs at each rate of `RATES`, with one seed, judged by the
-log loss on held-out training pairs. The rate then holds for every data set. Only short pairs of `shared/data` beside
-the repository are used: prompt and response have at most 1,000 characters.
+Each method has its own learning rate: one run on 600 RMB pairs at each rate of `RATES` (and at `HIGHER`, where the
+last of these is the best), with one seed, judged by the log loss on held-out training pairs. The rate then holds for
+every data set. Only short pairs of `shared/data` beside the repository are used: prompt and response have at most
+1,000 characters.
 """
 
 import argparse
@@ -76,6 +77,7 @@ RECIPE = {
     "max_tokens_per_batch": 1024,
 }
 RATES = (3e-5, 1e-4, 3e-4)  # candidates, for each method; 1e-5 was worse than 3e-5 for `none`
+HIGHER = 1e-3  # one more, for a method of which the last of them is the best
 SELECTION = {"train": "rmb", "pairs": 600, "flipped": 0.0, "seed": 1000}
 # Training set: file, and how many of its pairs are held out (whole prompts): RMB's to choose the learning rate,
 # PandaLM's as a test set.
@@ -139,10 +141,10 @@ def common(origin: str, method: str = "") -> dict:
     return {**objective, "base": origin, "precision": precision(), "recipe": RECIPE, "short": SHORT}
 
 
-def selection_units(method: str, origin: str) -> list[dict]:
+def selection_units(method: str, origin: str, rates: tuple[float, ...] = RATES) -> list[dict]:
     return [
         {"kind": "select", "method": method, "learning_rate": rate, **SELECTION, **common(origin, method)}
-        for rate in RATES
+        for rate in rates
     ]
 
 
@@ -170,15 +172,30 @@ def file_of(settings: dict, results: Path) -> Path:
     return results / f"{digest(settings)}.json"
 
 
+def candidate_rates(losses: dict[float, float]) -> tuple[float, ...]:
+    """The rates that a method needs, given the log losses on held-out pairs that are known."""
+    at_the_end = set(RATES) <= set(losses) and min(RATES, key=losses.__getitem__) == RATES[-1]
+    return (*RATES, HIGHER) if at_the_end else RATES
+
+
+def best_rate(losses: dict[float, float]) -> float | None:
+    """The rate with the lowest log loss on held-out pairs, or `None` while one is missing."""
+    rates = candidate_rates(losses)
+    return min(rates, key=losses.__getitem__) if set(rates) <= set(losses) else None
+
+
+def selection_losses(method: str, origin: str, results: Path) -> dict[float, float]:
+    paths = {
+        settings["learning_rate"]: file_of(settings, results)
+        for settings in selection_units(RATE_OF.get(method, method), origin, (*RATES, HIGHER))
+    }
+    return {
+        rate: json.loads(path.read_text())["held_out"]["log_loss"] for rate, path in paths.items() if path.is_file()
+    }
+
+
 def chosen_rate(method: str, origin: str, results: Path) -> float | None:
-    """The rate with the lowest log loss on held-out pairs, or `None` while one of its runs is missing."""
-    losses = {}
-    for settings in selection_units(RATE_OF.get(method, method), origin):
-        path = file_of(settings, results)
-        if not path.is_file():
-            return None
-        losses[settings["learning_rate"]] = json.loads(path.read_text())["held_out"]["log_loss"]
-    return min(losses, key=losses.__getitem__)
+    return best_rate(selection_losses(method, origin, results))
 
 
 def units(origin: str, results: Path) -> list[dict]:
@@ -187,7 +204,7 @@ def units(origin: str, results: Path) -> list[dict]:
     for runs in (plan(), objectives_plan()):
         for method, data in runs:
             if method not in RATE_OF and method not in {unit.get("method") for unit in named}:
-                named += selection_units(method, origin)
+                named += selection_units(method, origin, candidate_rates(selection_losses(method, origin, results)))
             rate = chosen_rate(method, origin, results)
             if rate is not None:
                 named.append(run_unit(method, data, rate, origin))

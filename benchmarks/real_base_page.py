@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from real_base import METHODS, PROMPTS, RATES, RESULTS, ROOT, SELECTION, TESTS, plan
+from real_base import HIGHER, METHODS, PROMPTS, RATES, RESULTS, ROOT, SELECTION, TESTS, best_rate, plan
 
 from grm_hf.metrics import accuracy, pair_margins, pair_wins, seed_interval, strata_interval
 
@@ -305,14 +305,15 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
         "- A seed draws the pairs, the labels, their order and the head. Within a seed all methods share these; "
         "only `linear` has a head of its own.",
         "- Each method has its own learning rate, for all training sets. "
-        f"Of {', '.join(f'{rate:g}' for rate in RATES)} it has the lowest log loss on {_held_out(selection)} held-out "
-        f"RMB training pairs after training on {SELECTION['pairs']} others, with one seed that is not used again. "
+        f"Of {', '.join(f'{rate:g}' for rate in RATES)} (and {HIGHER:g}, where the last of these is the best) it has "
+        f"the lowest log loss on {_held_out(selection)} held-out RMB training pairs after training on "
+        f"{SELECTION['pairs']} others, with one seed that is not used again. "
         + "; ".join(
-            f"{method} {min(RATES, key=found.__getitem__):g} ("
+            f"{method} {best_rate(found):g} ("
             + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in found.items())
             + ")"
             for method, found in rates.items()
-            if set(RATES) <= set(found)
+            if best_rate(found)
         )
         + _waiting(rates),
         "- All pairs are short: prompt and response have at most 1,000 characters. No prompt of a test set is in a "
@@ -347,7 +348,7 @@ def _held_out(selection) -> str:
 
 
 def _waiting(rates) -> str:
-    missing = [method for method, found in rates.items() if not set(RATES) <= set(found)]
+    missing = [method for method, found in rates.items() if not best_rate(found)]
     chosen = ". " if len(missing) < len(rates) else ""
     return f"{chosen}Not chosen yet: {', '.join(missing)}." if missing else "."
 

@@ -85,6 +85,11 @@ def test_a_method_waits_for_its_learning_rate(tmp_path):
         found = {"held_out": {"log_loss": losses[unit["learning_rate"]]}}
         real_base.write(real_base.file_of(unit, tmp_path), found)
     assert real_base.chosen_rate("sft", ORIGIN, tmp_path) == real_base.RATES[1]
+    rising = dict(zip(real_base.RATES, (0.70, 0.65, 0.60), strict=True))  # the best may lie beyond the last
+    assert real_base.candidate_rates(rising) == (*real_base.RATES, real_base.HIGHER)
+    assert real_base.best_rate(rising) is None
+    assert real_base.best_rate(rising | {real_base.HIGHER: 0.61}) == real_base.RATES[-1]
+    assert real_base.best_rate(rising | {real_base.HIGHER: 0.59}) == real_base.HIGHER
     assert real_base.chosen_rate("none", ORIGIN, tmp_path) is None
     assert "gold" not in kinds()  # it waits for the rate of `none`
     named = [unit for unit in real_base.units(ORIGIN, tmp_path) if unit["kind"] == "run"]
@@ -257,7 +262,7 @@ def test_the_page_says_what_the_intervals_say(tmp_path):
     assert "| 1,200 RMB pairs | RMB | 0 | | | | too few seeds yet |" in text
     assert "sft 3e-05 (0.0000 at 3e-05" in text and "Not chosen yet: linear, dpo_noref, dpo." in text
     assert "perplexity on HHH's chosen answers is 14.0 before training, 18.50 ± 2.05 after" in text
-    assert "It has" not in text and "Of 3e-05, 0.0001, 0.0003 it has the lowest log loss on 200 held-out RMB" in text
+    assert "It has" not in text and "is the best) it has the lowest log loss on 200 held-out RMB" in text
     assert "Units by device: cpu 22." in text
     assert f"| {page.PROMPTS[0]} | We are | I \\| none | I \\| sft |" in text
     # The first rows are right: 36, 37 or 38 of 60, twelve more with sft; plain, elaborate and equal style in turn.
