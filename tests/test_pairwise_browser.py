@@ -167,6 +167,17 @@ def arrived(page, place="verdict"):
     return page.locator(f"#{place}")
 
 
+def go_to(page, tab):
+    """As a visitor: what does not fit into a narrow page, gradio puts behind a button."""
+    named = page.get_by_role("tab", name=tab)
+    more = page.get_by_role("button", name="More tabs")
+    named.or_(more).filter(visible=True).first.wait_for()
+    if not named.is_visible():
+        more.click()
+        named = page.get_by_role("button", name=tab, exact=True)
+    named.click()
+
+
 def shown(page):
     """The rewards in the verdict."""
     return page.locator("#verdict .value").all_inner_texts()
@@ -362,11 +373,11 @@ def test_every_mistake_gets_a_sentence(visit):
         expect(said, words)
     box(page, "model").fill(NAME)
     box(page, "model").press("Enter")
-    page.get_by_role("tab", name="Best of n").click()
+    go_to(page, "Best of n")
     box(page, "answers").fill("only one")
     page.locator("#rank-button").click()
     expect(page.locator("#ranking .problem"), "There is 1 answer; 2 to 32 are required")
-    page.get_by_role("tab", name="Batch").click()
+    go_to(page, "Batch")
     for text, words in (
         ("", "nothing to score"),
         (f"a,{EVIL}", "The first line must name the columns"),
@@ -381,7 +392,7 @@ def test_every_mistake_gets_a_sentence(visit):
 
 def test_ranking_and_table(scorer, visit, tmp_path):
     page = visit("__theme=light")
-    page.get_by_role("tab", name="Best of n").click()
+    go_to(page, "Best of n")
     answers = box(page, "answers").input_value().splitlines()
     page.locator("#rank-button").click()
     expected = scorer.best_of_n(box(page, "many-prompt").input_value(), answers)
@@ -391,7 +402,7 @@ def test_ranking_and_table(scorer, visit, tmp_path):
     assert values == [signed(expected.scores[i]) for i in expected.order]
     picture(page, "best_of_n")
 
-    page.get_by_role("tab", name="Batch").click()
+    go_to(page, "Batch")
     page.locator("#batch-button").click()
     expect(arrived(page, "report"), "on 6 pairs")
     picture(page, "batch")
@@ -410,29 +421,29 @@ def test_ranking_and_table(scorer, visit, tmp_path):
     )
     assert [row[f"{s}_reward"] for row in saved for s in ("chosen", "rejected")] == pytest.approx(scores, rel=1e-4)
     assert page.evaluate("window.hacked") is None and page.locator("#report img").count() == 0
-    page.get_by_role("tab", name="About").click()
+    go_to(page, "About")
     page.get_by_text("ann/demo").wait_for()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_narrow_in_both_themes(visit, theme):
-    page = visit(query(__theme=theme), width=390, device_scale_factor=1.5 if SCREENSHOTS else 1)
+@pytest.mark.parametrize(("theme", "width"), [("light", 390), ("dark", 390), ("light", 340)])
+def test_narrow_in_both_themes(visit, theme, width):
+    page = visit(query(__theme=theme), width=width, device_scale_factor=1.5 if SCREENSHOTS else 1)
     arrived(page)
     assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
     assert page.locator("#verdict h2").bounding_box()["y"] < 300  # the page has gone there
-    if theme == "light":
+    if (theme, width) == ("light", 390):
         picture(page, "compare_narrow")
     upper, lower = (page.locator(f"#answer-{name}").bounding_box() for name in "ab")
     assert upper["y"] + upper["height"] <= lower["y"] and upper["width"] > 250
     for part in page.locator("#verdict .rm > *, #comparison .rm > *").all():
         if found := part.bounding_box():
-            assert found["x"] >= 0 and found["x"] + found["width"] <= 390, part.inner_html()[:200]
+            assert found["x"] >= 0 and found["x"] + found["width"] <= width, part.inner_html()[:200]
     for tab, button, result in (("Best of n", "rank", "ranking"), ("Batch", "batch", "report"), ("About", None, None)):
-        page.get_by_role("tab", name=tab).click()
+        go_to(page, tab)
         if button:
             page.locator(f"#{button}-button").click()
             arrived(page, result)
-        assert page.evaluate("document.documentElement.scrollWidth") == 390, tab
+        assert page.evaluate("document.documentElement.scrollWidth") == width, tab
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -455,7 +466,7 @@ def test_axe_finds_nothing(visit, theme, width):
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((e) => Number(e.tagName[1]))")
     assert levels[0] == 1 and all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
     for tab, button, result in (("Best of n", "rank", "ranking"), ("Batch", "batch", "report"), ("About", None, None)):
-        page.get_by_role("tab", name=tab).click()
+        go_to(page, tab)
         if button:
             page.locator(f"#{button}-button").click()
             arrived(page, result)
