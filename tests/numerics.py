@@ -11,13 +11,16 @@ import torch
 import transformers
 from tiny import BFLOAT16, FLOAT32, alone, pad, score, texts, tiny_lm
 
-from grm_hf import GRMForSequenceClassification
-from grm_hf.scoring.golden import HALF, TOLERANCES
+from grm_hf import GRMForSequenceClassification, GRMScorer
+from grm_hf.base import load_pairs
+from grm_hf.scoring.golden import FILE, HALF, TOLERANCES, read_rows, scale_of
 
 
 SHAPES = {"tiny": {}, "small": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8)}
 FAMILIES = ("llama", "gpt2", "bloom", "gemma2", "gemma3_text", "mixtral", "qwen3")
 ROWS, LONGEST, BATCHES = 64, 48, (2, 8, 64)
+TRAINED, PAIRS = Path(__file__).parent.parent / "models" / "grm-smollm2-135m", 50  # of the shipped test split
+LAYOUTS = ("padded", "packed", "shared_prefix")
 
 PAGE = """# How exact a score is
 
@@ -30,12 +33,28 @@ max(1, |reward|); each entry is the largest over {rows} texts of 1 to {longest} 
 
 Measured with torch {torch}, transformers {transformers}, on one thread of a CPU ({machine}), on models with random
 weights: "tiny" has hidden size 32 and 2 layers, "small" hidden size 256 and 8 layers. Nothing here was measured on a
-GPU or on a trained model: kernels and magnitudes differ there. Rewards of these models have a standard deviation of
-{spread}.
+GPU: kernels differ there. Rewards of these models have a standard deviation of {spread}.
+
+## Random weights
 
 | model | float32: batch against alone | bfloat16 body: batch against alone | bfloat16 against float32 body, alone |
 |---|---|---|---|
 {table}
+
+## A trained model
+
+`models/grm-smollm2-135m` on both answers of {pairs} pairs of the shipped test split: {texts} texts of {tokens} tokens.
+Its rewards have a standard deviation of {trained[spread]:.2f}. A difference is relative to the largest reward,
+{trained[scale]:.1f}, as `grm verify` counts it.
+
+| what is compared | root mean square | largest |
+|---|---|---|
+{trained_table}
+
+bfloat16 moves its golden rewards by at most {trained[golden]:.0e} of the largest of them. In {trained[turned]} of
+{pairs} pairs it changes which answer is better.
+
+## What follows
 
 - Tests hold the tiny models to {single:.0e} in float32 (twice that where a family rounds more often) and the tiny
   llama to {half:.0e} with a bfloat16 body, batch against alone. The small models show how both grow with width and
@@ -98,8 +117,41 @@ def measure(family, shape):
     )
 
 
+def against(found, wanted, scale):
+    """Root mean square and largest of the differences, relative to `scale`."""
+    moved = (torch.tensor(found, dtype=torch.float64) - torch.tensor(wanted, dtype=torch.float64)) / scale
+    return float(moved.square().mean().sqrt()), float(moved.abs().max())
+
+
+def measure_trained():
+    pairs = load_pairs("test").shuffle(seed=0).select(range(PAIRS)).to_list()
+    rows = [{"prompt": pair["prompt"], "response": pair[side]} for pair in pairs for side in ("chosen", "rejected")]
+    alone_in, compared, golden = {}, {}, {}
+    for dtype in ("float32", "bfloat16"):
+        scorer = GRMScorer(str(TRAINED), dtype=dtype, deterministic=True)
+        alone_in[dtype] = scorer.score(rows)
+        golden[dtype] = scorer.score([row["chat"] for row in read_rows(TRAINED / FILE)["rows"]])
+        for layout in LAYOUTS:
+            batched = GRMScorer(scorer.model, scorer.tokenizer, layout=layout, max_tokens_per_batch=2048)
+            compared[f"{dtype}: batches, {layout}, against alone"] = batched.score(rows), alone_in[dtype]
+    compared["bfloat16 against float32 body, alone"] = alone_in["bfloat16"], alone_in["float32"]
+    scale = scale_of(alone_in["float32"])
+    lengths = sorted(len(scorer.encoder.encode_chat(row).ids) for row in rows)
+    better = [[a > b for a, b in zip(scores[::2], scores[1::2], strict=True)] for scores in alone_in.values()]
+    return dict(
+        texts=len(rows),
+        tokens=f"{lengths[0]} to {lengths[-1]}",
+        spread=float(torch.tensor(alone_in["float32"]).std()),
+        scale=scale,
+        golden=against(golden["bfloat16"], golden["float32"], scale_of(golden["float32"]))[1],
+        turned=sum(a != b for a, b in zip(*better, strict=True)),
+        differences={name: against(*both, scale) for name, both in compared.items()},
+    )
+
+
 def main():
     torch.set_num_threads(1)
+    trained = measure_trained()
     found = {(family, shape): measure(family, shape) for shape in SHAPES for family in FAMILIES}
     table = "\n".join(
         f"| {family}, {shape} | {row['single']:.1e} | {row['half']:.1e} | {row['dtype']:.1e} |"
@@ -115,6 +167,13 @@ def main():
         machine=platform.machine(),
         spread=f"{min(spreads):.2f} to {max(spreads):.2f}",
         table=table,
+        pairs=PAIRS,
+        texts=trained["texts"],
+        tokens=trained["tokens"],
+        trained=trained,
+        trained_table="\n".join(
+            f"| {name} | {rms:.1e} | {most:.1e} |" for name, (rms, most) in trained["differences"].items()
+        ),
         single=FLOAT32,
         half=BFLOAT16,
         golden=TOLERANCES["float32"],

@@ -415,9 +415,9 @@ def test_an_id_that_is_there_twice_is_refused(tmp_path, suite):
 
 def test_wrong_files(tmp_path):
     for name, text, words in (
-        ("a.jsonl", json.dumps(FILES["rewardbench"]()["filtered.jsonl"][0]) + "\nx\n", "a.jsonl, row 2 is not JSON"),
+        ("a.jsonl", json.dumps(FILES["rewardbench"]()["filtered.jsonl"][0]) + "\nx\n", "row 2: it is not JSON"),
         ("b.json", "{}", "b.json holds dict {}; a list of rows is required"),
-        ("c.json", "[1", "c.json is not JSON"),
+        ("c.json", "[1", "c.json: it is not JSON"),
         ("d.json", "[3]", "d.json, row 1: int 3 is no row"),
         ("e.jsonl", "", "e.jsonl is empty"),
         ("f.jsonl", "\n\n", "f.jsonl is empty"),

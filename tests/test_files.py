@@ -141,6 +141,7 @@ def test_a_cell_above_the_limit_of_csv(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "a.jsonl, line 2: it is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', "a.jsonl, line 2: this is list"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: it is not JSON"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}', "line 1: it is not JSON: an object has the name 'text' twice"),
         ("a.json", b'[{"text": "a"}, 3]', "a.json, item 2: this is int"),
         ("a.json", b'[{"text": "a"}', "a.json: it is not JSON"),
         ("a.csv", b"text\na,b\n", "a.csv, line 2: the row has more cells"),

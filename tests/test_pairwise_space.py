@@ -512,6 +512,7 @@ def test_a_model_that_overflows_is_named(space):
         ('prompt,chosen,rejected\na,"b"x,c', "is no CSV"),
         ("prompt,chosen,rejected\n" + "a,b,c\n" * 201, "has more than 200 pairs"),
         ('{"prompt": "a"', "Line 1 is no JSON"),
+        ('{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', "JSON: “chosen” is there twice"),
         ('{"prompt": "a", "chosen": "b"}', "Line 1 needs"),
         ('{"prompt": "a", "chosen": "b", "rejected": 3}', "“chosen” is text, “rejected” is a number"),
         ('{"chosen": "b", "rejected": "c"}', "Line 1 needs a “prompt”, unless both"),

@@ -21,6 +21,7 @@ from trainers import CHATS, TOKENIZER, base, grm, logged, lora, pairs, rows, sco
 
 pytest.importorskip("trl", reason="needs the extra `train`")
 
+import peft  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -816,6 +817,28 @@ def test_no_dropout_is_left(tmp_path, family):
         run.model.train()
         found = [run.compute_loss(run.model, dict(batch)).item() for _ in range(3)]
         assert len(set(found)) == (1 if disable else 3)
+
+
+NOISY_ADAPTERS = {
+    "LoraConfig": {"r": 2, "lora_dropout": 0.5, "init_lora_weights": False},
+    "LoHaConfig": {"r": 2, "rank_dropout": 0.5, "module_dropout": 0.5, "init_weights": False},
+    "LoKrConfig": {"r": 2, "rank_dropout": 0.5, "module_dropout": 0.5, "init_weights": False},
+    "BOFTConfig": {"boft_block_size": 4, "boft_dropout": 0.5, "init_weights": False},
+}
+
+
+@pytest.mark.parametrize("kind", NOISY_ADAPTERS)
+def test_no_dropout_is_left_in_adapters(tmp_path, caplog, kind):
+    for disable in (False, True):
+        adapter = getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **NOISY_ADAPTERS[kind])
+        given = {"alpha": 0.5, "disable_dropout": disable, "layout": "padded"}
+        run = trainer(tmp_path / str(disable), peft_config=adapter, **given)
+        batch = run.data_collator([run.train_dataset[i] for i in range(4)])
+        run.model.train()
+        found = [run.compute_loss(run.model, dict(batch)).item() for _ in range(4)]
+        assert (len(set(found)) == 1) == disable
+    rates = [name for name in NOISY_ADAPTERS[kind] if name.endswith("dropout")]
+    assert all(f"`{name}=0.5` is ignored" in caplog.text for name in rates)
 
 
 def test_tokens_and_positions_outside_of_the_model_are_refused(tmp_path):

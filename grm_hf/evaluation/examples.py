@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..encoding import THINKING_KEYS, require_whole
-from ..scoring.files import csv_rows
+from ..scoring.files import csv_rows, parsed_json
 
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
@@ -286,10 +286,7 @@ def _values(file: Path) -> Iterable[Any]:
         return [cells for _, cells in csv_rows(text, file.name)]
     if suffix == ".jsonl":
         return _lines(text, file.name)
-    try:
-        content = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    content = parsed_json(text, file.name) if text.strip() else []
     if isinstance(content, list):
         return content
     raise ValueError(f"{file.name} holds {_shown(content)}; a list of rows is required.")
@@ -297,10 +294,7 @@ def _values(file: Path) -> Iterable[Any]:
 
 def _lines(text: str, name: str) -> Iterator[Any]:
     for number, line in enumerate((line for line in text.split("\n") if line.strip()), 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, row {number} is not JSON: {error}") from None
+        yield parsed_json(line, f"{name}, row {number}")
 
 
 class Source(NamedTuple):

@@ -103,21 +103,33 @@ def _checked(content: Any, place: str) -> Row:
     return Row(place, {key: value for key, value in content.items() if value is not None and value == value})
 
 
-def _parsed(text: str, place: str) -> Any:
+def parsed_json(text: str, place: str) -> Any:
+    """
+    Raises:
+        `ValueError`: it is not JSON, or a name is there twice in an object (of which Python keeps the last).
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: it is not JSON: {error}") from None
+
+
+def _named_once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"an object has the name {next(n for n in names if names.count(n) > 1)!r} twice")
+    return found
 
 
 def _jsonl(text: str, name: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):  # not `splitlines`, which also splits at U+2028
         if line.strip():
-            yield _checked(_parsed(line, f"{name}, line {number}"), f"{name}, line {number}")
+            yield _checked(parsed_json(line, f"{name}, line {number}"), f"{name}, line {number}")
 
 
 def _json(text: str, name: str) -> Iterator[Row]:
-    for number, content in enumerate(_parsed(text, name), 1):
+    for number, content in enumerate(parsed_json(text, name), 1):
         yield _checked(content, f"{name}, item {number}")
 
 

@@ -54,7 +54,6 @@ logger = logging.get_logger(__name__)
 TEXT_KEYS = ("text_index", "text_targets", "text_owner")
 EVAL_RESULTS = ".eval_results/grm_hf.yaml"
 # Rates of `nn.Dropout` in heads and adapters, which TRL sets to 0.
-DROPOUT = ("head_dropout", "lora_dropout", "vera_dropout", "vblora_dropout", "randlora_dropout")
 
 
 class GRMRewardTrainer(RewardTrainer):
@@ -865,7 +864,7 @@ def _warn_of_dropout(config, peft_config, args):
         return
     for owner in (config, peft_config):
         for name, rate in list(vars(owner).items()) if owner is not None else ():
-            if name in DROPOUT and rate:
+            if name.endswith("dropout") and rate:
                 logger.warning(f"`{name}={rate}` is ignored: TRL sets every dropout to 0. Set disable_dropout=False.")
 
 
@@ -913,11 +912,15 @@ def _unwrapped(model):
 
 def _disable_functional_dropout(model):
     """Set dropout rates to 0 that TRL does not reach. TRL sets `nn.Dropout` modules to 0; some families keep the rate
-    in another module (OPT, Bloom, ...) or in the configuration (Falcon)."""
+    in another module (OPT, Bloom, ...) or in the configuration (Falcon), some adapters by their names (LoHa, LoKr) or
+    in a module of their own (BOFT)."""
     for owner in (*model.modules(), _unwrapped(model).config.text_config):
+        own_kind = "Dropout" in type(owner).__name__
         for name, value in list(vars(owner).items()):
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in name or (own_kind and name == "p")):
                 setattr(owner, name, 0.0)
+            elif isinstance(value, dict) and name in ("rank_dropout", "module_dropout"):
+                value.update(dict.fromkeys(value, 0.0))
 
 
 def _moments_of(checkpoint):

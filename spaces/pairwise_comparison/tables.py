@@ -47,8 +47,15 @@ def read_json(text: str, name: str):
     def refuse(constant):
         raise ValueError(f"{constant} is no number")
 
+    def named_once(fields):
+        found = dict(fields)
+        if len(found) < len(fields):
+            names = [name for name, _ in fields]
+            raise ValueError(f"“{next(n for n in names if names.count(n) > 1)[:40]}” is there twice")
+        return found
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=named_once)
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply.") from None
     except ValueError as error:
