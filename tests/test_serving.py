@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import yaml
 from client import close, post, refused
 from tiny import OTHER_HEADS, bare_tokenizer, chat_grm, chatml_tokenizer, llama_tokenizer, tiny_lm, with_head
 
@@ -44,6 +46,8 @@ from grm_hf.serving.tokens import inexact_forms  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "serving.md"
+PAGE_TEXT = PAGE.read_text(encoding="utf-8")
 QUESTION = [{"role": "user", "content": "Name a river."}]
 ANSWERS = ["The Danube.", "Rhine", "I do not know of any river, sorry.", ""]
 
@@ -171,6 +175,37 @@ def test_the_client_of_verl(served, scorer, rewards, client):
         return MagicMock(__len__=lambda _: 1, __getitem__=lambda _, index: row)
 
     found = [asyncio.run(worker.compute_score_disrm(sample(answer)))["reward_score"] for answer in ANSWERS[:3]]
+    assert found == close(rewards)
+
+
+def test_the_settings_of_trainers_that_the_page_names():
+    """They are in the sources of the trainers' newest releases."""
+    read = {"openrlhf": "cli/train_ppo_ray.py", "llamafactory": "hparams/finetuning_args.py"}
+    read["verl"] = "trainer/config/reward/reward.yaml"
+    if not all(CLIENTS.joinpath(name, path).is_file() for name, path in read.items()):
+        pytest.skip("needs the clients of the trainers: `make .venv/clients.done`, or GRM_CLIENTS")
+    text = {name: CLIENTS.joinpath(name, path).read_text(encoding="utf-8") for name, path in read.items()}
+    assert "`--reward.remote_url http://" in PAGE_TEXT and '"--reward.remote_url"' in text["openrlhf"]
+    assert "`reward_model_type: api`" in PAGE_TEXT and re.search(r"reward_model_type: .*\"api\"", text["llamafactory"])
+    settings = yaml.safe_load(text["verl"])
+    recipe = (ROOT / "examples/recipes/verl_reward.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<!\+)\breward\.([a-z_.]+)[=`]", PAGE_TEXT + recipe))
+    assert {"reward_model.enable", "custom_reward_function.path", "custom_reward_function.name"} < named
+    for name in named:
+        part = settings
+        for key in name.split("."):
+            assert key in part, name
+            part = part[key]
+    assert '"VERL_USE_EXTERNAL_MODULES"' in CLIENTS.joinpath("verl/__init__.py").read_text(encoding="utf-8")
+    # Transformers then knows the type of the folder.
+    code = "import sys, transformers, grm_hf; transformers.AutoConfig.for_model('grm')"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_recipe_of_verl_asks_a_server(served, rewards):
+    recipe = runpy.run_path(str(ROOT / "examples/recipes/verl_reward.py"))
+    given = dict(data_source="chat", ground_truth=None, extra_info={"prompt": QUESTION}, model=served)
+    found = [recipe["compute_score"](solution_str=answer, **given) for answer in ANSWERS[:3]]
     assert found == close(rewards)
 
 
@@ -964,7 +999,6 @@ def test_what_an_engine_makes_other_ids_of():
     assert inexact_forms(llama_tokenizer(), config) == ["messages", "text"]
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 EXAMPLE = re.compile(r"```text\nPOST (\S+)\n(.*?)\n```\n```json\n(.*?)\n```", re.DOTALL)
 
 

@@ -82,6 +82,15 @@ def write(folder, grm, tokenizer):
     return str(folder)
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What vLLM and the plugin log."""
+    import vllm.logger  # noqa: F401  (sets the next line back when it is first imported)
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
 @contextlib.contextmanager
 def engine(folder, **settings):
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -160,26 +169,25 @@ def test_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float16), ("gemma2", torch.bfloat16)])
-def test_the_dtype_that_vllm_chooses_is_said(tmp_path, caplog, family, dtype):
+def test_the_dtype_that_vllm_chooses_is_said(tmp_path, said, family, dtype):
     """For a folder in float32 it takes float16, in which Gemma 2 cannot be computed."""
     grm, tokenizer = model(family)
     folder = write(tmp_path / "grm", grm, tokenizer)
-    logging.getLogger("vllm").propagate = True
     scorer = GRMScorer(grm, tokenizer)
     with engine(folder, dtype="auto") as llm:
         found = ask(llm, [scorer.encode(chat).ids for chat in CHATS])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         assert {part.dtype for part in runner.model.lm.parameters()} == {dtype}
     assert found == pytest.approx(scorer.score(CHATS), abs=BF16) and found != close(scorer.score(CHATS))
-    assert f"is computed in {str(dtype).removeprefix('torch.')}" in caplog.text
-    assert "`--dtype float32` gives those of GRMScorer" in caplog.text
-    assert ("cannot be computed in float16" in caplog.text) == (family == "gemma2")
+    assert f"is computed in {str(dtype).removeprefix('torch.')}" in said.text
+    assert "`--dtype float32` gives those of GRMScorer" in said.text
+    assert ("cannot be computed in float16" in said.text) == (family == "gemma2")
 
 
 def test_what_verl_does_to_a_model_before_it_asks(tmp_path):
     """Its reward loop starts vLLM itself and patches what it serves: verl.workers.rollout.vllm_rollout.utils, and
     verl.utils.vllm.patch for models with experts."""
-    grm, tokenizer = model("qwen3")
+    grm, tokenizer = model("qwen3", head_hidden_size=48)
     folder = write(tmp_path / "grm", grm, tokenizer)
     scorer = GRMScorer(grm, tokenizer)
     with engine(folder) as llm:
@@ -229,15 +237,14 @@ def test_a_family_that_vllm_lacks_or_that_keeps_a_state(tmp_path, family):
         vllm.LLM(str(tmp_path), runner="pooling", enforce_eager=True)
 
 
-def test_templates_that_are_not_enough(tmp_path, caplog):
+def test_templates_that_are_not_enough(tmp_path, said):
     """A folder whose template does not end a turn: ids are exact, and the plugin says to send them."""
     grm, tokenizer = model("llama", bare_tokenizer())
     folder = write(tmp_path / "grm", grm, tokenizer)
-    logging.getLogger("vllm").propagate = True
     with engine(folder) as llm:
         scorer = GRMScorer(grm, tokenizer)
         assert ask(llm, [scorer.encode(chat).ids for chat in CHATS]) == close(scorer.score(CHATS))
-    assert "Of messages and text, vLLM does not make the token ids of training" in caplog.text
+    assert "Of messages and text, vLLM does not make the token ids of training" in said.text
 
 
 def test_adapters_are_merged_first(tmp_path):
