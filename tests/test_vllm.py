@@ -268,6 +268,15 @@ def test_registering_twice_changes_nothing():
     assert ModelRegistry.models[ARCHITECTURE] is before
 
 
+def test_the_api_key_of_vllm_guards_what_the_page_says():
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    from grm_hf.serving.routes import ROUTES
+
+    guarded = [route.path for route in ROUTES.values() if route.path.startswith(GUARDED_PREFIX)]
+    assert guarded == ["/v1/score/evaluation"]
+
+
 @pytest.mark.parametrize(
     ("family", "head_type"), [("qwen2", "linear"), ("qwen3", "linear"), ("llama", "mlp"), ("qwen2", "mlp")]
 )
