@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,26 @@ print(scorer.best_of_n("one", ["two", "three"]).scores, scorer.score_pairs([{{"c
 """
     done = alone(code, EXTRAS, folder)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_entry_points_of_vllm_are_light():
+    """It resolves them whenever it starts, in each of its processes."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        groups = tomllib.load(file)["project"]["entry-points"]
+    targets = [*groups["vllm.general_plugins"].values(), *groups["vllm.endpoint_plugins"].values()]
+    assert len(targets) == 6
+    code = f"""
+import importlib
+for target in {targets}:
+    module, _, name = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+import torch
+assert not torch.cuda.is_initialized()
+print([name for name in sys.modules if name.startswith(("grm_hf.scoring", "grm_hf.serving.")) and sys.modules[name]])
+"""
+    done = alone(code, f"{EXTRAS} fastapi uvicorn")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "['grm_hf.serving.vllm_plugin']"
 
 
 def test_an_adapter_is_staged_for_a_push_without_trl(folder, tmp_path):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import yaml
 from client import close, post, refused
 from tiny import OTHER_HEADS, bare_tokenizer, chat_grm, chatml_tokenizer, llama_tokenizer, tiny_lm, with_head
 
@@ -40,10 +42,12 @@ import uvicorn  # noqa: E402
 from grm_hf.rewards.remote import PROTOCOLS, RemoteScorer  # noqa: E402
 from grm_hf.serving.routes import ROUTES, sentence  # noqa: E402
 from grm_hf.serving.server import Batcher, Limits, is_loopback, make_app, serve  # noqa: E402
-from grm_hf.serving.tokens import template_is_exact  # noqa: E402
+from grm_hf.serving.tokens import inexact_forms  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "serving.md"
+PAGE_TEXT = PAGE.read_text(encoding="utf-8")
 QUESTION = [{"role": "user", "content": "Name a river."}]
 ANSWERS = ["The Danube.", "Rhine", "I do not know of any river, sorry.", ""]
 
@@ -174,6 +178,37 @@ def test_the_client_of_verl(served, scorer, rewards, client):
     assert found == close(rewards)
 
 
+def test_the_settings_of_trainers_that_the_page_names():
+    """They are in the sources of the trainers' newest releases."""
+    read = {"openrlhf": "cli/train_ppo_ray.py", "llamafactory": "hparams/finetuning_args.py"}
+    read["verl"] = "trainer/config/reward/reward.yaml"
+    if not all(CLIENTS.joinpath(name, path).is_file() for name, path in read.items()):
+        pytest.skip("needs the clients of the trainers: `make .venv/clients.done`, or GRM_CLIENTS")
+    text = {name: CLIENTS.joinpath(name, path).read_text(encoding="utf-8") for name, path in read.items()}
+    assert "`--reward.remote_url http://" in PAGE_TEXT and '"--reward.remote_url"' in text["openrlhf"]
+    assert "`reward_model_type: api`" in PAGE_TEXT and re.search(r"reward_model_type: .*\"api\"", text["llamafactory"])
+    settings = yaml.safe_load(text["verl"])
+    recipe = (ROOT / "examples/recipes/verl_reward.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<!\+)\breward\.([a-z_.]+)[=`]", PAGE_TEXT + recipe))
+    assert {"reward_model.enable", "custom_reward_function.path", "custom_reward_function.name"} < named
+    for name in named:
+        part = settings
+        for key in name.split("."):
+            assert key in part, name
+            part = part[key]
+    assert '"VERL_USE_EXTERNAL_MODULES"' in CLIENTS.joinpath("verl/__init__.py").read_text(encoding="utf-8")
+    # Transformers then knows the type of the folder.
+    code = "import sys, transformers, grm_hf; transformers.AutoConfig.for_model('grm')"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_recipe_of_verl_asks_a_server(served, rewards):
+    recipe = runpy.run_path(str(ROOT / "examples/recipes/verl_reward.py"))
+    given = dict(data_source="chat", ground_truth=None, extra_info={"prompt": QUESTION}, model=served)
+    found = [recipe["compute_score"](solution_str=answer, **given) for answer in ANSWERS[:3]]
+    assert found == close(rewards)
+
+
 def test_openrlhf(served, scorer, rewards):
     """As its `remote_rm_fn` posts and its actors read."""
     queries = [rendered(scorer, answer) for answer in ANSWERS[:3]]
@@ -234,6 +269,26 @@ def test_verl_and_the_rest_of_classify(served, scorer, rewards):
     assert post(f"{served}/classify", {"messages": chat(ANSWERS[2])})["data"][0]["probs"] == close(rewards[2:])
     pooled = post(f"{served}/pooling", {"input": ids, "task": "classify"})
     assert [row["data"][0] for row in pooled["data"]] == close(rewards) and pooled["data"][2]["index"] == 2
+
+
+@pytest.mark.parametrize("path", ["/classify", "/predict"])
+@pytest.mark.parametrize(("add_bos", "policy"), [(False, "single"), (False, "double"), (True, "double")])
+def test_text_without_the_bos_of_its_template(tmp_path, path, add_bos, policy):
+    """verl takes it off because most tokenizers add it. This one may not, or training may have had two."""
+    scorer = GRMScorer(saved(tmp_path / "grm", llama_tokenizer(add_bos=add_bos), bos_policy=policy))
+    ids, text = list(scorer.encode(chat("Rhine")).ids), rendered(scorer, "Rhine")
+    assert ids[:2].count(scorer.tokenizer.bos_token_id) == 1 + (add_bos and policy == "double")
+    expected, plain = scorer.rewards_of_ids([ids])[0], scorer.score(["plain text"])[0]
+    assert scorer.rewards_of_ids([ids[1:]])[0] != close(expected)
+
+    def ask(text):
+        reply = post(f"{url}{path}", {"inputs" if path == "/predict" else "input": text, **raw})
+        return reply[0]["score"] if path == "/predict" else reply["data"][-1]["probs"][-1]
+
+    raw = {"raw_scores": True} if path == "/predict" else {}
+    with running(scorer) as (_, url):
+        assert [ask(text.removeprefix("<s>")), ask(text)] == close([expected] * 2)
+        assert ask("plain text") == close(plain)
 
 
 def test_score(served, scorer, rewards):
@@ -342,8 +397,11 @@ def test_several_addresses_share_the_work_and_order_is_kept(scorer, served):
     with running(scorer) as (app, second):
         assert RemoteScorer([served, second]).score(chats) == close(expected)
         assert 0 < app.state.engine.scored_texts < 300
-    # One of them is gone: the other does its part.
-    assert RemoteScorer([second, served]).score(chats) == close(expected)
+    # One of them is gone, one goes in the midst of its work: the other does their part.
+    goes = Flaky((None, ""), (None, ""))
+    assert RemoteScorer([second, goes.url, served]).score(chats) == close(expected)
+    goes.join(60)
+    assert not goes.is_alive()
     with pytest.raises(ConnectionError, match="gave no reward in 2 attempts"):
         RemoteScorer(second, retries=1).score(chats[:1])
     with pytest.raises(ValueError, match="`retries` is -1"):
@@ -351,7 +409,7 @@ def test_several_addresses_share_the_work_and_order_is_kept(scorer, served):
 
 
 class Flaky(threading.Thread):
-    """A server that answers each connection by the next of `replies`."""
+    """A server that answers each connection by the next of `replies`, and then goes."""
 
     def __init__(self, *replies):
         super().__init__(daemon=True)
@@ -360,18 +418,21 @@ class Flaky(threading.Thread):
         self.start()
 
     def run(self):
-        for status, body in self.replies:
-            connection, _ = self.listener.accept()
-            with connection:
-                connection.recv(65536)
-                if status:
-                    head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-                    connection.sendall(head.encode() + body.encode())
+        with self.listener:
+            for status, body in self.replies:
+                connection, _ = self.listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    if status:
+                        head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                        connection.sendall(head.encode() + body.encode())
+
+
+GOOD = '{"rewards": [1.5], "tokens": [3], "truncated": [true], "unread": [[]]}'
 
 
 def test_retries_and_replies_that_are_none():
-    good = '{"rewards": [1.5], "tokens": [3], "truncated": [true], "unread": [[]]}'
-    flaky = Flaky((503, "busy"), (None, ""), (200, '{"rewards": [1'), (200, good))
+    flaky = Flaky((503, "busy"), (None, ""), (200, '{"rewards": [1'), (200, GOOD))
     [score] = RemoteScorer(flaky.url).stream(["a"])
     assert (score.score, score.tokens, score.truncated) == (1.5, 3, True)
     for body, words in (
@@ -425,6 +486,25 @@ def test_a_server_that_never_answers_is_left_in_time():
         with pytest.raises(ConnectionError, match="timed out"):
             RemoteScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3, retries=1).score(["a"])
         assert time.monotonic() - start < 10
+
+
+def test_an_address_that_hangs_is_waited_for_once(monkeypatch):
+    """As a machine that is gone: each wait is the whole time limit. Later it is asked again."""
+    asked = []
+
+    def post(url, *_):
+        asked.append(url)
+        if url == "http://gone/score":
+            raise TimeoutError("timed out")
+        return json.loads(GOOD)
+
+    remote = RemoteScorer(["http://gone", "http://there"])
+    monkeypatch.setattr(remote, "_post", post)
+    for rest, expected in ((300.0, ["gone", "there"]), (300.0, ["there"]), (0.0, ["gone", "there"])):
+        monkeypatch.setattr("grm_hf.rewards.remote.REST", rest)
+        asked.clear()
+        assert remote.score(["a"]) == [1.5]
+        assert asked == [f"http://{host}/score" for host in expected]
 
 
 def test_addresses_that_are_none(folder):
@@ -499,6 +579,25 @@ def test_bad_input_gets_one_sentence(served, case):
     code, message = refused(f"{served}/score", body)
     assert code == status and words in message
     assert post(f"{served}/score", {"chats": ["a"]})["rewards"]
+
+
+OTHER_BAD = {
+    "/get_reward": ({}, {"query": "a"}, {"query": []}, {"query": [3]}, {"query": [""]}, {"query": ["\ud83d"]}),
+    "/v1/score/evaluation": ({}, {"messages": "a"}, {"messages": [None]}, {"messages": ["a"], "max_length": 1}),
+    "/slime": ({}, {"prompt": "a"}, {"prompt": 3, "response": "a"}, {"prompt": [{}], "response": "a"}),
+    "/predict": ({}, {"inputs": 3}, {"inputs": []}, {"inputs": [[]]}, {"inputs": "a", "raw_scores": "perhaps"}),
+    "/classify": ({}, {"input": [10**6]}, {"input": "a", "messages": []}, {"messages": [{"role": "user"}]}),
+    "/pooling": ({}, {"input": "a", "task": "embed"}, {"messages": []}, {"messages": QUESTION}),
+}
+
+
+@pytest.mark.parametrize("path", OTHER_BAD)
+def test_bad_input_of_every_route_gets_one_sentence(served, path):
+    for body in (b"{", [], *OTHER_BAD[path]):
+        status, message = refused(served + path, body)
+        assert status == 400 and message, (body, message)
+    assert refused(served + path, b" " * (17 * 2**20))[0] == 413
+    assert {"/score", *OTHER_BAD} == {route.path for route in ROUTES.values()}
 
 
 def test_a_template_of_a_request_is_not_run(served):
@@ -655,7 +754,7 @@ def test_two_hundred_at_once_among_cancelled_and_bad_ones(scorer):
         connection.close()
 
     with running(Counting()) as (app, url):
-        with ThreadPoolExecutor(64) as pool:
+        with ThreadPoolExecutor(240) as pool:
             noise = [pool.submit(cancelled, url, number) for number in range(20)]
             noise += [pool.submit(refused, f"{url}/score", {"chats": [[]]}) for _ in range(20)]
             got = list(pool.map(lambda a: post(f"{url}/score", {"chats": [chat(a)]})["rewards"][0], answers))
@@ -846,6 +945,10 @@ def test_verify_asks_the_server(served, folder, tmp_path, capsys):
         from grm_hf.serving.verify import verify_served
 
         verify_served(other, served)
+    with running(GRMScorer(folder, dtype="bfloat16")) as (_, rounded):  # as vLLM does of itself
+        capsys.readouterr()
+        assert main(["verify", folder, "--url", rounded]) == 1
+        assert "half precision, as vLLM does without `--dtype float32`" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -884,16 +987,18 @@ def test_a_port_that_is_taken(folder):
     assert "grm serve: " in done.stderr and "in use" in done.stderr
 
 
-def test_templates_that_do_not_write_the_ids_of_training():
-    lm = tiny_lm("llama", vocab_size=300)
-    config = GRMForSequenceClassification.from_base(lm).config
-    assert template_is_exact(llama_tokenizer(), config) and template_is_exact(chatml_tokenizer(), config)
-    assert not template_is_exact(bare_tokenizer(), config)  # its turns have no end, and training adds EOS
+def test_what_an_engine_makes_other_ids_of():
+    config = GRMForSequenceClassification.from_base(tiny_lm("llama", vocab_size=300)).config
+    assert not inexact_forms(llama_tokenizer(), config) and not inexact_forms(chatml_tokenizer(), config)
+    assert inexact_forms(bare_tokenizer(), config) == ["messages", "text"]  # no end of turn, and training adds EOS
+    assert inexact_forms(llama_tokenizer(add_bos=False), config) == ["text"]  # the template alone writes BOS
+    bare = llama_tokenizer()
+    bare.chat_template = None
+    assert inexact_forms(bare, config) == ["messages"]
     config.bos_policy = "double"
-    assert not template_is_exact(llama_tokenizer(), config)
+    assert inexact_forms(llama_tokenizer(), config) == ["messages", "text"]
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 EXAMPLE = re.compile(r"```text\nPOST (\S+)\n(.*?)\n```\n```json\n(.*?)\n```", re.DOTALL)
 
 

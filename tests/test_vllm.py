@@ -82,6 +82,13 @@ def write(folder, grm, tokenizer):
     return str(folder)
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What the plugin logs. Its own logger is below vLLM's, which passes nothing on."""
+    monkeypatch.setattr("grm_hf.serving.vllm_plugin.logger", logging.getLogger("said"))
+    return caplog
+
+
 @contextlib.contextmanager
 def engine(folder, **settings):
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -136,6 +143,10 @@ def test_a_folder_as_it_is(tmp_path, case):
         assert [ask(llm, [row])[0] for row in ids] == close(expected)
         rendered = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in CHATS]
         assert ask(llm, rendered) == close(expected)
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+        assert all(text.startswith("<s>") for text in texts)  # which vLLM adds
+        texts = [text.removeprefix("<s>") for text in texts]
+        assert [output.outputs.probs[0] for output in llm.classify(texts, use_tqdm=False)] == close(expected)
         if case == "llama, wider":
             raw = llm.encode([{"prompt_token_ids": list(ids[0])}], pooling_task="classify", use_tqdm=False)
             assert raw[0].outputs.data.tolist() == close(expected[:1])
@@ -153,6 +164,36 @@ def test_bfloat16(tmp_path):
     for ours, theirs in zip(expected, found, strict=True):
         assert abs(ours - theirs) <= BF16 * max(1.0, abs(ours))
     assert found != expected
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float16), ("gemma2", torch.bfloat16)])
+def test_the_dtype_that_vllm_chooses_is_said(tmp_path, said, family, dtype):
+    """For a folder in float32 it takes float16, in which Gemma 2 cannot be computed."""
+    grm, tokenizer = model(family)
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    scorer = GRMScorer(grm, tokenizer)
+    with engine(folder, dtype="auto") as llm:
+        found = ask(llm, [scorer.encode(chat).ids for chat in CHATS])
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        assert {part.dtype for part in runner.model.lm.parameters()} == {dtype}
+    assert found == pytest.approx(scorer.score(CHATS), abs=BF16, rel=BF16) and found != close(scorer.score(CHATS))
+    assert f"is computed in {str(dtype).removeprefix('torch.')}" in said.text
+    assert "`--dtype float32` gives those of GRMScorer" in said.text
+    assert ("cannot be computed in float16" in said.text) == (family == "gemma2")
+
+
+def test_what_verl_does_to_a_model_before_it_asks(tmp_path):
+    """Its reward loop starts vLLM itself and patches what it serves: verl.workers.rollout.vllm_rollout.utils, and
+    verl.utils.vllm.patch for models with experts."""
+    grm, tokenizer = model("qwen3", head_hidden_size=48)
+    folder = write(tmp_path / "grm", grm, tokenizer)
+    scorer = GRMScorer(grm, tokenizer)
+    with engine(folder) as llm:
+        served = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+        original = served.compute_logits
+        served.compute_logits = lambda *args: original(*args)
+        assert len(served.model.layers) == 2 and type(served.model).__name__ == "Qwen3Model"
+        assert ask(llm, [scorer.encode(chat).ids for chat in CHATS]) == close(scorer.score(CHATS))
 
 
 def test_the_longest_text_is_trainings(tmp_path):
@@ -194,15 +235,14 @@ def test_a_family_that_vllm_lacks_or_that_keeps_a_state(tmp_path, family):
         vllm.LLM(str(tmp_path), runner="pooling", enforce_eager=True)
 
 
-def test_templates_that_are_not_enough(tmp_path, caplog):
+def test_templates_that_are_not_enough(tmp_path, said):
     """A folder whose template does not end a turn: ids are exact, and the plugin says to send them."""
     grm, tokenizer = model("llama", bare_tokenizer())
     folder = write(tmp_path / "grm", grm, tokenizer)
-    logging.getLogger("vllm").propagate = True
     with engine(folder) as llm:
         scorer = GRMScorer(grm, tokenizer)
         assert ask(llm, [scorer.encode(chat).ids for chat in CHATS]) == close(scorer.score(CHATS))
-    assert "does not write the token ids of training" in caplog.text
+    assert "Of messages and text, vLLM does not make the token ids of training" in said.text
 
 
 def test_adapters_are_merged_first(tmp_path):
@@ -211,6 +251,9 @@ def test_adapters_are_merged_first(tmp_path):
     folder = write(tmp_path / "grm", grm, tokenizer)
     with pytest.raises(Exception, match="does not support LoRA"):
         with engine(folder, enable_lora=True):
+            pass
+    with pytest.raises(Exception, match="Invalid repository ID or local directory"):  # as the page says
+        with engine(Path(__file__).parents[1] / "models/grm-smollm2-135m"):
             pass
 
 
@@ -223,10 +266,21 @@ def test_registering_twice_changes_nothing():
     assert ModelRegistry.models[ARCHITECTURE] is before
 
 
-@pytest.mark.parametrize("head_type", ["linear", "mlp"])
-def test_exports(tmp_path, head_type):
+def test_the_api_key_of_vllm_guards_what_the_page_says():
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    from grm_hf.serving.routes import ROUTES
+
+    guarded = [route.path for route in ROUTES.values() if route.path.startswith(GUARDED_PREFIX)]
+    assert guarded == ["/v1/score/evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("family", "head_type"), [("qwen2", "linear"), ("qwen3", "linear"), ("llama", "mlp"), ("qwen2", "mlp")]
+)
+def test_exports(tmp_path, family, head_type):
     """What `grm export` writes, without the plugin's class: a native classifier, and the model of vLLM's own."""
-    grm, tokenizer = model("qwen2" if head_type == "linear" else "llama", head_type=head_type, head_hidden_size=48)
+    grm, tokenizer = model(family, head_type=head_type, head_hidden_size=48)
     folder = write(tmp_path / "grm", grm, tokenizer)
     export(folder, tmp_path / "native")
     scorer = GRMScorer(grm, tokenizer)

@@ -1,15 +1,15 @@
-"""A Generalizable Reward Model as verl's custom reward function. For whole batches:
+"""A Generalizable Reward Model as verl's custom reward function:
 
-    python -m verl.trainer.main_ppo reward_model.reward_manager=batch \
-        custom_reward_function.path=examples/recipes/verl_reward.py \
-        custom_reward_function.name=compute_scores \
-        +custom_reward_function.reward_kwargs.model=runs/grm ...
+    python -m verl.trainer.main_ppo reward.custom_reward_function.path=examples/recipes/verl_reward.py \
+        reward.custom_reward_function.name=compute_score \
+        +reward.custom_reward_function.reward_kwargs.model=runs/grm ...
 
-or, with reward managers that ask for one answer at a time (`naive`, the reward loop), `name=compute_score`. `model` is
-the Hub id or folder, `+custom_reward_function.reward_kwargs.transform=standardize` one of the transformations of
-`grm_hf.rewards`, and `reference` its reference reward. verl does not pass the prompt to a reward function: put it into
-`extra_info` when you prepare the data, `row["extra_info"]["prompt"] = row["prompt"]`. The policy may have another
-tokenizer than the reward model.
+(older versions of verl: without `reward.`; those with `reward_model.reward_manager=batch` take whole batches by
+`name=compute_scores`). `model` is the Hub id or folder, or the address of a server (docs/serving.md);
+`+reward.custom_reward_function.reward_kwargs.transform=standardize` is one of the transformations of `grm_hf.rewards`,
+and `reference` its reference reward. verl does not pass the prompt to a reward function: put it into `extra_info` when
+you prepare the data, `row["extra_info"]["prompt"] = row["prompt"]`. The policy may have another tokenizer than the
+reward model.
 """
 
 from functools import cache

@@ -77,6 +77,7 @@ PROTOCOLS = {
     ),
 }  # fmt: skip
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
+REST = 300.0  # seconds for which an address that did not answer is the last to be asked
 
 
 class RemoteScorer:
@@ -85,9 +86,10 @@ class RemoteScorer:
 
     Args:
         urls (`str` or `list[str]`):
-            One address, or several of the same model, which share the work. The path names the route, one of
-            `PROTOCOLS`. Without a path it is `/score`, the route of this package, which gets chats unchanged. The
-            query (`?transform=standardize`) is sent with each request.
+            One address, or several of the same model, which share the work; one that does not answer is asked last
+            for five minutes. The path names the route, one of `PROTOCOLS`. Without a path it is `/score`, the route
+            of this package, which gets chats unchanged. The query (`?transform=standardize`) is sent with each
+            request.
         tokenizer (`str`, *optional*):
             Hub id or folder of the reward model, required for every route but `/score`. Its tokenizer and its
             configuration are read, not its weights.
@@ -120,6 +122,7 @@ class RemoteScorer:
         self.source = urls[0].split("?")[0], None
         self.model, self.tokenizer, self.rollouts = None, None, None
         self._said: set[str] = set()  # what a warning was given for
+        self._failed_at = [-math.inf] * len(urls)
         if tokenizer is not None:
             config = AutoConfig.from_pretrained(tokenizer)
             self.model = SimpleNamespace(config=config)  # where `Transform` finds the stored mean
@@ -178,8 +181,10 @@ class RemoteScorer:
             raise ValueError(
                 f"a chat cannot be sent as JSON ({error}). Give text, lists, dictionaries, numbers."
             ) from error
+        places = self._places_for(number)
         for attempt in range(self.retries + 1):
-            url, _, headers = self.places[(number + attempt) % len(self.places)]
+            place = places[attempt % len(places)]
+            url, _, headers = self.places[place]
             try:
                 reply = self._post(url, body, headers)
                 break
@@ -192,6 +197,7 @@ class RemoteScorer:
                 failure, wait = f"it answers {error.code}: {said}", error.headers.get("Retry-After")
             except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, cut off
                 failure, wait = str(error), None
+                self._failed_at[place] = time.monotonic()
             if attempt == self.retries:
                 raise ConnectionError(f"{url} gave no reward in {attempt + 1} attempts; {failure}")
             asked = float(wait) if wait and wait.isdecimal() else 0.0
@@ -209,6 +215,11 @@ class RemoteScorer:
         except (KeyError, TypeError, ValueError) as error:
             raise self._other_reply(url, reply) from error
         return rewards, read
+
+    def _places_for(self, number: int) -> list[int]:
+        """The addresses in the order in which a batch tries them."""
+        count, now = len(self.places), time.monotonic()
+        return sorted(range(count), key=lambda i: (now - self._failed_at[i] < REST, (i - number) % count))
 
     def _other_reply(self, url: str, reply: Any) -> ValueError:
         return ValueError(f"{url} gives another reply than {self.route} has: {str(reply)[:200]}")

@@ -4,6 +4,7 @@ so a client and a server use it too.
 
 import copy
 from dataclasses import dataclass, field, replace
+from itertools import dropwhile, takewhile
 
 from ..chats import to_score
 from ..encoding import Encoded, Encoder, OverlengthError, require_whole, text_of, tools_of, without_nulls
@@ -54,7 +55,7 @@ class RolloutEncoder:
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.tokenizer = encoder, encoder.tokenizer
-        self.opening, self._chat_end = "", []
+        self.opening, self._chat_bos, self._chat_end = "", [], []
         if self.tokenizer.chat_template:
             user = [{"role": "user", "content": "a"}]
             with_opening, without = (encoder.render(user, None, {}, add_generation_prompt=on) for on in (True, False))
@@ -63,7 +64,7 @@ class RolloutEncoder:
             # The common end of two conversations with different answers.
             one, other = (encoder.encode(user, answer).ids for answer in ("a", "b"))
             same = next(i for i, (x, y) in enumerate(zip(one[::-1], other[::-1], strict=False)) if x != y)
-            self._chat_end = one[len(one) - same :]
+            self._chat_bos, self._chat_end = list(takewhile(self._is_bos, one)), one[len(one) - same :]
 
     def encode(self, chat) -> Encoded:
         """Token ids of a rollout, of rendered ids, or of a chat as [`GRMScorer.score`] takes it."""
@@ -98,11 +99,21 @@ class RolloutEncoder:
         return other
 
     def rendered(self, text: str, special_tokens: bool = False) -> Rendered:
-        """A text with its special tokens in it; with `special_tokens`, BOS is added where it is missing."""
+        """A text with its special tokens in it; with `special_tokens` it gets as many BOS as in training."""
         if special_tokens:
-            return Rendered(self.encoder.tokenize(text, 0, special_tokens=True)[0])
+            ids, _ = self.encoder.tokenize(text, 0, special_tokens=True)
+            if self._is_chat(text):  # the tokenizer may add no BOS where the chat template wrote one
+                ids = [*self._chat_bos, *dropwhile(self._is_bos, ids)]
+            return Rendered(ids)
         require_whole(text)
         return Rendered(list(self.tokenizer(text, add_special_tokens=False).input_ids))
+
+    def _is_bos(self, index: int) -> bool:
+        return index == self.tokenizer.bos_token_id
+
+    def _is_chat(self, text: str) -> bool:
+        """Whether the chat template wrote a text."""
+        return bool(self._chat_end) and self.opening in text
 
     def _is_blank(self, completion) -> bool:
         """Whether an answer holds no text: nothing, white space, or nothing but special tokens."""
@@ -122,8 +133,7 @@ class RolloutEncoder:
         """`ids` with the whole ending that the reward model expects behind an answer; they may hold its beginning
         already."""
         eos = self.tokenizer.eos_token_id
-        chat = self._chat_end and self.opening in str(self.tokenizer.decode(ids, skip_special_tokens=False))
-        end = self._chat_end if chat else [eos]
+        end = self._chat_end if self._is_chat(str(self.tokenizer.decode(ids, skip_special_tokens=False))) else [eos]
         there = next(n for n in range(len(end), -1, -1) if n == 0 or ids[-n:] == end[:n])
         if there == 0 and ids[-1:] == [eos]:
             ids = ids[:-1]  # the policy ends with EOS, the reward model's turns with something else

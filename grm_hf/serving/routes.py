@@ -133,7 +133,7 @@ class PoolingRequest(BaseModel):
 
 @dataclass(frozen=True)
 class RenderedText:
-    """A text with its special tokens in it; with `special_tokens`, BOS is added where it is missing."""
+    """A text with its special tokens in it; with `special_tokens` it gets as many BOS as in training."""
 
     text: str
     special_tokens: bool = False

@@ -31,6 +31,8 @@ class GRMForSequenceClassification(nn.Module):
     """The architecture that [`grm_hf.serving.vllm_plugin.register`] names; nothing else imports it."""
 
     is_pooling_model = True
+    # The reward loop of verl starts vLLM itself. It patches this and looks for `model`, whatever it serves.
+    compute_logits = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -48,6 +50,11 @@ class GRMForSequenceClassification(nn.Module):
         width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size  # OPT projects before its LM head
         self.score = build_head(config, width).float().eval()
         self.pooler = DispatchPooler.for_seq_cls(vllm_config.model_config.pooler_config, classifier=self.score)
+
+    @property
+    def model(self) -> nn.Module:
+        """The body without its LM head."""
+        return getattr(self.lm, "model", self.lm)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.lm.embed_input_ids(input_ids)

@@ -61,6 +61,7 @@ class GRMModelConfig:
                 longest,
             )
             model_config.max_model_len = longest
+        settle_dtype(model_config)
         tell_what_to_send(model_config)
 
     @staticmethod
@@ -75,10 +76,10 @@ def body_architecture(text_config: Any) -> str | None:
 
 
 def tell_what_to_send(model_config: Any) -> None:
-    """Warn if vLLM's own routes turn messages into other token ids than training did."""
+    """Warn if vLLM's own routes turn messages or text into other token ids than training did."""
     from transformers import AutoTokenizer
 
-    from .tokens import template_is_exact
+    from .tokens import inexact_forms
 
     name = model_config.tokenizer or model_config.model
     try:
@@ -86,12 +87,31 @@ def tell_what_to_send(model_config: Any) -> None:
     except (OSError, ValueError) as error:
         logger.warning("The tokenizer of '%s' cannot be loaded, so token ids must be sent. (%s)", name, error)
         return
-    if not template_is_exact(tokenizer, model_config.hf_config):
+    if wrong := inexact_forms(tokenizer, model_config.hf_config):
         logger.warning(
-            "The chat template of '%s' alone does not write the token ids of training. To /classify and /pooling send "
-            "token ids (`grm_hf.GRMScorer(...).encode(chat).ids`), not messages; the routes of grm_hf "
-            "(VLLM_PLUGINS=grm,grm_score) are exact.",
+            "Of %s, vLLM does not make the token ids of training ('%s'). To /classify and /pooling send token ids "
+            "(`grm_hf.GRMScorer(...).encode(chat).ids`) instead; the routes of grm_hf (VLLM_PLUGINS=grm,grm_score) "
+            "are exact.",
+            " and ".join(wrong),
             name,
+        )
+
+
+def settle_dtype(model_config: Any) -> None:
+    """vLLM serves a folder in float32 in float16, and knows bodies that cannot be computed in that by their own
+    `model_type` alone."""
+    import torch
+    from vllm.config import model as settings
+
+    body, saved = model_config.hf_config.text_config.model_type, model_config.hf_config.dtype
+    if model_config.dtype == torch.float16 and body in getattr(settings, "_FLOAT16_NOT_SUPPORTED_MODELS", ()):
+        logger.warning("Bodies of type '%s' cannot be computed in float16, so bfloat16 is used.", body)
+        model_config.dtype = torch.bfloat16
+    if saved == torch.float32 != model_config.dtype:
+        logger.warning(
+            "The model was saved in float32 and is computed in %s, so rewards differ by its rounding. "
+            "`--dtype float32` gives those of GRMScorer.",
+            str(model_config.dtype).removeprefix("torch."),
         )
 
 
