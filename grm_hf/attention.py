@@ -184,15 +184,36 @@ def _products(q, k, v, mask, dropout, scaling, softcap):
     scores go through `softcap * tanh(scores / softcap)`, which no kernel of torch does on CPU."""
     groups = q.shape[1] // k.shape[1]
     by_key = q[0].reshape(k.shape[1], groups * q.shape[2], q.shape[3])  # the heads of a key, one after another
+    if softcap is None:
+        mask = mask.float()
     k, v, mask = k[0].transpose(1, 2), v[0], mask.repeat(groups, 1).expand(k.shape[1], -1, -1)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None:
-        scores = torch.baddbmm(mask, by_key, k, alpha=scaling)
-    else:
-        scores = torch.tanh(by_key @ k * (scaling / softcap)) * softcap + mask
-    with torch.autocast(q.device.type, enabled=False):  # it would keep the weights in float32 as well
-        weights = torch.softmax(scores, -1)  # sums in float32
+    with torch.autocast(q.device.type, enabled=False):  # it would round scores, and keep weights in float32 as well
+        if softcap is None:
+            weights = _Weights.apply(by_key, k, mask, scaling)
+        else:
+            weights = torch.softmax(torch.tanh(by_key @ k * (scaling / softcap)) * softcap + mask, -1)
     return (F.dropout(weights, dropout) @ v).reshape(q.shape[:3] + v.shape[2:])
+
+
+class _Weights(torch.autograd.Function):
+    """`softmax(scaling * q @ k + mask)` with scores in float32: rounded to bfloat16, large ones (Qwen2 adds a bias to
+    keys) give other weights. What the backward keeps and computes is in the dtype of `q`."""
+
+    @staticmethod
+    def forward(ctx, q, k, mask, scaling):
+        scores = torch.baddbmm(mask, q.float(), k.float(), alpha=scaling)
+        weights = torch.softmax(scores, -1).to(q.dtype)
+        ctx.save_for_backward(q, k, weights)
+        ctx.scaling = scaling
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        q, k, weights = ctx.saved_tensors
+        scores = torch._softmax_backward_data(gradient, weights, -1, q.dtype) * ctx.scaling
+        return scores @ k.transpose(1, 2), q.transpose(1, 2) @ scores, None, None
 
 
 def _flash_kernel(query, value, dropout, softcap) -> Callable | None:

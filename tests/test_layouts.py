@@ -666,6 +666,28 @@ def test_long_texts_in_bfloat16_keep_no_weights_for_the_backward(monkeypatch):
     torch.testing.assert_close(kept, scored, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_in_bfloat16_are_not_rounded(autocast):
+    """Keys with a large bias, as Qwen2 has, add the same to every score: rounded to bfloat16, 200.4 is 200."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 300, 64) for _ in range(3))
+    query[..., 0], key[..., 0] = 20.0, 80.0
+    exact = [x.bfloat16().double().requires_grad_() for x in (query, key, value)]
+    ours = [x.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_() for x in exact]
+    table = torch.tensor([[0, 300, 0, 0]])[None, None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, _ = attention.segment_attention(torch.nn.Module(), *ours, table)
+    right = F.scaled_dot_product_attention(*exact, is_causal=True).transpose(1, 2)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - right).norm() / right.norm() < 5e-3
+    weight = torch.randn_like(found)
+    found.backward(weight)
+    right.backward(weight.double())
+    for a, b in zip(ours, exact, strict=True):
+        a, b = a.grad[..., 1:], b.grad[..., 1:]  # the gradient of the bias is a sum that cancels
+        assert (a.double() - b).norm() / b.norm() < 2e-2
+
+
 def test_checkpointing_drops_the_same_weights_twice():
     """The reentrant form runs the first pass without gradients, and a long text in bfloat16 has two ways then."""
     table = torch.tensor([[0, attention.PRODUCTS_KEYS + 100, 0, 0]])[None, None]
