@@ -662,7 +662,7 @@ def test_long_texts_in_bfloat16_keep_no_weights_for_the_backward(monkeypatch):
     calls.clear()
     with torch.no_grad():
         scored, _ = attention.segment_attention(torch.nn.Module().eval(), *given, table)
-    assert calls == [128, 150, 258, 270, 70, 290]
+    assert calls == []  # torch's kernel is as fast where there is no backward, and rounds less
     torch.testing.assert_close(kept, scored, rtol=2e-2, atol=2e-2)
 
 
