@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from published_model import CANDIDATES, NAME, RESULTS, RUNS
+from published_model import CANDIDATES, NAME, RANK, RESULTS, RUNS
 from real_base import ROOT, TESTS, digest, first_user_turn, log_likelihoods, short_rows, write
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -272,6 +272,7 @@ def section(measured: dict) -> str:
     epochs, off_topic = (candidate["candidate"].get(name, 0) for name in ("epochs", "off_topic"))
     said = "pairs made of these: the better response to a prompt over the better response to another"
     made = [f"- {off_topic} {said}"] if off_topic else []
+    cut = f"All linear layers were trained; the adapter is their difference from the base, cut to rank {RANK}."
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in candidates().items())
     return "\n".join(
         [
@@ -284,8 +285,9 @@ def section(measured: dict) -> str:
             *[f"- {DATA[source]}" for source in sources],
             *made,
             "",
-            "The candidates' log loss on the validation pairs, averaged over their sources, chose this one: "
-            f"{losses}.",
+            *([cut, ""] if candidate["candidate"]["full"] else []),
+            "The candidates' log loss on the validation pairs, averaged over their sources "
+            f"({', '.join(candidate['validation'])}), chose this one: {losses}.",
             "",
             "## How good it is",
             "",

@@ -418,6 +418,8 @@ def test_the_card_of_the_published_model_is_made_from_what_was_measured():
     assert all(line in card for line in (*publish.table(measured), *publish.calibration(measured)))
     assert publish.length_sentence(measured) in card and publish.BASE in card and "PeftModel" not in card
     assert "chose this one: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()) in card
+    assert "All linear layers were trained; the adapter is their difference from the base, cut to rank 8." in card
+    assert "averaged over their sources (pandalm, gsm8k, ultrafeedback, off_topic), " in card
     policies = json.loads((publish.MODEL / ADAPTER_POLICIES).read_text(encoding="utf-8"))
     assert policies["reward_temperature"] == publish._candidate(measured)["temperature"] != 1.0
 

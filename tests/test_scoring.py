@@ -872,6 +872,17 @@ def test_the_tolerance_of_golden_rows_grows_with_the_range_of_the_rewards(saved)
     assert golden.scale_of([0.2, -3, float("inf")]) == 3  # a broken reward excuses no other
 
 
+@pytest.mark.parametrize("column", ["score", "text_logp"])
+def test_golden_rows_that_are_no_numbers_do_not_hold(saved, column):
+    file = saved / "golden_rows.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for row in content["rows"]:
+        row[column] = float("nan")
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(GoldenError, match=r"golden rows \[0, 1, 2, 3\] of 4 do not hold"):
+        verify(saved)
+
+
 def test_golden_rows_of_given_texts_and_without_a_template(tmp_path):
     model, tokenizer = grm(), chatml_tokenizer()
     tokenizer.chat_template = None

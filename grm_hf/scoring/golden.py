@@ -68,7 +68,7 @@ def tolerance(model) -> float:
 
 def scale_of(stored: Iterable[float]) -> float:
     """The largest of these numbers without their signs; at least 1. What is no finite number does not count."""
-    return max(1.0, *(abs(number) for number in stored if math.isfinite(number)))
+    return max([1.0, *(abs(number) for number in stored if math.isfinite(number))])
 
 
 def differs(score: float, stored: float, scale: float, model) -> bool:
