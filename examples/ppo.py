@@ -3,7 +3,7 @@
 # dependencies = ["grm-hf[ppo]"]
 # ///
 """Train a policy with PPO on the rewards of a Generalizable Reward Model. The value model starts from it too. TRL had
-a PPO trainer up to version 1.12: `pip install "grm-hf[ppo]"` in a separate environment.
+a PPO trainer up to version 1.12: `pip install -e ".[ppo]"` in a separate environment.
 
     python examples/ppo.py --model Qwen/Qwen3-0.6B --reward_model models/grm-smollm2-135m \
         --train prompts.jsonl --output_dir runs/ppo

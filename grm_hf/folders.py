@@ -87,6 +87,19 @@ def _base_of(folder: str | Path) -> str | None:
     return base if isinstance(base, str) and os.path.isdir(base) else None
 
 
+def require_base(
+    base: str | None, adapter: str | os.PathLike, remedy: str = "write its place into adapter_config.json"
+) -> None:
+    """`ValueError` if an adapter names no base, or a folder that is not there: loaders would take it for a Hub id."""
+    if not base:
+        raise ValueError(f"The adapter '{adapter}' does not say which model it was trained on: {remedy}.")
+    if not os.path.isdir(base) and not HUB_ID.fullmatch(base):
+        raise ValueError(
+            f"The adapter '{adapter}' says that it was trained on '{base}', and there is no such folder. Put it "
+            f"there, or {remedy}."
+        )
+
+
 def loaded_weights(folder: str | Path) -> list[str]:
     """The safetensors files that `from_pretrained` reads from a folder: the single file, or the shards of the
     index."""

@@ -3,6 +3,7 @@ what a run begins with, by id or folder."""
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -253,6 +254,32 @@ def test_training_goes_on_from_an_adapter(tmp_path, how):
     other = trainer(tmp_path / "other", folder, **FAST)
     other.train()
     assert logged(run, "loss") == pytest.approx(logged(other, "loss"), rel=1e-5)
+
+
+def test_a_base_that_was_moved_is_named(tmp_path, capsys):
+    """A run's adapter names `base` by its path; a Hub client would call that no valid id."""
+    from grm_hf import cli
+
+    folder = tmp_path / "run"
+    fit(folder, config=lora())
+    (folder / "base").rename(tmp_path / "elsewhere")
+    pairs().to_json(tmp_path / "pairs.jsonl")
+    said = rf"says that it was trained on '{folder / 'base'}', and there is no such folder\. Put it there, or write"
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path / "second", folder, **FAST)
+    for words in (
+        ["merge", folder, tmp_path / "merged"],
+        ["push", folder, "ann/name"],
+        ["eval", folder, "--data", tmp_path / "pairs.jsonl"],
+        ["expo", folder, folder, tmp_path / "expo", "--a", "0.5"],
+    ):
+        assert cli.main([*map(str, words)]) == 1
+        assert re.search(said, capsys.readouterr().err), words
+    assert not (tmp_path / "merged").exists()
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not say which model it was trained on"):
+        merge_adapter(folder, tmp_path / "merged")
 
 
 def with_chat_tokens(folder):

@@ -245,6 +245,24 @@ def test_an_adapter_on_the_package_finds_its_base(adapter, at_hand):
     assert GRMScorer(str(folder)).score([CHAT]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_it_is_evaluated_and_trained_further(adapter, tmp_path):
+    pytest.importorskip("trl", reason="training extra")
+    from datasets import Dataset
+
+    from grm_hf import GRMRewardConfig, GRMRewardTrainer
+    from grm_hf.evaluation import evaluate
+
+    live, folder = adapter
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    other = [CHAT[0], {"role": "assistant", "content": "Go away."}]
+    rows = [{"chosen": CHAT, "rejected": other}]
+    expected = GRMScorer(live, tokenizer).score([CHAT, other])
+    assert evaluate(str(folder), "own", rows).scores[0] == pytest.approx(expected, rel=1e-5)
+    args = GRMRewardConfig(str(tmp_path / "run"), max_length=80, use_cpu=True, bf16=False, report_to="none")
+    run = GRMRewardTrainer(str(folder), args, train_dataset=Dataset.from_list(rows))
+    assert GRMScorer(run.model, tokenizer).score([CHAT, other]) == pytest.approx(expected, abs=0.05)
+
+
 def test_pushing_it_sends_a_complete_model(adapter, tmp_path):
     live, folder = adapter
     expected = GRMScorer(live, AutoTokenizer.from_pretrained(folder)).score([CHAT])

@@ -290,7 +290,7 @@ def test_adapters_with_a_value_head(tmp_path, layout):
 def test_adapters_need_a_base_that_fits(tmp_path):
     pytest.importorskip("peft")
     adapter(tmp_path / "source", body(), value_head(), None, "authors")
-    with pytest.raises(ValueError, match="does not say what its base is.*--base"):
+    with pytest.raises(ValueError, match="does not say which model it was trained on.*--base"):
         convert(tmp_path / "source", tmp_path / "grm")
     write(tmp_path / "base", body(num_hidden_layers=1))
     with pytest.raises(ValueError, match=r"no place in a reward model.*layers\.1\.self_attn"):

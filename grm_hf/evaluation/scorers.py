@@ -15,7 +15,8 @@ from transformers.integrations.peft import find_adapter_config_file
 
 from ..devices import evaluating, own_device
 from ..encoding import describe, template_kwargs_of, text_of, tools_of, without_nulls
-from ..folders import readable
+from ..folders import readable, require_base
+from ..modeling_grm import GRMForSequenceClassification
 from ..rewards.adapters import PolicyScorer, policy_scorer
 from ..rewards.rollouts import Rollout
 from ..scoring import GRMScorer, Score
@@ -166,7 +167,9 @@ def _load(path, tokenizer, accelerator, trust_remote_code, revision):
     base, base_options = path, options
     adapter = find_adapter_config_file(path, **options)
     if adapter is not None:
-        base, base_options = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"], {}
+        named = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base, base_options = GRMForSequenceClassification.find_base(named, path), {}
+        require_base(base, path)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **base_options)
     if config.model_type == "grm":
         scorer = policy_scorer(path, tokenizer, load_kwargs=options)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..configuration_grm import BOS_POLICIES, POLICIES, GRMConfig
-from ..folders import new_folder, readable
+from ..folders import new_folder, readable, require_base
 from ..modeling_grm import GRMForSequenceClassification
 from ..native import REWARD_MODELS
 from ..scoring.golden import save_golden
@@ -149,8 +149,8 @@ def convert(
     Args:
         source (`str` or `Path`):
             Hub id or folder: a value head (`v_head.summary.*`) beside a causal language model, in the same files or in
-            `value_head.safetensors`; a stock sequence or token classifier with one label; `Qwen2ForRewardModel`; or a
-            LoRA adapter with one of these heads.
+            `value_head.safetensors`; a stock sequence or token classifier with one label; `Qwen2ForRewardModel` or
+            `Qwen3ForRewardModel`; or a LoRA adapter with one of these heads.
         output (`str` or `Path`):
             Folder to write, new or empty.
         base (`str` or `Path`, *optional*):
@@ -483,9 +483,8 @@ def _adapted(folder: Path, source: str, base, tokenizer):
     except ImportError as error:
         raise ImportError(f"'{source}' is an adapter: to convert it, `pip install peft`.") from error
     config = PeftConfig.from_pretrained(str(folder))
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"The adapter in '{source}' does not say what its base is: `grm convert --base ID`.")
+    if base is None:
+        require_base(base := config.base_model_name_or_path, source, "name the base: `grm convert --base ID`")
     lm, info = _load(base, str(base))
     _require(str(base), info, set(), set())
 

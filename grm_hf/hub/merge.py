@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..configuration_grm import take_policies
 from ..devices import evaluating
-from ..folders import new_folder, readable
+from ..folders import new_folder, readable, require_base
 from ..modeling_grm import GRMForSequenceClassification
 from ..scoring.golden import FILE as GOLDEN
 from ..scoring.golden import save_golden, tolerance
@@ -80,6 +80,7 @@ def _merge(adapter: str, output_dir: str | Path, dtype) -> GRMForSequenceClassif
         )
     with new_folder(output_dir) as folder:
         base = GRMForSequenceClassification.find_base(settings["base_model_name_or_path"], adapter)
+        require_base(base, adapter)
         model = GRMForSequenceClassification.from_pretrained(base, dtype=dtype)
         take_policies(model.config, adapter)
         ends = model.get_input_embeddings(), model.get_output_embeddings()

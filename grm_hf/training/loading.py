@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file, logging
 
 from ..configuration_grm import GRMConfig
+from ..folders import require_base
 from ..modeling_grm import HUB_ARGUMENTS, GRMForSequenceClassification
 
 
@@ -52,13 +53,9 @@ def _load(path, kwargs, trust):
     if _is_adapter(path, hub):
         hub.pop("gguf_file", None)
         place = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        base = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
-        if not base:
-            raise ValueError(
-                f"The adapter '{path}' does not say which reward model it was trained on. Load that by "
-                "GRMForSequenceClassification.from_pretrained and the adapter by PeftModel.from_pretrained(model, "
-                f"'{path}', is_trainable=True), and pass the result."
-            )
+        named = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+        base = GRMForSequenceClassification.find_base(named, Path(path, hub.get("subfolder", "")))
+        require_base(base, path)
         return PeftModel.from_pretrained(_load(base, place, trust), path, is_trainable=True, **hub)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **hub)
     if config.model_type == GRMConfig.model_type:

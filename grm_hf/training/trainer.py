@@ -53,7 +53,6 @@ logger = logging.get_logger(__name__)
 
 TEXT_KEYS = ("text_index", "text_targets", "text_owner")
 EVAL_RESULTS = ".eval_results/grm_hf.yaml"
-# Rates of `nn.Dropout` in heads and adapters, which TRL sets to 0.
 
 
 class GRMRewardTrainer(RewardTrainer):
@@ -73,8 +72,8 @@ class GRMRewardTrainer(RewardTrainer):
             Settings. If `None`, the defaults.
         train_dataset, eval_dataset:
             Preference data in any of TRL's formats: explicit or implicit prompt, text or messages, `tools`,
-            `chat_template_kwargs`, `margin`. Rows are checked before training starts. For a model with attributes a
-            row may have ratings, or be a rated completion: see [`~grm_hf.pairs.prepare_pairs`].
+            `chat_template_kwargs`, `margin`; and a soft `label`. Rows are checked before training starts. For a model
+            with attributes a row may have ratings, or be a rated completion: see [`~grm_hf.pairs.prepare_pairs`].
         compute_metrics (`Callable`, *optional*):
             Gets predictions of shape `(num_pairs, 2)`: the rewards of the chosen and of the rejected responses. A
             rated completion is a row whose second number is NaN.
