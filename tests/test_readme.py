@@ -1,5 +1,6 @@
 """Every code block and every command of the README is run, with ids and folders replaced by tiny ones made here."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra `train`")
 
 from datasets import Dataset  # noqa: E402
-from trainers import TOKENIZER, base, grm, rows  # noqa: E402
+from trainers import TOKENIZER, base, grm, rows, trainer  # noqa: E402
 
 from grm_hf import cli  # noqa: E402
 from grm_hf.scoring import save_golden  # noqa: E402
@@ -110,6 +111,36 @@ def test_loss_tables_are_those_of_the_code():
     assert shown[1:] == [(name, loss.formula, loss.source) for name, loss in table.items()]
 
 
+def test_the_settings_of_training_are_those_of_the_code():
+    from trl import RewardConfig
+
+    from grm_hf import GRMRewardConfig
+
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page.split("\n## ")[0], re.MULTILINE))
+    fields = GRMRewardConfig.__dataclass_fields__
+    added = [name for name in fields if name not in RewardConfig.__dataclass_fields__]
+    assert list(shown) == added
+    assert {name: ast.literal_eval(value) for name, value in shown.items()} == {n: fields[n].default for n in added}
+
+
+def test_the_numbers_of_the_log_are_those_of_a_run(tmp_path):
+    """One step with all parts of the loss: `dpo`, and a model with an attribute."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("## What is logged")[1]
+    cells = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    named = {name.replace("NAME", "help") for name in re.findall(r"`(\w+)`", " ".join(cells))}
+    data = Dataset.from_list([{**row, "chosen_help": 1.0} for row in rows(8)])
+    model = grm(attribute_names=["help"])
+    run = trainer(tmp_path, model, data, regularizer="dpo", alpha=0.5, max_steps=1, logging_steps=1)
+    run.train()
+    logged = {name for line in run.state.log_history for name in line}
+    assert named <= logged
+    assert logged - named <= {
+        *("epoch", "step", "loss", "grad_norm", "learning_rate", "total_flos", "train_loss", "train_runtime"),
+        *("train_samples_per_second", "train_steps_per_second"),
+    }
+
+
 @pytest.mark.parametrize(
     ("symptom", "file"),
     [
@@ -118,6 +149,10 @@ def test_loss_tables_are_those_of_the_code():
         ("not a reward model of type 'grm'", "grm_hf/configuration_grm.py"),
         ("rows without `attention_mask`", "grm_hf/modeling_grm.py"),
         ("Delete the file", "grm_hf/training/reference.py"),
+        ("says that it was trained on", "grm_hf/modeling_grm.py"),
+        ("says that it was trained on", "grm_hf/folders.py"),
+        ("do not hold", "grm_hf/scoring/golden.py"),
+        ("is not at hand", "grm_hf/base/smollm2.py"),
         ("using 'padded'", "grm_hf/layouts.py"),
     ],
 )

@@ -29,9 +29,11 @@ import torch
 import yaml
 from client import close, post, refused
 from tiny import OTHER_HEADS, bare_tokenizer, chat_grm, chatml_tokenizer, llama_tokenizer, tiny_lm, with_head
+from transformers import AutoTokenizer
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
 from grm_hf.cli import main
+from grm_hf.configuration_grm import save_policies
 from grm_hf.rewards import grm_reward_func
 from grm_hf.scoring import GoldenError, save_golden
 
@@ -949,6 +951,26 @@ def test_verify_asks_the_server(served, folder, tmp_path, capsys):
         capsys.readouterr()
         assert main(["verify", folder, "--url", rounded]) == 1
         assert "half precision, as vLLM does without `--dtype float32`" in capsys.readouterr().out
+
+
+def test_an_adapter_is_served_and_verified(folder, tmp_path, capsys):
+    """Its folder has no config.json: that of its base counts, with the adapter's own policies."""
+    peft = pytest.importorskip("peft", reason="needs the extra `train`")
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["score"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(GRMForSequenceClassification.from_pretrained(folder), lora)
+    config = wrapped.get_base_model().config
+    config.max_sequence_length, config.reward_mean = 300, 0.5
+    adapter = str(tmp_path / "adapter")
+    wrapped.save_pretrained(adapter)
+    save_policies(config, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(adapter)
+    save_golden(wrapped, tokenizer, adapter)
+    with running(GRMScorer(adapter)) as (_, url):
+        for route in ("", "/classify", "/get_reward"):
+            assert main(["verify", adapter, "--url", url + route]) == 0, capsys.readouterr().err
+        remote = grm_reward_func(f"{url}/classify", tokenizer=adapter, transform="standardize")
+    assert remote.transform.mean == 0.5 and remote.scorer.rollouts.encoder.max_length == 300
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,7 +20,9 @@ from urllib.parse import urlsplit, urlunsplit
 from transformers import AutoConfig, AutoTokenizer
 
 from ..chats import rows_of
+from ..configuration_grm import GRMConfig, take_policies
 from ..encoding import Encoder, left_out
+from ..folders import require_base
 from ..scoring import Score
 from .rollouts import Rendered, Rollout, RolloutEncoder
 
@@ -124,7 +127,7 @@ class RemoteScorer:
         self._said: set[str] = set()  # what a warning was given for
         self._failed_at = [-math.inf] * len(urls)
         if tokenizer is not None:
-            config = AutoConfig.from_pretrained(tokenizer)
+            config = _config_of(tokenizer)
             self.model = SimpleNamespace(config=config)  # where `Transform` finds the stored mean
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
             self.rollouts = RolloutEncoder(Encoder.from_config(self.tokenizer, config))
@@ -228,6 +231,20 @@ class RemoteScorer:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             return json.load(response)
+
+
+def _config_of(place: str) -> Any:
+    """The configuration of a reward model, or of an adapter of one: that of its base, with the adapter's policies."""
+    folder = Path(place)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(place)
+    base: Any = folder / "base"  # beside the adapters of most runs
+    if not (base / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        require_base(base, place)
+    config = GRMConfig.from_pretrained(base)
+    take_policies(config, place)
+    return config
 
 
 def is_address(model: Any) -> bool:
