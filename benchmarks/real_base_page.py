@@ -329,8 +329,9 @@ def _protocol(runs, selection, base, level, comparisons) -> list[str]:
         "the interval over prompts was not stated before.",
     ]
     if base:
-        versions = ", ".join(f"{name} {number}" for name, number in base["versions"].items())
-        lines.append(f"- Base: {base['settings']['base']}; {base['settings']['precision']}. {versions}.")
+        versions = {name: sorted({unit["versions"][name] for unit in [base, *units]}) for name in base["versions"]}
+        named = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in versions.items())
+        lines.append(f"- Base: {base['settings']['base']}; {base['settings']['precision']}. {named}.")
     if units:
         seconds = sum(unit["processor_seconds"] for unit in units)
         each = seconds / len(units) / 60

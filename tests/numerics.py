@@ -13,7 +13,7 @@ from tiny import BFLOAT16, FLOAT32, alone, pad, score, texts, tiny_lm
 
 from grm_hf import GRMForSequenceClassification, GRMScorer
 from grm_hf.base import load_pairs
-from grm_hf.scoring.golden import FILE, HALF, TOLERANCES, read_rows, scale_of
+from grm_hf.scoring.golden import FILE, HALF, TEXT_HALF, TOLERANCES, _text_logp, read_rows, scale_of
 
 
 SHAPES = {"tiny": {}, "small": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8)}
@@ -51,8 +51,9 @@ Its rewards have a standard deviation of {trained[spread]:.2f}. A difference is 
 |---|---|---|
 {trained_table}
 
-bfloat16 moves its golden rewards by at most {trained[golden]:.0e} of the largest of them. In {trained[turned]} of
-{pairs} pairs it changes which answer is better.
+bfloat16 moves its golden rewards by at most {trained[golden]:.0e} of the largest of them, and the log-probability of a
+response under the LM head by at most {trained[said]:.0e} of itself. In {trained[turned]} of {pairs} pairs it changes
+which answer is better.
 
 ## What follows
 
@@ -65,6 +66,7 @@ bfloat16 moves its golden rewards by at most {trained[golden]:.0e} of the larges
   in float32 under autocast and after `.to(torch.bfloat16)`.
 - `grm verify` allows {golden:.0e} with a float32 body and {golden_half:.0e} with one of half precision,
   relative to the largest stored reward, or to 1: a head with a larger range multiplies the rounding of every reward.
+  Of the log-probability of a response it allows {text_half:.0e} in half precision.
 - To compare scores across runs with different batches, load the body in float32 (`dtype=torch.float32`) or score one
   text at a time.
 - Load with `dtype=torch.bfloat16`; do not load and then call `.to(torch.bfloat16)`. The latter also rounds the
@@ -123,14 +125,21 @@ def against(found, wanted, scale):
     return float(moved.square().mean().sqrt()), float(moved.abs().max())
 
 
+def log_probabilities(scorer, rows):
+    """Of each response under the LM head, as golden rows hold it."""
+    encoded = [scorer.encoder.encode_chat(row) for row in rows]
+    return [_text_logp(scorer.model, {"ids": list(text.ids), "start": text.start}) for text in encoded]
+
+
 def measure_trained():
     pairs = load_pairs("test").shuffle(seed=0).select(range(PAIRS)).to_list()
     rows = [{"prompt": pair["prompt"], "response": pair[side]} for pair in pairs for side in ("chosen", "rejected")]
-    alone_in, compared, golden = {}, {}, {}
+    alone_in, compared, golden, said = {}, {}, {}, {}
     for dtype in ("float32", "bfloat16"):
         scorer = GRMScorer(str(TRAINED), dtype=dtype, deterministic=True)
         alone_in[dtype] = scorer.score(rows)
         golden[dtype] = scorer.score([row["chat"] for row in read_rows(TRAINED / FILE)["rows"]])
+        said[dtype] = log_probabilities(scorer, rows)
         for layout in LAYOUTS:
             batched = GRMScorer(scorer.model, scorer.tokenizer, layout=layout, max_tokens_per_batch=2048)
             compared[f"{dtype}: batches, {layout}, against alone"] = batched.score(rows), alone_in[dtype]
@@ -144,6 +153,7 @@ def measure_trained():
         spread=float(torch.tensor(alone_in["float32"]).std()),
         scale=scale,
         golden=against(golden["bfloat16"], golden["float32"], scale_of(golden["float32"]))[1],
+        said=max(abs(a - b) / abs(b) for a, b in zip(said["bfloat16"], said["float32"], strict=True)),
         turned=sum(a != b for a, b in zip(*better, strict=True)),
         differences={name: against(*both, scale) for name, both in compared.items()},
     )
@@ -178,6 +188,7 @@ def main():
         half=BFLOAT16,
         golden=TOLERANCES["float32"],
         golden_half=HALF,
+        text_half=TEXT_HALF,
         shape="small",
         cast=found["llama", "small"]["cast"],
     )

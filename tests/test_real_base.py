@@ -234,9 +234,10 @@ def synthetic(folder, better, seeds=8, methods=("none", "sft")):
     real_base.write(folder / "tests.json", about)
 
     def save(unit, **result):
-        real_base.write(real_base.file_of(unit, folder), {"settings": unit, "processor_seconds": 60, **result})
+        made = {"settings": unit, "processor_seconds": 60, "versions": {"torch": "2"}}
+        real_base.write(real_base.file_of(unit, folder), made | result)
 
-    save(real_base.base_unit(ORIGIN), perplexity=14.0, written=["We are"] * 5, versions={"torch": "2"})
+    save(real_base.base_unit(ORIGIN), perplexity=14.0, written=["We are"] * 5, versions={"torch": "1"})
     for method in methods:
         for unit in real_base.selection_units(method, ORIGIN):
             save(unit, held_out={"log_loss": unit["learning_rate"], "pairs": 200})
@@ -360,6 +361,7 @@ def test_what_else_a_run_is_asked_for():
 def test_the_page_with_hardly_any_results(tmp_path):
     text = page.markdown(synthetic(tmp_path / "a", better=3, seeds=1))
     assert "The accuracy on the other test sets is not known yet." in text and "| too few seeds yet |" in text
+    assert "torch 1 and 2." in text  # every version that made a unit
     assert page.forest(tmp_path / "a") == {} and page.verdicts(tmp_path / "a") == []
     page.draw(tmp_path / "a", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
