@@ -911,6 +911,7 @@ def _load_adapter(model, adapter, name, hub):
         raise ImportError(f"'{adapter}' is an adapter: to load it, `pip install peft`.") from error
     config = PeftConfig.from_pretrained(adapter, **hub)
     config.inference_mode = True
+    config.base_model_name_or_path = model.name_or_path  # where it was found; so it says when it is saved again
     wrapped = PeftModel(model, config, name)  # changes the layers of `model` itself
     try:
         report = wrapped.load_adapter(adapter, name, torch_device=str(model.device), **hub)

@@ -257,10 +257,19 @@ def test_it_is_evaluated_and_trained_further(adapter, tmp_path):
     other = [CHAT[0], {"role": "assistant", "content": "Go away."}]
     rows = [{"chosen": CHAT, "rejected": other}]
     expected = GRMScorer(live, tokenizer).score([CHAT, other])
-    assert evaluate(str(folder), "own", rows).scores[0] == pytest.approx(expected, rel=1e-5)
-    args = GRMRewardConfig(str(tmp_path / "run"), max_length=80, use_cpu=True, bf16=False, report_to="none")
-    run = GRMRewardTrainer(str(folder), args, train_dataset=Dataset.from_list(rows))
-    assert GRMScorer(run.model, tokenizer).score([CHAT, other]) == pytest.approx(expected, abs=0.05)
+    results = evaluate(str(folder), "own", rows)
+    assert results.scores[0] == pytest.approx(expected, rel=1e-5) and results.model == folder.name
+    for number, start in enumerate((str(folder), GRMForSequenceClassification.from_pretrained(folder))):
+        output = tmp_path / f"run-{number}"
+        args = GRMRewardConfig(str(output), max_length=80, max_steps=1, use_cpu=True, bf16=False, report_to="none")
+        run = GRMRewardTrainer(start, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        assert GRMScorer(run.model, tokenizer).score([CHAT, other]) == pytest.approx(expected, abs=0.05)
+        run.train()
+        run.save_model()  # and loads it, and compares its golden rows
+        verify(str(output))
+    GRMForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    again = GRMScorer(str(tmp_path / "again"), tokenizer)
+    assert again.score([CHAT, other]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_pushing_it_sends_a_complete_model(adapter, tmp_path):

@@ -217,7 +217,9 @@ def _with_blank(scorer, chat):
 
 def name_of(scorer) -> str:
     """A name for tables: the Hub id, the last part of the path, or the name of the class."""
-    path = str(getattr(getattr(scorer, "model", None), "name_or_path", None) or "")
+    path = str(getattr(getattr(scorer, "model", None), "name_or_path", None) or "")  # of an adapter, its base
+    if getattr(scorer, "source", None) is not None:
+        path = scorer.source[0]
     if not path:
         return type(scorer.model if isinstance(scorer, (GRMScorer, ClassifierScorer)) else scorer).__name__
     return Path(path).name if Path(path).exists() else path

@@ -56,7 +56,9 @@ def _load(path, kwargs, trust):
         named = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
         base = GRMForSequenceClassification.find_base(named, Path(path, hub.get("subfolder", "")))
         require_base(base, path)
-        return PeftModel.from_pretrained(_load(base, place, trust), path, is_trainable=True, **hub)
+        wrapped = PeftModel.from_pretrained(_load(base, place, trust), path, is_trainable=True, **hub)
+        wrapped.peft_config["default"].base_model_name_or_path = base  # where it was found
+        return wrapped
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust, **hub)
     if config.model_type == GRMConfig.model_type:
         ignored = sorted(k for k in kwargs if k.startswith(("head_", "attribute_")))
