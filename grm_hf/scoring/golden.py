@@ -42,7 +42,6 @@ CHATS: list[dict] = [
 # differs between machines and versions; docs/numerics.md says how large it gets. (float64: a cast live model has the
 # rotary frequencies of float32, which no file holds.)
 HALF = 1e-1
-TEXT_HALF = 5e-2  # of the log-probability of a response, a sum over its tokens, relative to itself
 TOLERANCES = {"float64": 1e-6, "float32": 1e-4, "bfloat16": HALF, "float16": HALF}
 RELATIVE_TO = "relative to the largest reward of the rows, or to 1"
 
@@ -193,7 +192,7 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
         mark = "" if holds else "  DIFFERS"
         if "text_logp" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:  # an export has no LM head
             now, stored = _text_logp(model, row), row["text_logp"]
-            if differs(now, stored, scale_of([stored]), min(tolerance(model), TEXT_HALF)):
+            if differs(now, stored, scale_of([stored]), tolerance(model)):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
         if "attributes" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:
             rated = scorer.attributes_of_ids([ids])[0]
