@@ -502,7 +502,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     done = int(_last_complete_checkpoint(folder).split("-")[-1])
-    assert 3 <= done < 60
+    assert 2 <= done < 60  # the third may have been killed while it was written
     torn = folder / f"checkpoint-{done + 1}"  # what a kill in the middle of saving leaves behind
     torn.mkdir(exist_ok=True)
     (torn / "model.safetensors").write_bytes(b"half")
