@@ -40,17 +40,7 @@ from ..native import (
     as_qwen2_config,
     load_export,
 )
-from ..scoring.golden import (
-    CHATS,
-    FILE,
-    RELATIVE_TO,
-    GoldenError,
-    differs,
-    read_rows,
-    save_golden,
-    scale_of,
-    tolerance,
-)
+from ..scoring.golden import CHATS, FILE, RELATIVE_TO, GoldenError, differs, read_rows, save_golden, scale_of
 from ..scoring.scorer import GRMScorer
 from .tokenizer import load_tokenizer
 
@@ -383,7 +373,7 @@ def _check(folder: Path, probe: list[int]) -> float:
         padded = tokenizer.pad(inputs, padding=len(batch) > 1, return_tensors="pt")
         rewards = native(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits[:, 0].tolist()
         for row, reward in zip(batch, rewards, strict=True):
-            if differs(reward, row["score"], scale, tolerance(native)):
+            if differs(reward, row["score"], scale, native):
                 raise GoldenError(f"the export scores {reward}, the model {row['score']}, for\n{row['chat']}")
             worst = max(worst, abs(reward - row["score"]) / scale)
     return worst

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from ..chats import as_messages
 from ..scoring import GoldenError
-from ..scoring.golden import FILE, differs, read_rows, scale_of, tolerance
+from ..scoring.golden import FILE, differs, read_rows, scale_of
 
 
 logger = logging.get_logger(__name__)
@@ -100,7 +100,7 @@ def _check(model, read: Callable[[Any], float], remedy: str, source=None) -> lis
     scale = scale_of(row["score"] for row in rows)
     for row in rows:
         score, stored = read(row["chat"]), row["score"]
-        if differs(score, stored, scale, tolerance(model)):
+        if differs(score, stored, scale, model):
             wrong.append(f"{score:.6f} instead of {stored:.6f}")
     if wrong:
         raise GoldenError(

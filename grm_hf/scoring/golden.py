@@ -71,9 +71,9 @@ def scale_of(stored: Iterable[float]) -> float:
     return max([1.0, *(abs(number) for number in stored if math.isfinite(number))])
 
 
-def differs(score: float, stored: float, scale: float, limit: float) -> bool:
-    """Whether a number differs from the stored one by more than rounding, or is none."""
-    return not abs(score - stored) / scale <= limit
+def differs(score: float, stored: float, scale: float, model) -> bool:
+    """Whether a reward of `model` differs from the stored one by more than rounding, or is not a number."""
+    return not abs(score - stored) / scale <= tolerance(model)
 
 
 def save_golden(model, tokenizer, folder: str | Path, chats: list | None = None) -> Path:
@@ -188,16 +188,16 @@ def _verify(path: str, hub: dict, load_kwargs: dict) -> str:
         # The reward of the stored ids: a change of the tokenizer does not look like a change of the weights.
         score = scorer.rewards_of_ids([ids])[0] if max(ids) < vocabulary else math.nan
         off = abs(score - expected) / scale
-        holds = tokens == f"{len(ids)} equal" and not differs(score, expected, scale, tolerance(model))
+        holds = tokens == f"{len(ids)} equal" and not differs(score, expected, scale, model)
         mark = "" if holds else "  DIFFERS"
         if "text_logp" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:  # an export has no LM head
             now, stored = _text_logp(model, row), row["text_logp"]
-            if differs(now, stored, scale_of([stored]), tolerance(model)):
+            if differs(now, stored, scale_of([stored]), model):
                 holds, mark = False, f"  DIFFERS: log-probability of the response was {stored:.6f}, is {now:.6f}"
         if "attributes" in row and hasattr(model, "lm_logits") and max(ids) < vocabulary:
             rated = scorer.attributes_of_ids([ids])[0]
             told = row["attributes"].items()
-            moved = [n for n, old in told if differs(rated.get(n, math.nan), old, scale_of([old]), tolerance(model))]
+            moved = [n for n, old in told if differs(rated.get(n, math.nan), old, scale_of([old]), model)]
             if moved or len(rated) > len(row["attributes"]):
                 holds, mark = False, f"{mark or '  DIFFERS'}: attributes {moved or [*rated]}"
         lines.append(f"{number:3}  {tokens:33} {expected:11.6f} {score:11.6f}     {off:.1e}{mark}")
