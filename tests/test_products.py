@@ -1,5 +1,7 @@
 """Matrix products on oneDNN: equal up to rounding, for one thread, for nobody else, and only where it helps."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grm_hf import GRMScorer
 from grm_hf import products as module
-from grm_hf.products import mkl_is_slow, quick_products
+from grm_hf.products import PACK_AFTER, PACK_BYTES, PackedWeights, mkl_is_slow, quick_products
 
 
 CPU = torch.device("cpu")
@@ -64,6 +66,114 @@ def test_other_dtypes_gradients_and_short_batches_are_left_alone(on_amd):
         assert not active()  # gradients are wanted
     with torch.no_grad(), quick_products(torch.device("cuda"), 300):
         assert not active()
+
+
+@pytest.fixture
+def packed(monkeypatch, on_amd):
+    """Packs at once; it has the shapes that were packed."""
+    packed, pack = PackedWeights(), torch.ops.mkldnn._reorder_linear_weight
+    packed.tokens, packed.shapes = PACK_AFTER, []
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_reorder_linear_weight",
+        lambda weight, *rest: packed.shapes.append(tuple(weight.shape)) or pack(weight, *rest),
+    )
+    return packed
+
+
+def packed_linear(layer, x, packed):
+    with torch.no_grad(), quick_products(CPU, 300, packed):
+        return layer(x)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_give_the_same_numbers(packed, dtype, threads, bias):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layer, x = nn.Linear(192, 96, bias=bias).to(dtype), torch.randn(3, 100, 192).to(dtype)
+        exact = nn.functional.linear(x.double(), *(part.detach().double() for part in layer.parameters()))
+        plain = (packed_linear(layer, x, None) - exact).abs().max()
+        for _ in range(2):
+            assert (packed_linear(layer, x, packed) - exact).abs().max() <= 1.5 * plain + 1e-7
+    finally:
+        torch.set_num_threads(before)
+    assert packed.shapes == [(96, 192)] and packed.bytes == layer.weight.nbytes
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, quick_products(CPU, 300, packed):
+        layer(x)
+    assert counter.get_total_flops() == 2 * 300 * 192 * 96
+
+
+@needs_onednn
+def test_a_weight_that_changed_is_packed_again(packed):
+    layer, x = nn.Linear(64, 8, bias=False), torch.randn(300, 64)
+    packed_linear(layer, x, packed)
+
+    def trained():
+        layer(x).sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+
+    def merged():
+        layer.weight.data += 1
+
+    def loaded():
+        layer.load_state_dict({"weight": torch.randn(8, 64)})
+
+    for number, change in enumerate((trained, merged, loaded, lambda: layer.to(torch.bfloat16)), start=2):
+        change()
+        found = packed_linear(layer, x.to(layer.weight.dtype), packed)
+        expected = layer(x.to(layer.weight.dtype))
+        assert torch.allclose(found, expected, atol=1e-5 if number < 5 else 0.1) and len(packed.shapes) == number
+    assert packed.bytes == 8 * 64 * 4
+    with torch.inference_mode():
+        unversioned = torch.randn(8, 64)
+    assert packed.of(unversioned) is None
+
+
+@needs_onednn
+def test_packing_waits_and_has_a_limit(packed, monkeypatch):
+    layer, x = nn.Linear(64, 8), torch.randn(300, 64)
+    packed.tokens = PACK_AFTER - 300
+    packed_linear(layer, x, packed)
+    assert not packed.shapes and packed.tokens == PACK_AFTER
+    packed_linear(layer, x, packed)
+    assert packed.shapes == [(8, 64)]
+    monkeypatch.setattr(module, "PACK_BYTES", packed.bytes + 10)
+    packed_linear(nn.Linear(64, 16), x, packed)
+    assert packed.shapes == [(8, 64)] and PACK_BYTES == 2**30
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert (copied.tokens, copied.bytes) == (0, 0)
+
+
+@needs_onednn
+def test_a_scorer_packs_what_it_loaded(packed, monkeypatch, tmp_path):
+    tokenizer = llama_tokenizer()
+    model = chat_grm(tokenizer, head_hidden_size=16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(module, "MIN_TOKENS", 1)
+    monkeypatch.setattr(module, "PACK_AFTER", 100)
+    chats = [{"prompt": "one " * 20, "response": "two " * n} for n in range(1, 9)]
+    expected = GRMScorer(model, tokenizer).score(chats)
+    assert GRMScorer(str(tmp_path), deterministic=True).score(chats) == pytest.approx(expected, abs=2e-6)
+    assert not packed.shapes  # a live model, and one text alone
+    scorer = GRMScorer(str(tmp_path))
+    state = {name: tensor.clone() for name, tensor in scorer.model.state_dict().items()}
+    found = [scorer.score(chats) for _ in range(3)]
+    assert len(packed.shapes) == len(set(scorer.packed._copies)) > 7
+    for rewards in found:
+        assert rewards == pytest.approx(expected, abs=2e-6)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in scorer.model.state_dict().items())
+    several = []
+    threads = [threading.Thread(target=lambda: several.append(scorer.score(chats))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(several) == 4 and all(rewards == pytest.approx(expected, abs=2e-6) for rewards in several)
 
 
 def test_other_processors_are_left_alone(monkeypatch):

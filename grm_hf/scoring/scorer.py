@@ -25,7 +25,7 @@ from ..encoding import Encoded, Encoder, left_out, require_embedded
 from ..folders import readable
 from ..layouts import LAYOUTS, embedded_positions, lay_out, model_kwargs, resolve_layout
 from ..modeling_grm import HUB_ARGUMENTS, GRMForSequenceClassification
-from ..products import quick_products
+from ..products import PackedWeights, quick_products
 from ..signals import SIGNALS, Comparison, check_threshold, sigmoid
 from .reader import Reader, tokenizing
 
@@ -159,6 +159,8 @@ class GRMScorer:
         self.deterministic = deterministic
         self.layout = "padded" if deterministic else resolve_layout(layout, model)
         self.accelerator = accelerator
+        # Of a model that was loaded here: nobody else changes it. One text alone is computed alike each time.
+        self.packed = PackedWeights() if loads and not deterministic else None
 
     def score(self, chats: Iterable) -> list[float]:
         """
@@ -491,7 +493,7 @@ class GRMScorer:
                 batch, paths = lay_out([texts[i] for i in members], self.layout)
                 device, tokens = self.model.device, batch["input_ids"].numel()
                 # For each batch, so that a trainer gets its turn.
-                with torch.no_grad(), evaluating(self.model), quick_products(device, tokens):
+                with torch.no_grad(), evaluating(self.model), quick_products(device, tokens, self.packed):
                     table[members] = compute(members, batch, paths).double().cpu()
             if done is not None:
                 done(members)
