@@ -87,15 +87,16 @@ def quick_products(device: torch.device, tokens: int, packed: PackedWeights | No
     A context in which the linear layers of a batch are computed by the faster of torch's two libraries.
 
     torch gives float32 products to MKL, which takes a slower path on processors that are not Intel's. On these oneDNN
-    is faster, and the result is equal up to rounding. On other processors, for a short batch, and with gradients,
-    nothing changes.
+    is faster, and the result is equal up to rounding. On other processors, for a short batch, with gradients, and
+    under autocast, which this would go around, nothing changes.
 
     Args:
         device (`torch.device`): Where the batch is.
         tokens (`int`): How many tokens it has.
         packed ([`PackedWeights`], *optional*): Of the model. Without it nothing is kept.
     """
-    if device.type == "cpu" and tokens >= MIN_TOKENS and not torch.is_grad_enabled() and mkl_is_slow():
+    free = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if device.type == "cpu" and tokens >= MIN_TOKENS and free and mkl_is_slow():
         with _OneDNN(packed):
             yield
         if packed is not None:

@@ -68,6 +68,16 @@ def test_other_dtypes_gradients_and_short_batches_are_left_alone(on_amd):
         assert not active()
 
 
+@needs_onednn
+def test_autocast_decides_about_the_dtype(on_amd):
+    layer, x = nn.Linear(64, 96), torch.randn(300, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with quick_products(CPU, 300, PackedWeights()):
+            found = layer(x)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
 @pytest.fixture
 def packed(monkeypatch, on_amd):
     """Packs at once; it has the shapes that were packed."""
