@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 MIN_TOKENS = 256  # below this, the cost of a Python call is as large as the gain
 DTYPES = torch.float32, torch.bfloat16
-PACK_AFTER = 4096  # tokens; then the time that packing takes is won back within as many
+PACK_AFTER = 4096  # tokens
 PACK_BYTES = 2**30  # of a model's weights, which are kept a second time
 
 
